@@ -1,0 +1,48 @@
+"""Train image classifiers that withstand adversarial inputs, and show why they do."""
+
+from robustflat.errors import UserError
+from robustflat.objectives import adversarial, mart, standard, trades
+from robustflat.perturb import (
+    Ascent,
+    Ball,
+    InputPerturbation,
+    WeightPerturbation,
+    amp,
+    asam,
+    awp,
+    awp_global,
+    fgsm,
+    gsam,
+    msam,
+    no_perturbation,
+    nsam,
+    pgd,
+    random_weights,
+    sam,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Ascent",
+    "Ball",
+    "InputPerturbation",
+    "UserError",
+    "WeightPerturbation",
+    "adversarial",
+    "amp",
+    "asam",
+    "awp",
+    "awp_global",
+    "fgsm",
+    "gsam",
+    "mart",
+    "msam",
+    "no_perturbation",
+    "nsam",
+    "pgd",
+    "random_weights",
+    "sam",
+    "standard",
+    "trades",
+]

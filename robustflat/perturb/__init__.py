@@ -1,0 +1,50 @@
+"""One perturbation abstraction, delta = T * u with u in a ball, for inputs and weights."""
+
+from robustflat.perturb.ascent import Ascent, maximise
+from robustflat.perturb.ball import Ball, parse_norm
+from robustflat.perturb.chunks import msam
+from robustflat.perturb.displace import buffers_kept, displaced, kept
+from robustflat.perturb.inputs import InputPerturbation, attack_losses, fgsm, pgd
+from robustflat.perturb.modes import attack_mode, evaluating
+from robustflat.perturb.presets import (
+    amp,
+    asam,
+    awp,
+    awp_global,
+    gsam,
+    no_perturbation,
+    nsam,
+    random_weights,
+    sam,
+)
+from robustflat.perturb.scales import SCALES, select
+from robustflat.perturb.weights import WeightPerturbation
+
+__all__ = [
+    "SCALES",
+    "Ascent",
+    "Ball",
+    "InputPerturbation",
+    "WeightPerturbation",
+    "amp",
+    "asam",
+    "attack_losses",
+    "attack_mode",
+    "awp",
+    "awp_global",
+    "buffers_kept",
+    "displaced",
+    "evaluating",
+    "fgsm",
+    "gsam",
+    "kept",
+    "maximise",
+    "msam",
+    "no_perturbation",
+    "nsam",
+    "parse_norm",
+    "pgd",
+    "random_weights",
+    "sam",
+    "select",
+]

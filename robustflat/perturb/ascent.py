@@ -1,0 +1,152 @@
+"""The only ascent loop of the package: maximise a function over a ball of inputs or weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustflat.perturb.ball import Ball
+
+Start = Literal["zero", "uniform", "sphere", "normal"]
+Direction = Literal["steepest", "raw"]
+Keep = Literal["last", "best"]
+ValueAndGrad = Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]]
+Constrain = Callable[[list[Tensor]], list[Tensor]]
+
+_STARTS = ("zero", "uniform", "sphere", "normal")
+_NORMAL_STD = 1e-3
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """How a ball is searched.
+
+    Args:
+        steps: gradient steps, at least 0 (0 leaves the start).
+        step_size: in radii of the ball; with ``direction="raw"`` the learning rate that multiplies
+            the gradient itself (AMP's zeta).
+        start: "zero"; "uniform" in the ball; "sphere", uniform on its surface; "normal", 0.001
+            times a standard normal in the units of ``u`` and not projected (TRADES, MART).
+        direction: "steepest" step of the ball's norm, or the "raw" gradient.
+        keep: the "last" iterate, or the "best" over all iterates, start and end included (per row
+            where the value has one number a row); "best" costs one more evaluation.
+    """
+
+    steps: int
+    step_size: float = 1.0
+    start: Start = "zero"
+    direction: Direction = "steepest"
+    keep: Keep = "last"
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"An ascent needs steps >= 0, got {self.steps}.")
+        if not (0 <= self.step_size < math.inf):
+            raise ValueError(
+                f"An ascent's step_size must be finite and >= 0, got {self.step_size}."
+            )
+        for field, allowed in (
+            ("start", _STARTS),
+            ("direction", ("steepest", "raw")),
+            ("keep", ("last", "best")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"An ascent's {field} must be one of {allowed}, got {getattr(self, field)!r}."
+                )
+
+    @property
+    def stays_inside(self) -> bool:
+        """Whether the steps cannot leave the ball, by the triangle inequality."""
+        reach = self.steps * self.step_size
+        return self.start == "zero" and self.direction == "steepest" and reach <= 1 + 1e-9
+
+
+def maximise(
+    value_and_grad: ValueAndGrad,
+    ball: Ball,
+    ascent: Ascent,
+    like: list[Tensor],
+    generator: torch.Generator | None = None,
+    *,
+    initial: list[Tensor] | None = None,
+    constrain: Constrain | None = None,
+) -> list[Tensor]:
+    """Search ``ball`` for the ``u`` at which a function is largest, by projected gradient ascent.
+
+    Args:
+        value_and_grad: maps ``u`` to its value (one number, or ``[N]`` with one a row) and its
+            gradient. It knows the model, labels and layers; this loop does not. It must not keep
+            ``u``, which is changed in place.
+        ball: the feasible set.
+        ascent: steps, step size, start, direction and what to keep.
+        like: tensors that give shapes, dtypes and devices of ``u``.
+        generator: source of randomness for the start, on the same device.
+        initial: a start to use instead of ``ascent.start``; projected like every iterate.
+        constrain: a further constraint, applied after each projection (the image box).
+
+    Returns:
+        ``u``, a list of new tensors without gradient.
+    """
+    feasible = _feasible_set(ball, constrain, ascent.stays_inside and initial is None)
+    if initial is None:
+        u = _start(ascent.start, ball, like, generator)
+        u = u if ascent.start == "zero" or constrain is None else constrain(u)
+    else:
+        u = feasible([t.detach().clone() for t in initial])
+    best = _Best() if ascent.keep == "best" else None
+    length = ascent.step_size * (ball.radius if ascent.direction == "steepest" else 1.0)
+    for _ in range(ascent.steps):
+        value, gradient = value_and_grad(u)
+        if best is not None:
+            best.offer(value, u)
+        step = ball.steepest(gradient) if ascent.direction == "steepest" else gradient
+        torch._foreach_add_(u, step, alpha=length)
+        u = feasible(u)
+    if best is None:
+        return u
+    best.offer(value_and_grad(u)[0], u)
+    return best.u
+
+
+def _feasible_set(ball: Ball, constrain: Constrain | None, inside: bool) -> Constrain:
+    def feasible(u: list[Tensor]) -> list[Tensor]:
+        u = u if inside else ball.project(u)
+        return u if constrain is None else constrain(u)
+
+    return feasible
+
+
+def _start(
+    start: Start, ball: Ball, like: list[Tensor], generator: torch.Generator | None
+) -> list[Tensor]:
+    if start == "zero":
+        return [torch.zeros_like(t) for t in like]
+    if start == "normal":
+        return [torch.empty_like(t).normal_(0, _NORMAL_STD, generator=generator) for t in like]
+    return ball.sample(like, generator, surface=start == "sphere")
+
+
+class _Best:
+    """The best iterate so far: for every row where values come by row, else as a whole."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.u: list[Tensor] = []
+
+    def offer(self, value: Tensor, u: list[Tensor]) -> None:
+        value = value.detach()
+        if self.value is None:
+            self.value, self.u = value.clone(), [t.clone() for t in u]
+            return
+        better = value > self.value
+        self.value = torch.where(better, value, self.value)
+        self.u = [
+            torch.where(better.view(better.shape + (1,) * (t.ndim - better.ndim)), t, kept)
+            for t, kept in zip(u, self.u, strict=True)
+        ]

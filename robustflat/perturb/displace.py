@@ -1,0 +1,80 @@
+"""The only code that writes weights in place, and that puts every bit of them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Move = Callable[[list[Tensor]], None]
+
+
+@contextmanager
+def kept(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Copy ``tensors`` and, on exit, whatever happened inside, copy their values back.
+
+    Yields:
+        The copies: the values at entry. Do not change them.
+    """
+    tensors = list(tensors)
+    saved = [t.detach().clone() for t in tensors]
+    try:
+        yield saved
+    finally:
+        try:
+            _write(tensors, saved)
+        except BaseException:
+            # An interrupt can land in the restoring itself: finish it before letting it through.
+            _write(tensors, saved)
+            raise
+
+
+def buffers_kept(model: nn.Module) -> AbstractContextManager[list[Tensor]]:
+    """Keep every buffer of ``model``, such as BatchNorm's running statistics and counters."""
+    return kept(model.buffers())
+
+
+@contextmanager
+def displaced(parameters: Iterable[Tensor], *, carry: bool = False) -> Iterator[Move]:
+    """Lend ``parameters`` to be moved around their present values, the centre.
+
+    Args:
+        parameters: leaf tensors; each should appear once (``model.parameters()`` sees to that).
+        carry: on a normal exit, subtract the last displacement instead of restoring the centre, so
+            that an optimizer step taken inside is kept (the order of AWP's released code). Costs
+            one more copy of the displacement. After an exception the centre is restored.
+
+    Yields:
+        ``move(delta)``, which puts the parameters at centre + delta. Displacements do not add up:
+        each starts from the centre, so nothing drifts.
+    """
+    parameters = list(parameters)
+    last: list[Tensor] = []
+
+    with kept(parameters) as centre:
+
+        def move(delta: list[Tensor]) -> None:
+            _write(parameters, centre, delta)
+            if carry:
+                last[:] = delta
+
+        yield move
+        if carry and last:
+            # The result becomes the centre that `kept` writes back.
+            _write(centre, parameters)
+            with torch.no_grad():
+                torch._foreach_sub_(centre, last)
+
+
+@torch.no_grad()
+def _write(tensors: list[Tensor], values: list[Tensor], delta: list[Tensor] | None = None) -> None:
+    if not tensors:
+        return
+    torch._foreach_copy_(tensors, values)
+    if delta is not None:
+        torch._foreach_add_(tensors, delta)
+    # Inside an autocast region, low-precision copies of the weights are cached: without this the
+    # model would go on computing with the old ones.
+    torch.clear_autocast_cache()

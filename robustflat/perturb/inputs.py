@@ -1,0 +1,253 @@
+"""Adversarial inputs: PGD and FGSM as the ascent over a ball around each image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustflat.perturb.ascent import Ascent, Keep, Start, maximise
+from robustflat.perturb.ball import Ball, parse_norm
+from robustflat.perturb.modes import MODES, Mode, attack_mode
+
+LossName = Literal["ce", "kl", "margin", "dlr"]
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of every row; ``y`` int64 ``[N]`` or soft labels ``[N, C]``."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def kl_divergence(logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """KL(clean || adversarial) of every row, from logits (TRADES' inner loss)."""
+    return F.kl_div(
+        logits.log_softmax(1), clean_logits.log_softmax(1), reduction="none", log_target=True
+    ).sum(1)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Largest wrong logit minus the right one (Carlini & Wagner 2017); positive: misclassified."""
+    right = logits.gather(1, y[:, None]).squeeze(1)
+    wrong = logits.scatter(1, y[:, None], -math.inf).amax(1)
+    return wrong - right
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6): the margin over z1 - z3.
+
+    Raises:
+        ValueError: for fewer than three classes, for which it is not defined.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(
+            f"The DLR loss needs at least 3 classes, got {logits.shape[1]}: it divides by the "
+            "difference of the first and third largest logit. Use loss='margin' or 'ce'."
+        )
+    ordered = logits.sort(dim=1, descending=True).values
+    return margin(logits, y) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+
+
+# From logits [N, C] and labels (for "kl", the clean logits) to one loss a row, larger is worse.
+attack_losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": cross_entropy,
+    "kl": kl_divergence,
+    "margin": margin,
+    "dlr": dlr,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputPerturbation:
+    """The worst input near each image: an ascent over a ball around it, cut with the image box.
+
+    Made by :func:`pgd` and :func:`fgsm`. Each iterate is projected onto the ball, then clipped to
+    the box. For linf that is the projection onto both; for l2 and l1 it is feasible, though not
+    the nearest feasible point.
+
+    Args:
+        ball: with group "row", in image units.
+        ascent: steps and start.
+        loss: what is climbed, a key of ``attack_losses``; "kl" climbs away from the clean output.
+        restarts: independent starts; the one with the highest final loss is kept for each image.
+        mode: how BatchNorm stands meanwhile, see :func:`robustflat.perturb.modes.attack_mode`.
+        box: lowest and highest pixel value, or None.
+    """
+
+    ball: Ball
+    ascent: Ascent
+    loss: LossName = "ce"
+    restarts: int = 1
+    mode: Mode = "eval"
+    box: tuple[float, float] | None = (0.0, 1.0)
+    name: str = field(default="pgd", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.loss not in attack_losses:
+            raise ValueError(
+                f"An attack's loss must be one of {tuple(attack_losses)}, got {self.loss!r}."
+            )
+        if self.mode not in MODES:
+            raise ValueError(f"An attack's mode must be one of {MODES}, got {self.mode!r}.")
+        if self.restarts < 1:
+            raise ValueError(f"An attack needs restarts >= 1, got {self.restarts}.")
+        if self.restarts > 1 and self.ascent.start == "zero":
+            raise ValueError(
+                f"{self.restarts} restarts from start='zero' would all be the same attack. Use "
+                "start='uniform', or one restart."
+            )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            model: maps images in the box to logits ``[N, C]``. Its modes, buffers and parameter
+                gradients are as before afterwards.
+            x: images ``[N, ...]``.
+            y: labels ``[N]`` (soft ``[N, C]`` for "ce"); not used by "kl".
+            generator: source of randomness, on the device of ``x``.
+            start: a first perturbation of the shape of ``x`` in place of the configured start.
+
+        Returns:
+            Adversarial images, detached, of the shape of ``x``.
+        """
+        x = x.detach()
+        if self.ball.radius == 0:
+            return x.clone()
+        with attack_mode(model, self.mode):
+            target = y
+            if self.loss == "kl":
+                with torch.no_grad():
+                    target = model(x)
+            best = self._search(model, x, target, generator, start)
+            if self.restarts > 1:
+                best_loss = self._losses(model, best, target)
+                for _ in range(self.restarts - 1):
+                    candidate = self._search(model, x, target, generator, None)
+                    loss = self._losses(model, candidate, target)
+                    better = (loss > best_loss).view(-1, *[1] * (x.ndim - 1))
+                    best = torch.where(better, candidate, best)
+                    best_loss = torch.maximum(loss, best_loss)
+        return best
+
+    def _search(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor,
+        generator: torch.Generator | None,
+        start: Tensor | None,
+    ) -> Tensor:
+        climb = attack_losses[self.loss]
+
+        def value_and_grad(u: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            with torch.enable_grad():
+                moved = (x + u[0]).requires_grad_()
+                losses = climb(model(moved), target)
+                # The sum, so that a row's gradient does not depend on the batch around it; with
+                # respect to the input alone, so that no weight gradient is computed.
+                (gradient,) = torch.autograd.grad(losses.sum(), moved)
+            return losses.detach(), [gradient]
+
+        def into_box(u: list[Tensor]) -> list[Tensor]:
+            assert self.box is not None
+            return [(x + u[0]).clamp_(*self.box).sub_(x)]
+
+        (u,) = maximise(
+            value_and_grad,
+            self.ball,
+            self.ascent,
+            [x],
+            generator,
+            initial=None if start is None else [start],
+            constrain=into_box if self.box is not None else None,
+        )
+        return x + u if self.box is None else (x + u).clamp_(*self.box)
+
+    def _losses(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            return attack_losses[self.loss](model(x), target)
+
+
+def pgd(
+    norm: str | float = "linf",
+    eps: float = 8 / 255,
+    steps: int = 10,
+    step_size: float | None = None,
+    start: Start = "uniform",
+    *,
+    loss: LossName = "ce",
+    restarts: int = 1,
+    mode: Mode = "eval",
+    keep: Keep = "last",
+    box: tuple[float, float] | None = (0.0, 1.0),
+) -> InputPerturbation:
+    """Projected gradient descent on the input (Madry et al. 2018, section 2.1).
+
+    x <- clip(project(x + step_size * s)), s the steepest step of the norm (for linf the sign of
+    the gradient). Agrees with the released code of AWP and of Rice et al. 2020 for linf.
+
+    Args:
+        norm: "linf", "l2", "l1" or p (p other than these only where nothing need be projected).
+        eps: radius of the ball, in image units.
+        steps: gradient steps.
+        step_size: in image units; 2.5 * eps / steps if None.
+        start: "uniform" in the ball, "sphere", "zero" or "normal" (0.001 times a standard normal,
+            as in TRADES and MART).
+        loss: "ce", "kl", "margin" or "dlr".
+        restarts: independent starts, the best kept for each image.
+        mode: "eval" or "batch".
+        keep: the "last" iterate or the "best".
+        box: lowest and highest pixel value, or None.
+
+    Raises:
+        ValueError: if a value cannot work.
+    """
+    ball = Ball(parse_norm(norm), eps, "row")
+    if step_size is None:
+        step_size = 2.5 * eps / max(steps, 1)
+    ascent = Ascent(steps, step_size / eps if eps else 0.0, start, keep=keep)
+    return InputPerturbation(
+        ball=ball, ascent=ascent, loss=loss, restarts=restarts, mode=mode, box=box
+    )
+
+
+def fgsm(
+    norm: str | float = "linf",
+    eps: float = 8 / 255,
+    *,
+    loss: LossName = "ce",
+    mode: Mode = "eval",
+    box: tuple[float, float] | None = (0.0, 1.0),
+) -> InputPerturbation:
+    """One step of one radius from the image itself (Goodfellow et al. 2015).
+
+    Args:
+        norm: "linf", "l2", "l1" or p.
+        eps: radius of the ball and length of the step, in image units.
+        loss: "ce", "margin" or "dlr".
+        mode: "eval" or "batch".
+        box: lowest and highest pixel value, or None.
+
+    Raises:
+        ValueError: if a value cannot work.
+    """
+    if loss == "kl":
+        raise ValueError(
+            "fgsm cannot climb loss='kl': the divergence from the clean output has no gradient at "
+            "the image itself. Use pgd with start='normal'."
+        )
+    attack = pgd(norm, eps, 1, eps, "zero", loss=loss, mode=mode, box=box)
+    return replace(attack, name="fgsm")
