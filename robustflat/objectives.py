@@ -17,8 +17,9 @@ class Objective(Protocol):
 
     # The loss that the objective's own inner maximisation over inputs climbs.
     attack_loss: ClassVar[LossName]
-    # Whether it looks at adversarial images at all.
+    # Whether it looks at adversarial images, and whether it looks at clean ones.
     needs_attack: ClassVar[bool]
+    sees_clean: ClassVar[bool]
 
     def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch, a scalar with gradient."""
@@ -49,6 +50,7 @@ class standard:  # noqa: N801 - a constructor of the library's surface, like rf.
     label_smoothing: float = 0.0
     attack_loss: ClassVar[LossName] = "ce"
     needs_attack: ClassVar[bool] = False
+    sees_clean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_smoothing(self.label_smoothing)
@@ -69,6 +71,7 @@ class adversarial:  # noqa: N801
     label_smoothing: float = 0.0
     attack_loss: ClassVar[LossName] = "ce"
     needs_attack: ClassVar[bool] = True
+    sees_clean: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_smoothing(self.label_smoothing)
@@ -92,6 +95,7 @@ class trades:  # noqa: N801
     beta: float = 6.0
     attack_loss: ClassVar[LossName] = "kl"
     needs_attack: ClassVar[bool] = True
+    sees_clean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_beta(self.beta)
@@ -121,6 +125,7 @@ class mart:  # noqa: N801
     beta: float = 6.0
     attack_loss: ClassVar[LossName] = "ce"
     needs_attack: ClassVar[bool] = True
+    sees_clean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_beta(self.beta)

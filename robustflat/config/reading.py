@@ -1,0 +1,225 @@
+"""Reading a configuration: YAML with line numbers, overrides, and all errors at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from robustflat.config.schema import RunConfig
+from robustflat.errors import UserError
+
+Path_ = tuple[str | int, ...]
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; the message has one line for every problem."""
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run's configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: "key.path=value" each; the value is read as YAML and replaces what the file
+            says, whole mappings included.
+
+    Raises:
+        ConfigError: naming every problem with its file, line and column, and the nearest valid
+            key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"There is no configuration file {path}. Check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The configuration {path} cannot be read as text: {error}. Check the file."
+        ) from None
+    values, places = _parse(text, str(path))
+    for override in overrides:
+        _apply(override, values, places)
+    return check_config(values, places, str(path))
+
+
+def check_config(
+    values: dict[str, Any], places: dict[Path_, str] | None = None, source: str = "configuration"
+) -> RunConfig:
+    """Check already parsed values.
+
+    Args:
+        values: as YAML gives them.
+        places: where each key path stands, for messages.
+        source: what to call a key whose place is not known.
+
+    Raises:
+        ConfigError: naming every problem.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem, places or {}, source) for problem in error.errors()]
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError("\n".join([f"{source} has {count}:", *lines])) from None
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write every key, defaults included, so that the file says all that the run used."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[Path_, str]]:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        what = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(f"{where}: this is not valid YAML: {what}.") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: this YAML is nested too deeply to be read.") from None
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(
+            f"{source}: a configuration is a mapping of keys to values, and this file holds "
+            f"{found}. See the files in configs/."
+        )
+    places: dict[Path_, str] = {}
+    repeated = list(_walk(node, (), places, source))
+    if repeated:
+        raise ConfigError("\n".join(repeated))
+    return values, places
+
+
+def _walk(node: yaml.Node, at: Path_, places: dict[Path_, str], source: str) -> Iterator[str]:
+    """Note the place of every key, and yield a sentence for each key that stands twice."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, key.value)
+            place = f"{source}:{key.start_mark.line + 1}:{key.start_mark.column + 1}"
+            if here in places:
+                yield (
+                    f"{place}: {_dotted(here)} stands twice (first at {places[here]}), and YAML "
+                    "would keep only the last. Remove one."
+                )
+            places[here] = place
+            yield from _walk(value, here, places, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            here, mark = (*at, i), value.start_mark
+            places[here] = f"{source}:{mark.line + 1}:{mark.column + 1}"
+            yield from _walk(value, here, places, source)
+
+
+def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:
+    name, equals, text = override.partition("=")
+    keys = tuple(name.split("."))
+    if not equals or not all(keys):
+        raise ConfigError(
+            f"The override {override!r} is not of the form key.path=value, such as "
+            "train.epochs=10 or 'weights={name: sam, rho: 0.1}'."
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"The value of the override {override!r} is not valid YAML. Quote it for the shell, "
+            "and write mappings as '{key: value}'."
+        ) from None
+    target = values
+    for depth, key in enumerate(keys[:-1]):
+        inner = target.setdefault(key, {})
+        if inner is None:
+            inner = target[key] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"The override {override!r} goes below {'.'.join(keys[: depth + 1])}, which is "
+                f"{inner!r} and has no keys of its own."
+            )
+        target = inner
+    target[keys[-1]] = value
+    for place in [p for p in places if p[: len(keys)] == keys]:
+        del places[place]
+    places[keys] = f"override {override}"
+
+
+def _explain(problem: Any, places: dict[Path_, str], source: str) -> str:
+    """One line: place, key, what is wrong, what was got, and the nearest valid key."""
+    location: Path_ = problem["loc"]
+    models, keys = _resolve(location)
+    where = source
+    for length in range(len(keys), 0, -1):
+        if keys[:length] in places:
+            where = places[keys[:length]]
+            break
+    kind, got = problem["type"], problem["input"]
+    said = f" (got {_short(got)})" if not isinstance(got, dict) else ""
+    if kind == "extra_forbidden":
+        valid = sorted({name for model in models for name in model.model_fields})
+        near = difflib.get_close_matches(str(keys[-1]), valid, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Valid keys: {', '.join(valid)}."
+        return f"  {where}: {_dotted(keys)} is not a known key{said}.{hint}"
+    if kind == "missing":
+        return f"  {where}: {_dotted(keys)} is required and missing."
+    if kind == "union_tag_not_found":
+        return f"  {where}: {_dotted(keys)}.name is required and missing."
+    if kind == "union_tag_invalid":
+        tags = problem["ctx"]["expected_tags"].replace("'", "")
+        tag = str(problem["ctx"]["tag"])
+        near = difflib.get_close_matches(tag, tags.split(", "), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Valid: {tags}."
+        return f"  {where}: {_dotted(keys)}.name is unknown (got {tag!r}).{hint}"
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    if not keys:
+        return f"  {where}: {message}."
+    separator = " " if kind == "value_error" and message.startswith(("must", "is ")) else ": "
+    return f"  {where}: {_dotted(keys)}{separator}{message}{said}."
+
+
+def _resolve(location: Path_) -> tuple[list[type[BaseModel]], Path_]:
+    """The models that own the last part, and the location without the tags of unions."""
+    models: list[type[BaseModel]] = [RunConfig]
+    keys: list[str | int] = []
+    owners = models
+    for part in location:
+        tagged = [m for m in models if _tag(m) == part]
+        if tagged and len(models) > 1:
+            models = tagged
+            owners = models
+            continue
+        keys.append(part)
+        owners = models
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if fields:
+            models = [m for f in fields for m in _models_in(f.annotation)]
+    return owners, tuple(keys)
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    field = model.model_fields.get("name")
+    values = get_args(field.annotation) if field else ()
+    return values[0] if values else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None and not get_args(annotation):
+        return []
+    return [m for argument in get_args(annotation) for m in _models_in(argument)]
+
+
+def _dotted(keys: Path_) -> str:
+    return ".".join(str(key) for key in keys)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,62 @@
+"""Progress on the terminal: one bar for a run, one line for each measured epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ProgressBar:
+    """Shows how far a run is and, where the epoch was measured, how it fares.
+
+    Args:
+        console: where to write.
+        name: of the run.
+    """
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._name = name
+        self._steps = 0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def on_start(self, epochs: int, steps: int, done: int) -> None:
+        """Open the bar."""
+        self._steps = steps
+        self._progress.start()
+        self._task = self._progress.add_task(
+            self._name, total=epochs * steps, completed=done * steps
+        )
+
+    def on_step(self, epoch: int, step: int) -> None:
+        """Advance by one step."""
+        self._progress.update(self._task, completed=epoch * self._steps + step + 1)
+
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        """Print one line for a measured epoch."""
+        measured = row["monitor_average"] or row["monitor"]
+        if not measured or "validation" not in measured:
+            return
+        parts = [f"{self._name}  epoch {row['epoch']:>3}"]
+        if row["train_loss"] is not None:
+            parts.append(f"loss {row['train_loss']:.3f}")
+        for label, split in (("train", "train"), ("val", "validation")):
+            figures = measured[split]
+            parts.append(f"{label} clean {figures['clean_accuracy']:6.1%}")
+            if "robust_accuracy" in figures:
+                parts.append(f"robust {figures['robust_accuracy']:6.1%}")
+        parts.append("best" if row["is_best"] else "")
+        self._progress.console.print("  ".join(parts).rstrip(), highlight=False, markup=False)
+
+    def on_end(self) -> None:
+        """Close the bar."""
+        self._progress.stop()

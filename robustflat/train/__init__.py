@@ -1,0 +1,1 @@
+"""Training runs: one step, the loop around it, and what a run leaves behind."""

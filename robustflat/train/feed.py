@@ -1,0 +1,118 @@
+"""What each step of a run is fed: the batches of an epoch, mixed, laid out and on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import robustflat.data as data
+from robustflat.config import RunConfig
+from robustflat.config.perturbations import Perturbing
+from robustflat.train.processes import Processes
+from robustflat.train.randomness import derived_seed
+from robustflat.train.step import Batch, TrainStep
+
+
+class Feed:
+    """The training images of a run, cut into steps.
+
+    Every batch is a function of seed, epoch, step and rank, so an interrupted epoch goes on where
+    it stood. A last batch too small for BatchNorm, or for a chunk of mSAM, is left out.
+
+    Args:
+        config: of the run.
+        dataset: its images.
+        device: where the batches shall be.
+        processes: this process among those that train together.
+
+    Raises:
+        UserError: if there is not one full batch, or the extra images cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: data.Data,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
+        self._config, self._device, self._rank = config, device, processes.rank
+        self._images = dataset.train.to(device)
+        self._augment = data.Augment(**config.data.augment.model_dump())
+        self._classes = len(dataset.classes)
+        weights = config.weights
+        chunk = weights.chunk if isinstance(weights, Perturbing) else None
+        self._together = weights.batches if isinstance(weights, Perturbing) else 1
+        rest = len(self._images) % (config.train.batch_size * processes.world)
+        too_small = 0 < rest < processes.world * max(2, chunk or 0)
+        self._cut: dict[str, Any] = {
+            "drop_last": too_small and len(self._images) > rest,
+            "world": processes.world,
+            "extra": _extra_images(config, dataset, device),
+        }
+        self.steps_per_epoch = data.batch_count(
+            len(self._images), config.train.batch_size, **self._cut
+        )
+
+    def batches(self, epoch: int, step: int) -> Iterator[list[Batch]]:
+        """The batches of every step of ``epoch`` from ``step`` on.
+
+        A step has one batch, or several for n-SAM, the others drawn from orders of their own.
+        """
+        seed = self._config.seed
+        orders = [derived_seed(seed, "order", epoch)]
+        orders += [derived_seed(seed, "batches", epoch, i) for i in range(1, self._together)]
+        streams = [
+            data.batches(
+                self._images,
+                self._config.train.batch_size,
+                device=self._device,
+                order=order,
+                augment=self._augment,
+                skip=step,
+                rank=self._rank,
+                **self._cut,
+            )
+            for order in orders
+        ]
+        for at, together in enumerate(zip(*streams, strict=True), start=step):
+            yield [self._finished(x, y, (epoch, at, i)) for i, (x, y) in enumerate(together)]
+
+    def refresh_inputs(self, step: TrainStep, model: nn.Module, epoch: int) -> Iterator[Tensor]:
+        """One epoch of the inputs that the objective trains on, attacked at ``model``."""
+        generator = torch.Generator(self._device)
+        generator.manual_seed(derived_seed(self._config.seed, "attack", epoch))
+        size = self._config.train.batch_size
+        order = derived_seed(self._config.seed, "order", epoch)
+        for x, y in data.batches(self._images, size, device=self._device, order=order):
+            if step.attack is None or step.objective.sees_clean:
+                yield x
+            if step.attack is not None:
+                yield step.attack(model, x, y, generator=generator)
+
+    def _finished(self, x: Tensor, y: Tensor, where: tuple[int, ...]) -> Batch:
+        mix = self._config.data.mix
+        if mix is not None:
+            mixing = data.mixup if mix.name == "mixup" else data.cutmix
+            seed = derived_seed(self._config.seed, "mix", *where, self._rank)
+            x, y = mixing(
+                x,
+                y,
+                alpha=mix.alpha,
+                num_classes=self._classes,
+                generator=data.generator_for(seed),
+            )
+        if self._config.train.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, y
+
+
+def _extra_images(config: RunConfig, dataset: data.Data, device: torch.device) -> data.Extra | None:
+    extra = config.data.extra
+    if extra is None:
+        return None
+    images = data.load_extra(extra.path, shape=dataset.shape, num_classes=len(dataset.classes))
+    return data.Extra(images=images.to(device), fraction=extra.fraction)

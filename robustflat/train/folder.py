@@ -1,0 +1,213 @@
+"""A run's folder: which files it holds, and that nothing in it is lost by accident."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustflat.config import RunConfig, read_config, write_config
+from robustflat.errors import UserError
+
+_PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
+# What changes neither the weights nor the figures of a run.
+_FREE_TO_CHANGE = ({"device"}, {"data", "root"}, {"data", "download"}, {"output"})
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        root: the folder.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.config_file = self.root / "config.yaml"
+        self.environment_file = self.root / "environment.json"
+        self.metrics_file = self.root / "metrics.jsonl"
+        self.last = self.root / "checkpoints" / "last.pt"
+        self.best = self.root / "checkpoints" / "best.pt"
+        self.tensorboard = self.root / "tensorboard"
+        self.evaluation = self.root / "evaluation.json"
+        self.outcomes = self.root / "outcomes"
+        self.flatness = self.root / "flatness.json"
+        self.landscape = self.root / "landscape.npz"
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.root.name
+
+    def read_config(self) -> RunConfig:
+        """The resolved configuration of the run.
+
+        Raises:
+            UserError: if the folder is missing or is no run.
+        """
+        if not self.config_file.is_file():
+            what = "is not the folder of a run" if self.root.is_dir() else "does not exist"
+            raise UserError(
+                f"{self.root} {what}: there is no {self.config_file}. Name a folder that "
+                "`robustflat train` wrote."
+            )
+        return read_config(self.config_file)
+
+    def prepare(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+        """Make the folder for ``config``, or check that the present one can be gone on with.
+
+        Raises:
+            UserError: if the folder is in use and neither ``resume`` nor ``overwrite`` is given,
+                or it belongs to another configuration.
+        """
+        if resume and self.config_file.is_file():
+            self._check_same(config)
+            return
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(
+                f"{self.root} is a file, and a run needs a folder. Choose another name."
+            )
+        if self.root.is_dir() and any(self.root.iterdir()):
+            if not overwrite:
+                raise UserError(
+                    f"The run folder {self.root} already exists. Go on with it with --resume, "
+                    "replace it with --overwrite, or choose another name."
+                )
+            self._clear()
+        try:
+            self.last.parent.mkdir(parents=True, exist_ok=True)
+            write_config(config, self.config_file)
+        except OSError as error:
+            raise UserError(
+                f"The run folder {self.root} cannot be written: {error}. Choose another output "
+                "folder."
+            ) from None
+        write_json(self.environment_file, environment())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, one for each epoch; a half-written last line is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Add a row, replacing any of the same or a later epoch (left by an interrupted run)."""
+        rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
+        text = "".join(json.dumps(json_safe(r), allow_nan=False) + "\n" for r in [*rows, row])
+        _replace_text(self.metrics_file, text)
+
+    def _check_same(self, config: RunConfig) -> None:
+        old, new = (dict(_flatten(c.model_dump(mode="json"))) for c in (self.read_config(), config))
+        different = sorted(
+            ".".join(key)
+            for key in old.keys() | new.keys()
+            if old.get(key) != new.get(key) and set(key) not in _FREE_TO_CHANGE
+        )
+        if different:
+            raise UserError(
+                f"The run folder {self.root} was begun with another configuration; they differ in "
+                f"{', '.join(different)}. Resume with {self.config_file}, or choose another name."
+            )
+
+    def _clear(self) -> None:
+        """Remove what runs write, and nothing else."""
+        if not self.config_file.is_file():
+            raise UserError(
+                f"{self.root} is not the folder of a run (it has no config.yaml), so --overwrite "
+                "leaves it alone. Choose another name or empty it yourself."
+            )
+        for path in self.root.iterdir():
+            if path.is_dir() and path.name in ("checkpoints", "tensorboard", "outcomes"):
+                shutil.rmtree(path)
+            elif path.suffix in (".yaml", ".json", ".jsonl", ".html", ".png", ".npz"):
+                path.unlink()
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on beside the configuration."""
+    return {
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": _commit(),
+        "command": sys.argv,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON for programs: whole or not at all, numbers finite or null."""
+    _replace_text(path, json.dumps(json_safe(content), indent=2, allow_nan=False) + "\n")
+
+
+def json_safe(value: Any) -> Any:
+    """``value`` with every number that JSON has no name for replaced by null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): json_safe(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(inner) for inner in value]
+    return value
+
+
+def _replace_text(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error}. Free some space or choose another folder."
+        ) from None
+
+
+def _flatten(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, (*at, key))
+    else:
+        yield at, value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, if it runs from one."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

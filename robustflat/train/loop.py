@@ -1,0 +1,317 @@
+"""The training loop: epochs, checkpoints and resuming; everything else is called from here."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from robustflat.config import RunConfig
+from robustflat.config.perturbations import Perturbing
+from robustflat.data import Data
+from robustflat.perturb import WeightPerturbation, msam, no_perturbation
+from robustflat.train.averaging import Average
+from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
+from robustflat.train.feed import Feed
+from robustflat.train.folder import RunFolder
+from robustflat.train.monitor import Monitor, score
+from robustflat.train.optim import lr_factor
+from robustflat.train.processes import Processes
+from robustflat.train.randomness import derived_seed, make_deterministic
+from robustflat.train.setup import build_model, build_step
+
+_CHECK_EVERY = 50  # steps between two looks, which wait for the device
+
+
+class TrainingDivergedError(RuntimeError):
+    """Loss or gradient stopped being finite; the message names the step and what can be done."""
+
+
+class Listener(Protocol):
+    """Is told what happens; cannot change it."""
+
+    def on_start(self, epochs: int, steps: int, done: int) -> None:
+        """The run has ``epochs`` epochs of ``steps`` steps, ``done`` of the former behind it."""
+
+    def on_step(self, epoch: int, step: int) -> None:
+        """Step ``step`` of ``epoch`` (both from 0) was taken."""
+
+    def on_epoch(self, row: dict[str, Any]) -> None:
+        """An epoch ended; ``row`` is its line of metrics.jsonl."""
+
+    def on_end(self) -> None:
+        """The run ended or was stopped."""
+
+
+class Trainer:
+    """One run, from its configuration to its last checkpoint.
+
+    Args:
+        config: the whole run.
+        dataset: its images.
+        device: where to train.
+        folder: where to write, or None to write nothing.
+        processes: this process among those that train together.
+        listeners: told of every step and epoch.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Data,
+        device: torch.device,
+        *,
+        folder: RunFolder | None = None,
+        processes: Processes | None = None,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self.config, self.device, self.folder = config, device, folder
+        self.processes = processes or Processes()
+        self.listeners = listeners if self.processes.is_first else ()
+        self.stop_requested = False
+        if config.train.deterministic:
+            make_deterministic()
+
+        self.model = build_model(config, dataset, device)
+        self._replica: nn.Module = self.model
+        if self.processes.world > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self._replica = DistributedDataParallel(self.model, device_ids=ids)
+        self._step = build_step(config, self.model, device)
+        self._weights = config.weights.build()
+        average = config.train.average
+        self.average = None if average is None else Average(average, self.model)
+
+        self._feed = Feed(config, dataset, device, self.processes)
+        self.steps_per_epoch = self._feed.steps_per_epoch
+        seen = min(config.monitor.train_samples, len(dataset.train))
+        splits = {"train": dataset.train.tensors(seen)}
+        if dataset.validation is not None:
+            splits["validation"] = dataset.validation.tensors()
+        self._monitor = Monitor(config, splits, device)
+
+        self.epoch, self.step = 0, 0
+        self.best: dict[str, Any] | None = None
+        self._totals = torch.zeros(4, device=device, dtype=torch.float64)
+        self._seconds = 0.0
+
+    def run(self) -> bool:
+        """Train to the end, or until a SIGTERM. Returns whether the end was reached.
+
+        Raises:
+            TrainingDivergedError: if loss or gradient is not finite and the policy is to stop.
+        """
+        for listener in self.listeners:
+            listener.on_start(self.config.train.epochs, self.steps_per_epoch, self.epoch)
+        try:
+            with self._stop_on_sigterm():
+                while self.epoch < self.config.train.epochs:
+                    if not self._train_epoch():
+                        self._save_last()
+                        return False
+                    self._end_epoch()
+        finally:
+            for listener in self.listeners:
+                listener.on_end()
+        return True
+
+    def resume(self) -> bool:
+        """Go on from the last checkpoint, if there is one. Returns whether there was."""
+        if self.folder is None or not self.folder.last.is_file():
+            return False
+        saved = load_checkpoint(self.folder.last)
+        self.model.load_state_dict(saved["model"])
+        self._step.optimizer.load_state_dict(saved["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        if self._step.scaler is not None:
+            self._step.scaler.load_state_dict(saved["scaler"])
+        self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+        self._totals = saved["totals"].to(self.device)
+        self._seconds = saved["seconds"]
+        return True
+
+    def _train_epoch(self) -> bool:
+        """Take the remaining steps of the epoch. Returns whether it was finished."""
+        config, began = self.config, time.monotonic()
+        generator = torch.Generator(self.device)
+        saved_at = time.monotonic()
+        self._replica.train()
+        for batches in self._feed.batches(self.epoch, self.step):
+            where = (self.epoch, self.step, self.processes.rank)
+            torch.manual_seed(derived_seed(config.seed, "global", *where))
+            generator.manual_seed(derived_seed(config.seed, "attack", *where))
+            factor = lr_factor(
+                config.schedule, self.epoch + self.step / self.steps_per_epoch, config.train.epochs
+            )
+            for group in self._step.optimizer.param_groups:
+                group["lr"] = config.optimizer.lr * factor
+            weights = self._weights_now(factor)
+            value, norm = self._step(self._replica, batches, weights, generator)
+            self._account(value, norm)
+            if self.average is not None:
+                self.average.after_step(self.model, self.epoch)
+            for listener in self.listeners:
+                listener.on_step(self.epoch, self.step)
+            self.step += 1
+            look = self.step % _CHECK_EVERY == 0 or self.step == self.steps_per_epoch
+            if look:
+                self._check_finite()
+            if (look or self.processes.world == 1) and self._should_stop():
+                self._seconds += time.monotonic() - began
+                return False
+            if time.monotonic() - saved_at > 60 * config.train.checkpoint_minutes:
+                self._save_last()
+                saved_at = time.monotonic()
+        self._seconds += time.monotonic() - began
+        return True
+
+    def _end_epoch(self) -> None:
+        """Measure, record and save what the epoch made."""
+        config = self.config
+        if self.average is not None:
+            self.average.after_epoch(self.model, self.epoch)
+        row = self._row()
+        self.epoch, self.step = self.epoch + 1, 0
+        self._totals.zero_()
+        self._seconds = 0.0
+        measured: dict[str, Any] = {}
+        if config.monitor.every and (
+            self.epoch % config.monitor.every == 0 or self.epoch == config.train.epochs
+        ):
+            measured = self._measure()
+        row["monitor"] = measured.get("raw")
+        row["monitor_average"] = measured.get("average")
+        chosen = measured.get("average") or measured.get("raw")
+        row["is_best"] = bool(chosen and "validation" in chosen and self._is_best(score(chosen)))
+        if row["is_best"]:
+            assert chosen is not None
+            self.best = {"epoch": self.epoch, "score": score(chosen)}
+        if self.processes.is_first and self.folder is not None:
+            if row["is_best"]:
+                save_checkpoint(self.folder.best, self._weights_state())
+            self.folder.append_metrics(row)
+        self._save_last()
+        for listener in self.listeners:
+            listener.on_epoch(row)
+        self.processes.wait()
+
+    def _measure(self) -> dict[str, Any]:
+        """Figures of the raw and of the averaged weights."""
+        measured = {"raw": self._monitor(self.model)}
+        if self.average is not None and self.average.started:
+            if self.average.needs_refresh:
+                inputs = self._feed.refresh_inputs(self._step, self.average.model, self.epoch)
+                self.average.refresh(inputs)
+            measured["average"] = self._monitor(self.average.model)
+        return measured
+
+    def _weights_now(self, factor: float) -> WeightPerturbation | msam:
+        """The weight perturbation of this step."""
+        config = self.config.weights
+        if not isinstance(config, Perturbing):
+            return self._weights
+        done = self.epoch * self.steps_per_epoch + self.step
+        within = config.last_epoch is None or self.epoch < config.last_epoch
+        if self.epoch < config.warmup_epochs or not within or done % config.every:
+            return no_perturbation()
+        if config.radius_schedule == "constant":
+            return self._weights
+        return _with_radius(self._weights, factor)
+
+    def _account(self, value: Tensor, norm: Tensor) -> None:
+        """Add to the epoch's totals on the device: loss, norm, finite steps, first bad step."""
+        finite = torch.isfinite(norm)
+        totals, zero = self._totals, torch.zeros_like(norm)
+        totals[0] += torch.where(finite, value, zero)
+        totals[1] += torch.where(finite, norm, zero)
+        totals[2] += finite
+        totals[3] = torch.where(finite | (totals[3] > 0), totals[3], self.step + 1)
+
+    def _check_finite(self) -> None:
+        bad = int(self._totals[3])
+        if not bad or self._step.skip_nonfinite or self._step.scaler is not None:
+            return
+        last = self.folder.last if self.folder is not None and self.folder.last.is_file() else None
+        good = f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."
+        raise TrainingDivergedError(
+            f"Loss or gradient stopped being finite in epoch {self.epoch + 1}, step {bad} (batch "
+            f"{bad} of {self.steps_per_epoch}). {good} Lower optimizer.lr or the radius of the "
+            "weight perturbation, set optimizer.clip, or train.on_nonfinite: skip."
+        )
+
+    def _row(self) -> dict[str, Any]:
+        loss, norm, count, _ = self._totals.tolist()
+        return {
+            "epoch": self.epoch + 1,
+            "steps": (self.epoch + 1) * self.steps_per_epoch,
+            "lr": self._step.optimizer.param_groups[0]["lr"],
+            "train_loss": loss / count if count else None,
+            "gradient_norm": norm / count if count else None,
+            "skipped_steps": self.steps_per_epoch - int(count),
+            "seconds": self._seconds,
+        }
+
+    def _is_best(self, value: float) -> bool:
+        return self.best is None or value > self.best["score"]
+
+    def _weights_state(self) -> dict[str, Any]:
+        average = self.average
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "average_model": average.model.state_dict() if average and average.started else None,
+        }
+
+    def _save_last(self) -> None:
+        if self.folder is None or not self.processes.is_first:
+            return
+        scaler, average = self._step.scaler, self.average
+        save_checkpoint(
+            self.folder.last,
+            self._weights_state()
+            | {
+                "step": self.step,
+                "optimizer": self._step.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "average": None if average is None else average.state_dict(),
+                "best": self.best,
+                "totals": self._totals,
+                "seconds": self._seconds,
+            },
+        )
+
+    def _should_stop(self) -> bool:
+        return self.processes.any(self.stop_requested, self.device)
+
+    @contextmanager
+    def _stop_on_sigterm(self) -> Iterator[None]:
+        def request(signum: int, frame: FrameType | None) -> None:
+            self.stop_requested = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, request)
+        except ValueError:  # not in the main thread, where signals are somebody else's
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _with_radius(method: WeightPerturbation | msam, factor: float) -> WeightPerturbation | msam:
+    if isinstance(method, msam):
+        inner = _with_radius(method.inner, factor)
+        assert isinstance(inner, WeightPerturbation)
+        return replace(method, inner=inner)
+    return replace(method, ball=replace(method.ball, radius=method.ball.radius * factor))

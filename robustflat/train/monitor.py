@@ -1,0 +1,69 @@
+"""What is looked at between epochs; looking never changes the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.config import RunConfig
+from robustflat.config.perturbations import NoAttackConfig
+from robustflat.evaluate.accuracy import measure
+from robustflat.perturb import InputPerturbation, pgd
+from robustflat.train.randomness import derived_seed
+
+
+class Monitor:
+    """Clean and robust loss and accuracy on fixed images, in eval mode, at the centre weights.
+
+    Args:
+        config: of the run; the attack has its norm and eps and ``monitor.steps`` steps.
+        splits: images and labels of each split, ``[N, C, H, W]`` in [0, 1] and ``[N]``.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        splits: dict[str, tuple[Tensor, Tensor]],
+        device: torch.device,
+    ) -> None:
+        self._splits = splits
+        self._device = device
+        self._seed = config.seed
+        self._batch_size = config.evaluate.batch_size
+        self.attack = monitoring_attack(config, config.monitor.steps)
+
+    def __call__(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """Measure every split, always with the same random starts."""
+        return {name: self._measure(model, *split) for name, split in self._splits.items()}
+
+    def _measure(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in range(0, len(y), self._batch_size):
+                part = slice(rows, rows + self._batch_size)
+                yield x[part].to(self._device), y[part].to(self._device)
+
+        clean = measure(model, batches())
+        found = {"clean_accuracy": clean.accuracy, "clean_loss": clean.loss}
+        if self.attack is not None:
+            generator = torch.Generator(self._device)
+            generator.manual_seed(derived_seed(self._seed, "monitor"))
+            robust = measure(model, batches(), attack=self.attack, generator=generator)
+            found |= {"robust_accuracy": robust.accuracy, "robust_loss": robust.loss}
+        return found
+
+
+def monitoring_attack(config: RunConfig, steps: int) -> InputPerturbation | None:
+    """PGD with the norm and eps of the training attack; None if the run has none."""
+    if isinstance(config.attack, NoAttackConfig):
+        return None
+    return pgd(config.attack.norm, config.attack.eps, steps)
+
+
+def score(measured: dict[str, Any]) -> float:
+    """What the best checkpoint is chosen by: robust validation accuracy, or clean without one."""
+    validation = measured["validation"]
+    return float(validation.get("robust_accuracy", validation["clean_accuracy"]))

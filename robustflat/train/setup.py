@@ -1,0 +1,100 @@
+"""What a run is made of, built from its configuration: device, images, network, step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import robustflat.data as data
+from robustflat import models
+from robustflat.config import RunConfig
+from robustflat.config.perturbations import NoAttackConfig, Perturbing
+from robustflat.errors import UserError
+from robustflat.models.files import read_tensors
+from robustflat.train.optim import build_optimizer
+from robustflat.train.randomness import derived_seed
+from robustflat.train.step import TrainStep
+
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_data(config: RunConfig) -> data.Data:
+    """The images that a configuration names, split as it says.
+
+    Raises:
+        UserError: if they are missing, damaged or too few.
+    """
+    c = config.data
+    noise = None if c.label_noise is None else data.LabelNoise(**c.label_noise.model_dump())
+    return data.load(
+        c.name,
+        root=c.root,
+        download=c.download,
+        train_samples=c.train_samples,
+        test_samples=c.test_samples,
+        validation_samples=c.validation_samples,
+        seed=config.seed,
+        image_size=c.image_size,
+        cache=c.cache,
+        noise=noise,
+    )
+
+
+def build_model(config: RunConfig, dataset: data.Data, device: torch.device) -> nn.Module:
+    """The network of a run with its initial weights, which depend on the seed alone.
+
+    Raises:
+        UserError: if name, options or the file of initial weights cannot be used.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, "model"))
+        model = models.build(
+            config.model.name,
+            num_classes=len(dataset.classes),
+            in_channels=dataset.shape[0],
+            mean=dataset.mean,
+            std=dataset.std,
+            image_size=dataset.shape[1:],
+            **config.model.options,
+        )
+    if config.model.weights is not None:
+        models.load_state(model, read_tensors(config.model.weights))
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=layout)
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called ``name``; "auto" is this process's GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The device {name!r} cannot be used: {reason}. Try device: auto."
+        ) from None
+    return device
+
+
+def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> TrainStep:
+    """What every step of a run does to ``model``."""
+    objective, weights = config.objective.build(), config.weights
+    attack = None if isinstance(config.attack, NoAttackConfig) else config.attack.build(objective)
+    half = config.train.precision == "fp16"
+    return TrainStep(
+        attack=attack if objective.needs_attack else None,
+        objective=objective,
+        optimizer=build_optimizer(config.optimizer, model),
+        clip=config.optimizer.clip,
+        scaler=torch.amp.GradScaler(device.type) if half else None,
+        precision=_PRECISIONS[config.train.precision],
+        step_at=weights.step_at if isinstance(weights, Perturbing) else "centre",
+        reattack=weights.reattack if isinstance(weights, Perturbing) else "never",
+        skip_nonfinite=config.train.on_nonfinite == "skip",
+    )

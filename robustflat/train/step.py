@@ -1,0 +1,167 @@
+"""One training step: attack the inputs, climb and descend one closure, step the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from robustflat.objectives import Objective
+from robustflat.perturb import InputPerturbation, WeightPerturbation, msam
+
+Batch = tuple[Tensor, Tensor]
+Reattack = Literal["never", "ascent", "descent"]
+
+
+class Autocast(nn.Module):
+    """A model whose every forward pass is one autocast region of its own, with float32 logits.
+
+    One region a pass, because a region caches the low-precision copies of the weights and would
+    not see them move.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ``x``."""
+        if self.dtype is None:
+            logits: Tensor = self.model(x)
+            return logits
+        with torch.autocast(x.device.type, self.dtype):
+            logits = self.model(x)
+        return logits.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """What every step of a run does.
+
+    Args:
+        attack: inner maximisation over inputs, or None to train on the images as they are.
+        objective: the loss that is both climbed by the weight adversary and descended.
+        optimizer: any optimizer of the model's parameters.
+        clip: largest global L2 norm of the gradient, or None.
+        scaler: gradient scaler for float16.
+        precision: dtype of autocast, or None for float32.
+        step_at: "centre", or "perturbed" to let the optimizer step before the weights are restored.
+        reattack: "never" attacks once, at the centre; "ascent" anew before every ascent step but
+            the first; "descent" also before the descent.
+        skip_nonfinite: leave the weights alone where loss or gradient is not finite. Looking waits
+            for the device.
+    """
+
+    attack: InputPerturbation | None
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    clip: float | None = None
+    scaler: torch.amp.GradScaler | None = None
+    precision: torch.dtype | None = None
+    step_at: Literal["centre", "perturbed"] = "centre"
+    reattack: Reattack = "never"
+    skip_nonfinite: bool = False
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        weights: WeightPerturbation | msam,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take one step.
+
+        Args:
+            model: the network, or DistributedDataParallel around it, in train mode.
+            batches: ``(x, y)``; more than one only for n-SAM, the first is descended.
+            weights: inner maximisation over weights.
+            generator: source of the attack's and the weights' randomness, on the model's device.
+
+        Returns:
+            The loss at the perturbed weights and the global L2 norm of the gradient before
+            clipping, detached scalars on the device.
+        """
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        seen, attacked = Autocast(model, self.precision), Autocast(bare, self.precision)
+        adversarial = [self._attack(attacked, x, y, generator) for x, y in batches]
+
+        def loss(at: int = 0, rows: slice = slice(None)) -> Tensor:
+            x, y = batches[at]
+            return self.objective(seen, x[rows], adversarial[at][rows], y[rows])
+
+        norm: list[Tensor] = []
+
+        def finish() -> None:
+            norm.append(self._finish(bare))
+
+        if isinstance(weights, msam):
+            value = weights.backward(
+                lambda rows: loss(rows=rows),
+                model,
+                rows=len(batches[0][0]),
+                generator=generator,
+                scaler=self.scaler,
+            )
+        else:
+            closure = self._reattacking(loss, weights, batches[0], adversarial, attacked, generator)
+            early = finish if self.step_at == "perturbed" else None
+            value = weights.backward(
+                closure, model, generator=generator, scaler=self.scaler, step=early
+            )
+        if not norm:
+            finish()
+        return value, norm[0]
+
+    def _attack(
+        self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        if self.attack is None or not self.objective.needs_attack:
+            return x
+        return self.attack(model, x, y, generator=generator)
+
+    def _reattacking(
+        self,
+        loss: Callable[..., Tensor],
+        weights: WeightPerturbation,
+        batch: Batch,
+        adversarial: list[Tensor],
+        attacked: nn.Module,
+        generator: torch.Generator | None,
+    ) -> Callable[..., Tensor]:
+        """``loss``, attacking anew first wherever ``reattack`` says so."""
+        if self.reattack == "never":
+            return loss
+        ascents = 0 if weights.is_off else weights.ascent.steps
+        calls = 0
+
+        def closure() -> Tensor:
+            nonlocal calls
+            again = calls > 0 and (calls < ascents or self.reattack == "descent")
+            calls += 1
+            if again:
+                adversarial[0] = self._attack(attacked, *batch, generator)
+            return loss()
+
+        return closure
+
+    def _finish(self, model: nn.Module) -> Tensor:
+        """Clip and step; return the gradient's norm, which is not finite if the loss was not."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        if self.skip_nonfinite and not torch.isfinite(norm):
+            return norm
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return norm
