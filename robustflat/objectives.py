@@ -106,8 +106,12 @@ class trades:  # noqa: N801
         natural = F.cross_entropy(clean, y)
         if self.beta == 0:
             return natural
+        # Of logarithms: a clean probability that underflows to 0 would have a gradient of nan.
         divergence = F.kl_div(
-            F.log_softmax(model(x_adv), 1), F.softmax(clean, 1), reduction="batchmean"
+            F.log_softmax(model(x_adv), 1),
+            F.log_softmax(clean, 1),
+            reduction="batchmean",
+            log_target=True,
         )
         return natural + self.beta * divergence
 
@@ -143,11 +147,15 @@ class mart:  # noqa: N801
             )
         clean, attacked = model(x), model(x_adv)
         p_attacked = F.softmax(attacked, 1)
-        right = F.one_hot(y, p_attacked.shape[1]).bool()
-        strongest_wrong = p_attacked.masked_fill(right, 0).amax(1)
+        strongest_wrong = p_attacked.scatter(1, y[:, None], 0.0).amax(1)
         boosted = F.cross_entropy(attacked, y) - torch.log(1.0001 - strongest_wrong + 1e-12).mean()
         p_clean = F.softmax(clean, 1)
-        divergence = F.kl_div(torch.log(p_attacked + 1e-12), p_clean, reduction="none").sum(1)
+        divergence = F.kl_div(
+            torch.log(p_attacked + 1e-12),
+            F.log_softmax(clean, 1),
+            reduction="none",
+            log_target=True,
+        ).sum(1)
         doubt = 1.0000001 - p_clean.gather(1, y[:, None]).squeeze(1)
         return boosted + self.beta * (divergence * doubt).mean()
 

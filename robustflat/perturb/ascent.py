@@ -67,6 +67,20 @@ class Ascent:
         return self.start == "zero" and self.direction == "steepest" and reach <= 1 + 1e-9
 
 
+def check_projection(ball: Ball, ascent: Ascent) -> None:
+    """Refuse an ascent that may leave a ball onto which nothing can be projected.
+
+    Raises:
+        ValueError: if so.
+    """
+    if ball.norm not in (1, 2, math.inf) and ball.radius > 0 and not ascent.stays_inside:
+        raise ValueError(
+            f"This ascent can leave its ball of norm p = {ball.norm}, and projection onto an lp "
+            "ball has no closed form except for p = 1, 2 and inf. Use one of these, or steps from "
+            "start='zero' whose sizes add up to at most one radius."
+        )
+
+
 def maximise(
     value_and_grad: ValueAndGrad,
     ball: Ball,
@@ -96,7 +110,8 @@ def maximise(
     feasible = _feasible_set(ball, constrain, ascent.stays_inside and initial is None)
     if initial is None:
         u = _start(ascent.start, ball, like, generator)
-        u = u if ascent.start == "zero" or constrain is None else constrain(u)
+        # TRADES' normal start is neither projected nor clipped before the first step.
+        u = u if ascent.start in ("zero", "normal") or constrain is None else constrain(u)
     else:
         u = feasible([t.detach().clone() for t in initial])
     best = _Best() if ascent.keep == "best" else None
@@ -144,7 +159,7 @@ class _Best:
         if self.value is None:
             self.value, self.u = value.clone(), [t.clone() for t in u]
             return
-        better = value > self.value
+        better = (value > self.value) | self.value.isnan()
         self.value = torch.where(better, value, self.value)
         self.u = [
             torch.where(better.view(better.shape + (1,) * (t.ndim - better.ndim)), t, kept)

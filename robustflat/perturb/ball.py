@@ -161,10 +161,13 @@ class Ball:
         """Project rows ``[G, D]`` onto the l1 ball by soft thresholding (Duchi et al. 2008)."""
         ordered = rows.abs().sort(dim=1, descending=True).values
         counts = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype)
-        # The threshold is the largest of these ratios; it is negative inside the ball.
-        thresholds = (ordered.cumsum(1) - self.radius) / counts
-        threshold = thresholds.amax(dim=1, keepdim=True).clamp_min(0)
-        return torch.copysign((rows.abs() - threshold).clamp_min(0), rows)
+        # The threshold is the largest of these ratios, here relative to the largest entry: a
+        # radius far below that entry would be lost to rounding.
+        top = ordered[:, :1]
+        thresholds = ((ordered - top).cumsum(1) - self.radius) / counts
+        threshold = thresholds.amax(dim=1, keepdim=True)
+        shrunk = torch.copysign((rows.abs() - top - threshold).clamp_min(0), rows)
+        return torch.where(top + threshold > 0, shrunk, rows)
 
 
 def _row_norm(t: Tensor, p: float) -> Tensor:
@@ -189,6 +192,7 @@ def _generalised_normal(like: Tensor, p: float, generator: torch.Generator | Non
         return torch.empty_like(like).normal_(generator=generator)
     if p == math.inf:
         return torch.empty_like(like).uniform_(-1, 1, generator=generator)
-    shape = torch.full_like(like, 1 / p)
+    # Gamma variates are not drawn in half precision.
+    shape = torch.full_like(like, 1 / p, dtype=torch.promote_types(like.dtype, torch.float32))
     magnitude = torch._standard_gamma(shape, generator=generator) ** (1 / p)
-    return torch.copysign(magnitude, _uniform(like, generator) - 0.5)
+    return torch.copysign(magnitude, _uniform(like, generator) - 0.5).to(like.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +12,53 @@ Move = Callable[[list[Tensor]], None]
 
 
 @contextmanager
-def kept(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def kept(tensors: Iterable[Tensor], *, on_error_only: bool = False) -> Iterator[list[Tensor]]:
     """Copy ``tensors`` and, on exit, whatever happened inside, copy their values back.
+
+    Args:
+        tensors: what to keep.
+        on_error_only: on a normal exit, leave them as they then are.
 
     Yields:
         The copies: the values at entry. Do not change them.
     """
     tensors = list(tensors)
     saved = [t.detach().clone() for t in tensors]
+    failed = True
     try:
         yield saved
+        failed = False
     finally:
+        if failed or not on_error_only:
+            try:
+                _write(tensors, saved)
+            except BaseException:
+                # An interrupt can land in the restoring itself: finish it, then let it through.
+                _write(tensors, saved)
+                raise
+
+
+@contextmanager
+def buffers_kept(model: nn.Module, *, on_error_only: bool = False) -> Iterator[None]:
+    """Keep every buffer of ``model``, such as BatchNorm's running statistics and counters.
+
+    A buffer that a forward pass assigns anew, rather than changes in place, is put back too.
+    """
+    places = [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    failed = True
+    with kept([buffer for *_, buffer in places], on_error_only=on_error_only):
         try:
-            _write(tensors, saved)
-        except BaseException:
-            # An interrupt can land in the restoring itself: finish it before letting it through.
-            _write(tensors, saved)
-            raise
-
-
-def buffers_kept(model: nn.Module) -> AbstractContextManager[list[Tensor]]:
-    """Keep every buffer of ``model``, such as BatchNorm's running statistics and counters."""
-    return kept(model.buffers())
+            yield
+            failed = False
+        finally:
+            if failed or not on_error_only:
+                for buffers, name, buffer in places:
+                    buffers[name] = buffer
 
 
 @contextmanager
@@ -62,10 +87,10 @@ def displaced(parameters: Iterable[Tensor], *, carry: bool = False) -> Iterator[
 
         yield move
         if carry and last:
-            # The result becomes the centre that `kept` writes back.
-            _write(centre, parameters)
+            # The result becomes the centre that `kept` writes back; in one assignment, so that
+            # a failure before it leaves the old centre.
             with torch.no_grad():
-                torch._foreach_sub_(centre, last)
+                centre[:] = torch._foreach_sub(parameters, last)
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustflat.perturb.ascent import Ascent, Keep, Start, maximise
+from robustflat.perturb.ascent import Ascent, Keep, Start, check_projection, maximise
 from robustflat.perturb.ball import Ball, parse_norm
+from robustflat.perturb.displace import buffers_kept
 from robustflat.perturb.modes import MODES, Mode, attack_mode
 
 LossName = Literal["ce", "kl", "margin", "dlr"]
@@ -95,6 +96,12 @@ class InputPerturbation:
             raise ValueError(f"An attack's mode must be one of {MODES}, got {self.mode!r}.")
         if self.restarts < 1:
             raise ValueError(f"An attack needs restarts >= 1, got {self.restarts}.")
+        if self.loss == "kl" and self.ascent.start == "zero" and self.ball.radius > 0:
+            raise ValueError(
+                "An attack cannot climb loss='kl' from start='zero': the divergence from the clean "
+                "output has no gradient at the image itself. Use start='normal' or 'uniform'."
+            )
+        check_projection(self.ball, self.ascent)
         if self.restarts > 1 and self.ascent.start == "zero":
             raise ValueError(
                 f"{self.restarts} restarts from start='zero' would all be the same attack. Use "
@@ -126,7 +133,7 @@ class InputPerturbation:
         x = x.detach()
         if self.ball.radius == 0:
             return x.clone()
-        with attack_mode(model, self.mode):
+        with attack_mode(model, self.mode), buffers_kept(model):
             target = y
             if self.loss == "kl":
                 with torch.no_grad():
@@ -159,6 +166,11 @@ class InputPerturbation:
                 # The sum, so that a row's gradient does not depend on the batch around it; with
                 # respect to the input alone, so that no weight gradient is computed.
                 (gradient,) = torch.autograd.grad(losses.sum(), moved)
+            if self.ball.norm == 1 and self.box is not None:
+                # An l1 step is spent on the largest entry: not on a pixel that cannot follow it.
+                low, high = self.box
+                stuck = (moved <= low) & (gradient < 0) | (moved >= high) & (gradient > 0)
+                gradient = gradient.masked_fill(stuck, 0)
             return losses.detach(), [gradient]
 
         def into_box(u: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from robustflat.perturb.ascent import Ascent, maximise
+from robustflat.perturb.ascent import Ascent, check_projection, maximise
 from robustflat.perturb.ball import Ball
 from robustflat.perturb.displace import Move, buffers_kept, displaced
 from robustflat.perturb.scales import Scale, check_selection, one, select
@@ -69,6 +69,7 @@ class WeightPerturbation:
                 f"{self.name} climbs the mean loss of `batches` batches and needs at least 1, "
                 f"got {self.batches}."
             )
+        check_projection(self.ball, self.ascent)
         visits_centre = self.ascent.steps > 0 and self.ascent.start == "zero"
         if self.ball.radius > 0 and not visits_centre:
             if self.statistics != "perturbed":
@@ -168,8 +169,11 @@ class WeightPerturbation:
         if self.is_off:
             yield []
             return
-        chosen = select(model, self.parameters)
-        with displaced(chosen.values(), carry=carry) as move:
+        chosen = select(_bare(model), self.parameters)
+        with (
+            buffers_kept(model, on_error_only=True),
+            displaced(chosen.values(), carry=carry) as move,
+        ):
             centre = self._climb(loss, model, chosen, move, generator, scaler)
             with buffers_kept(model) if self.statistics == "centre" else nullcontext():
                 yield centre
@@ -191,6 +195,8 @@ class WeightPerturbation:
         weights = [_precise(p.detach()) for p in parameters]
         scale = self.scale(list(chosen), weights)
         centre: list[Tensor] = []
+        # Zeros, or nan where a gradient overflowed: the sign of an infinite number hides it.
+        overflow: list[Tensor] = []
         fresh = self.ascent.start == "zero"
 
         def value_and_grad(u: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -200,11 +206,15 @@ class WeightPerturbation:
                 move(_times(u, scale))
             updates = at_centre and self.statistics != "perturbed"
             value, gradient = self._gradient(loss, model, parameters, scaler, updates)
+            if scaler is not None:
+                overflow.extend(g.sum() * 0 for g in gradient)
             if at_centre and self.combine is not None:
                 centre.extend(gradient)
             return value, _times(gradient, scale)
 
         u = maximise(value_and_grad, self.ball, self.ascent, weights, generator)
+        if overflow:
+            u = list(torch._foreach_add(u, [torch.stack(overflow).sum()] * len(u)))
         move(_times(u, scale))
         return centre
 
@@ -239,7 +249,8 @@ class WeightPerturbation:
             ]
             values.append(value.detach())
             if total:
-                torch._foreach_add_(total, gradient)
+                # Not in place: autograd may return one tensor for two parameters.
+                total = list(torch._foreach_add(total, gradient))
             else:
                 total = [_precise(g) for g in gradient]
         factor = values[0].new_tensor(float(len(values))) if len(values) > 1 else None
@@ -254,16 +265,23 @@ class WeightPerturbation:
         self, model: nn.Module, centre: list[Tensor], scaler: torch.amp.GradScaler | None
     ) -> None:
         assert self.combine is not None
-        chosen = list(select(model, self.parameters).values())
+        pairs = [
+            (p, g)
+            for p, g in zip(select(_bare(model), self.parameters).values(), centre, strict=True)
+            if p.grad is not None  # a zero gradient would let weight decay move it
+        ]
+        chosen, centre = [p for p, _ in pairs], [g for _, g in pairs]
         if scaler is not None:
             unit = scaler.scale(torch.ones((), device=centre[0].device))
             centre = list(torch._foreach_mul(centre, unit))
-        perturbed = [
-            torch.zeros_like(g) if p.grad is None else _precise(p.grad)
-            for p, g in zip(chosen, centre, strict=True)
-        ]
+        perturbed = [_precise(p.grad) for p in chosen if p.grad is not None]
         for parameter, gradient in zip(chosen, self.combine(centre, perturbed), strict=True):
             parameter.grad = gradient.to(parameter.dtype)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model itself, whose parameters' names have no wrapper's prefix."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _precise(t: Tensor) -> Tensor:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from robustflat import flatness
 
 
 class ProgressBar:
@@ -60,3 +69,41 @@ class ProgressBar:
     def on_end(self) -> None:
         """Close the bar."""
         self._progress.stop()
+
+
+class Counter:
+    """A bar for work whose parts are counted: the batches of attacks, the passes of measures.
+
+    Args:
+        console: where to write.
+        name: of the run.
+    """
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._name = name
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Counter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def on_attack(self, attack: str, done: int, total: int, standing: int) -> None:
+        """An attack finished ``done`` of ``total`` batches; ``standing`` examples withstand."""
+        self._update(attack, done, total, f"{self._name}  {attack}: {standing} standing")
+
+    def on_measure(self, progress: flatness.Progress) -> None:
+        """A flatness measurement has come so far."""
+        text = f"{self._name}  {progress.measure}"
+        self._update("measures", progress.done, progress.total, text)
+
+    def _update(self, key: str, done: float, total: float, text: str) -> None:
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(text, total=total)
+        self._progress.update(self._tasks[key], completed=done, total=total, description=text)

@@ -63,8 +63,8 @@ class RunFolder:
             )
         return read_config(self.config_file)
 
-    def prepare(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder for ``config``, or check that the present one can be gone on with.
+    def check(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+        """See whether ``config`` can be run here; changes nothing.
 
         Raises:
             UserError: if the folder is in use and neither ``resume`` nor ``overwrite`` is given,
@@ -77,14 +77,30 @@ class RunFolder:
             raise UserError(
                 f"{self.root} is a file, and a run needs a folder. Choose another name."
             )
-        if self.root.is_dir() and any(self.root.iterdir()):
-            if not overwrite:
-                raise UserError(
-                    f"The run folder {self.root} already exists. Go on with it with --resume, "
-                    "replace it with --overwrite, or choose another name."
-                )
-            self._clear()
+        if not self.root.is_dir() or not any(self.root.iterdir()):
+            return
+        if not overwrite:
+            raise UserError(
+                f"The run folder {self.root} already exists. Go on with it with --resume, replace "
+                "it with --overwrite, or choose another name."
+            )
+        if not self.config_file.is_file():
+            raise UserError(
+                f"{self.root} is not the folder of a run (it has no config.yaml), so --overwrite "
+                "leaves it alone. Choose another name or empty it yourself."
+            )
+
+    def prepare(self, config: RunConfig, *, resume: bool) -> None:
+        """Make the folder ready, after :meth:`check`; unless ``resume``, clear an earlier run.
+
+        Raises:
+            UserError: if the folder cannot be written.
+        """
+        if resume and self.config_file.is_file():
+            return
         try:
+            if self.root.is_dir():
+                self._clear()
             self.last.parent.mkdir(parents=True, exist_ok=True)
             write_config(config, self.config_file)
         except OSError as error:
@@ -127,11 +143,6 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what runs write, and nothing else."""
-        if not self.config_file.is_file():
-            raise UserError(
-                f"{self.root} is not the folder of a run (it has no config.yaml), so --overwrite "
-                "leaves it alone. Choose another name or empty it yourself."
-            )
         for path in self.root.iterdir():
             if path.is_dir() and path.name in ("checkpoints", "tensorboard", "outcomes"):
                 shutil.rmtree(path)

@@ -1,0 +1,267 @@
+"""The command line: reads arguments, calls the library, prints; every mistake is one sentence."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from robustflat.errors import UserError
+
+# The library is imported inside the commands: torch takes seconds, and --help should not.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train image classifiers that withstand adversarial inputs, and show why they do.",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML configuration, as in configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key.path=value, such as train.epochs=10 or attack.eps=4/255."),
+]
+Runs = Annotated[list[Path], typer.Argument(help="Folders that `robustflat train` wrote.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Weights = Annotated[str, typer.Option(help="raw, average, or auto: the average if there is one.")]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run of this name.")] = False,
+) -> None:
+    """Train a run. With several GPUs or hosts: torchrun -m robustflat train ..."""
+    from rich.console import Console
+
+    from robustflat.config import read_config
+    from robustflat.report.progress import ProgressBar
+    from robustflat.report.tensorboard import TensorBoard
+    from robustflat.train import train as train_run
+    from robustflat.train.folder import RunFolder
+    from robustflat.train.loop import Listener
+
+    settings = read_config(config, overrides or [])
+
+    def listeners(folder: RunFolder) -> list[Listener]:
+        told: list[Listener] = [ProgressBar(Console(), settings.name)]
+        if settings.train.tensorboard:
+            told.append(TensorBoard(folder.tensorboard))
+        return told
+
+    folder, finished = train_run(settings, resume=resume, overwrite=overwrite, listeners=listeners)
+    if finished:
+        typer.echo(f"{folder.root}: trained. Next: robustflat evaluate {folder.root}")
+    else:
+        typer.echo(f"{folder.root}: stopped and saved. Go on with --resume.")
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check a configuration, its data and its model, without training."""
+    from robustflat.config import read_config
+    from robustflat.runs.description import describe
+
+    for line in describe(read_config(config, overrides or [])):
+        typer.echo(line)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str | None, typer.Argument(help="A kind, such as weights or data.")] = None,
+) -> None:
+    """List what a configuration can name."""
+    from robustflat.runs.description import catalogue
+
+    kinds = catalogue()
+    if what is not None and what not in kinds:
+        raise UserError(f"There is no kind {what!r} to list. Kinds: {', '.join(kinds)}.")
+    for kind in [what] if what else list(kinds):
+        typer.echo(f"{kind}:")
+        for name, summary in kinds[kind].items():
+            typer.echo(f"  {name:<18} {summary}".rstrip())
+
+
+@app.command()
+def evaluate(
+    runs: Runs,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="autoattack, autoattack:fast, pgd-20, pgd-50-10, torchattacks:CW, ..."),
+    ] = None,
+    checkpoint: Annotated[str, typer.Option(help="best, last or both.")] = "best",
+    weights: Weights = "auto",
+    samples: Annotated[
+        int | None, typer.Option(help="A fixed class-balanced subset of the test images.")
+    ] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: attack every n-th image only.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2 or l1; the run's if left out.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Radius, such as 8/255; the run's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Attack runs on their test images and measure the robust-generalization gap."""
+    from rich.console import Console
+
+    from robustflat.report.progress import Counter
+    from robustflat.report.tables import evaluation_table
+    from robustflat.runs.evaluation import evaluate_run
+    from robustflat.runs.restore import Run
+
+    names = _checkpoints(checkpoint)
+    console = Console()
+    for root in runs:
+        run = Run(root, device)
+        with Counter(console, run.name) as counter:
+            report = evaluate_run(
+                run,
+                attack,
+                checkpoints=names,
+                weights=_weights(weights),
+                samples=samples,
+                seed=seed,
+                shard=shard,
+                norm=norm,
+                eps=_number("--eps", eps),
+                on_progress=counter.on_attack,
+            )
+        for name, entry in report["checkpoints"].items():
+            if entry["test"] is None:
+                continue
+            title = f"{run.name}: {name} checkpoint (epoch {entry['epoch']}, {entry['weights']})"
+            console.print(evaluation_table({"title": title, "result": entry["test"]}))
+            for warning in entry["test"]["warnings"]:
+                console.print(f"note: {warning}", style="yellow", markup=False)
+        typer.echo(f"written: {run.folder.evaluation}")
+
+
+@app.command()
+def flatness(
+    runs: Runs,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="See `robustflat list measures`.")
+    ] = None,
+    checkpoint: Annotated[str, typer.Option(help="last or best.")] = "last",
+    weights: Weights = "auto",
+    samples: Annotated[int | None, typer.Option(help="Training images to measure on.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="name=value, such as radius=0.01 or ball=adaptive.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure how flat the loss is around the weights of runs."""
+    from rich.console import Console
+
+    from robustflat.report.progress import Counter
+    from robustflat.runs.flatness import measure_run
+    from robustflat.runs.restore import Run
+
+    (name,) = _checkpoints(checkpoint, both=False)
+    console = Console()
+    for root in runs:
+        run = Run(root, device)
+        with Counter(console, run.name) as counter:
+            report = measure_run(
+                run,
+                measure,
+                checkpoint=name,
+                weights=_weights(weights),
+                samples=samples,
+                options=_options(option),
+                on_progress=counter.on_measure,
+            )
+        for key, figure in report["measures"].items():
+            error = figure["standard_error"]
+            spread = "" if error is None else f" +- {error:.2g}"
+            value = "not finite" if figure["value"] is None else f"{figure['value']:.4g}"
+            typer.echo(f"{run.name}  {key:<24} {value}{spread}")
+        typer.echo(f"written: {run.folder.flatness}")
+
+
+@app.command()
+def compare(
+    runs: Runs,
+    json: Annotated[Path | None, typer.Option(help="Also write the rows as JSON.")] = None,
+) -> None:
+    """Print evaluated runs side by side."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from robustflat.report.tables import comparison_table
+    from robustflat.runs.comparison import compare as compare_runs
+    from robustflat.train.folder import RunFolder, write_json
+
+    rows = compare_runs([RunFolder(root) for root in runs])
+    # Wide enough for every column when the output is no terminal.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(comparison_table(rows))
+    if json is not None:
+        write_json(json, [asdict(row) for row in rows])
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is printed without a traceback and exits with 2."""
+    from robustflat.train.loop import TrainingDivergedError
+
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except TrainingDivergedError as error:
+        typer.echo(f"Stopped: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. What was saved is whole; go on with --resume.", err=True)
+        sys.exit(130)
+
+
+def _checkpoints(name: str, both: bool = True) -> Any:
+    valid = {"best": ("best",), "last": ("last",)} | ({"both": ("best", "last")} if both else {})
+    if name not in valid:
+        raise UserError(f"--checkpoint must be one of {', '.join(valid)}, got {name!r}.")
+    return valid[name]
+
+
+def _weights(name: str) -> Any:
+    if name not in ("auto", "raw", "average"):
+        raise UserError(f"--weights must be auto, raw or average, got {name!r}.")
+    return name
+
+
+def _number(option: str, text: str | None) -> float | None:
+    from robustflat.config.values import read_number
+
+    try:
+        return None if text is None else float(read_number(text))
+    except ValueError as error:
+        raise UserError(f"{option} {error}, got {text!r}.") from None
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    from robustflat.config.values import read_number
+
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"--option must be name=value, got {pair!r}.")
+        try:
+            value: Any = int(text)
+        except ValueError:
+            try:
+                value = read_number(text)
+            except ValueError:
+                value = {"true": True, "false": False}.get(text.lower(), text)
+        found[name] = value
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Data sets as splits of uint8 images, their augmentation, and the batches of an epoch."""
+
+from __future__ import annotations
+
+from robustflat.data.augment import Augment
+from robustflat.data.batches import Extra, batch_count, batches
+from robustflat.data.extra import load_extra
+from robustflat.data.images import FileImages, Images, MemoryImages
+from robustflat.data.load import NAMES, Data, load, statistics
+from robustflat.data.mix import cutmix, mixup
+from robustflat.data.noise import LabelNoise
+from robustflat.data.seeding import generator_for
+from robustflat.data.split import balanced, proportional
+
+__all__ = [
+    "NAMES",
+    "Augment",
+    "Data",
+    "Extra",
+    "FileImages",
+    "Images",
+    "LabelNoise",
+    "MemoryImages",
+    "balanced",
+    "batch_count",
+    "batches",
+    "cutmix",
+    "generator_for",
+    "load",
+    "load_extra",
+    "mixup",
+    "proportional",
+    "statistics",
+]

@@ -1,0 +1,314 @@
+"""Owns what a split of a data set is: labelled uint8 images, in memory or decoded on demand."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from robustflat.data.split import proportional
+from robustflat.errors import UserError
+
+
+class Images(ABC):
+    """Labelled images of one size. Never changed in place: every method returns a new object.
+
+    Attributes:
+        labels: int64, [N].
+        shape: Channels, height, width.
+        streamed: Whether `fetch` decodes files, so that fetching ahead in a thread pays.
+    """
+
+    labels: Tensor
+    shape: tuple[int, int, int]
+    streamed: bool
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def fetch(self, indices: Tensor) -> Tensor:
+        """Images by position.
+
+        Args:
+            indices: int64, [B].
+
+        Returns:
+            uint8, [B, C, H, W].
+        """
+
+    @abstractmethod
+    def subset(self, indices: Tensor) -> Images:
+        """The images at some positions, in that order.
+
+        Args:
+            indices: int64, [M].
+
+        Returns:
+            M images.
+        """
+
+    @abstractmethod
+    def relabelled(self, labels: Tensor) -> Images:
+        """The same images with other labels.
+
+        Args:
+            labels: int64, [N].
+
+        Returns:
+            N images.
+        """
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Images:
+        """The images where they are fetched fastest for a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            In-memory images move there; streamed ones stay with the host.
+        """
+
+    def tensors(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """All images, or a fixed choice of them in which classes keep their shares.
+
+        Args:
+            limit: How many; None for all. The same limit always gives the same images.
+
+        Returns:
+            float32 [M, C, H, W] in [0, 1], and int64 [M].
+        """
+        if limit is None or limit == len(self):
+            indices = torch.arange(len(self), device=self.labels.device)
+        else:
+            # Sorted files would make "the first `limit`" one single class.
+            indices = proportional(self.labels.cpu(), limit, seed=0).to(self.labels.device)
+        return to_float(self.fetch(indices)), self.labels[indices]
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [0, 1].
+
+    Args:
+        pixels: uint8, any shape.
+
+    Returns:
+        float32, the same shape; exactly `pixels / 255`.
+    """
+    return pixels.to(torch.float32).div_(255)
+
+
+def checked_labels(labels: Tensor, count: int) -> Tensor:
+    """Labels as int64 [N].
+
+    Args:
+        labels: Whole numbers, one per image.
+        count: How many images there are.
+
+    Returns:
+        int64, [N].
+
+    Raises:
+        UserError: If the number, the type or the values cannot be labels.
+    """
+    if labels.ndim != 1 or len(labels) != count:
+        raise UserError(
+            f"Each image needs one label: got {count} images and labels of shape "
+            f"{list(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise UserError(f"Labels must be whole numbers, got {labels.dtype}.")
+    labels = labels.to(torch.int64)
+    if labels.device.type != "meta" and count and int(labels.min()) < 0:
+        raise UserError(f"Labels count from 0, got {int(labels.min())}.")
+    return labels
+
+
+class MemoryImages(Images):
+    """Images held as one uint8 tensor.
+
+    Args:
+        pixels: uint8, [N, C, H, W].
+        labels: Whole numbers, [N].
+
+    Raises:
+        UserError: If the types or shapes are others.
+    """
+
+    streamed = False
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            raise UserError(
+                "Images must be uint8 of shape [N, C, H, W] with values 0 to 255, got "
+                f"{pixels.dtype} of shape {list(pixels.shape)}."
+            )
+        self.pixels = pixels
+        self.labels = checked_labels(labels, len(pixels)).to(pixels.device)
+        self.shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        """Images by position; see `Images.fetch`."""
+        return self.pixels[indices.to(self.pixels.device)].contiguous()
+
+    def subset(self, indices: Tensor) -> MemoryImages:
+        """The images at some positions; see `Images.subset`."""
+        return MemoryImages(self.fetch(indices), self.labels[indices.to(self.labels.device)])
+
+    def relabelled(self, labels: Tensor) -> MemoryImages:
+        """The same images with other labels; see `Images.relabelled`."""
+        return MemoryImages(self.pixels, labels)
+
+    def to(self, device: torch.device | str) -> MemoryImages:
+        """The images on a device; see `Images.to`."""
+        return MemoryImages(self.pixels.to(device), self.labels.to(device))
+
+
+class FileImages(Images):
+    """Image files, decoded to RGB when they are fetched.
+
+    Args:
+        paths: The files.
+        labels: Whole numbers, [N].
+        image_size: If given, the shorter side is resized to it (bilinear, antialiased) and the
+            centre square cut out. If not, all files must have the size of the first.
+        workers: Threads that decode.
+
+    Raises:
+        UserError: If there is no file, or the first cannot be read, or there are no workers.
+    """
+
+    streamed = True
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Tensor,
+        image_size: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        if not paths:
+            raise UserError("There are no image files to read.")
+        self.paths = list(paths)
+        self.labels = checked_labels(labels, len(paths))
+        self.image_size = image_size
+        if workers is not None and workers < 1:
+            raise UserError(f"data.workers must be at least 1, got {workers}.")
+        self.workers = workers or min(8, os.cpu_count() or 1)
+        side = image_size
+        if side is None:
+            with _opened(self.paths[0]) as image:
+                (width, height) = image.size
+            self.shape = (3, height, width)
+        else:
+            self.shape = (3, side, side)
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        """Images by position, decoded by the threads; see `Images.fetch`."""
+        chosen = [self.paths[i] for i in indices.tolist()]
+        out = torch.empty((len(chosen), *self.shape), dtype=torch.uint8)
+
+        def decode(position: int) -> None:
+            out[position] = self._decode(chosen[position])
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            for _ in pool.map(decode, range(len(chosen))):
+                pass
+        return out
+
+    def subset(self, indices: Tensor) -> FileImages:
+        """The files at some positions; see `Images.subset`."""
+        paths = [self.paths[i] for i in indices.tolist()]
+        # The shape stays the parent's, so that all splits agree on what the right size is.
+        return self._with(paths, self.labels[indices])
+
+    def relabelled(self, labels: Tensor) -> FileImages:
+        """The same files with other labels; see `Images.relabelled`."""
+        return self._with(self.paths, checked_labels(labels, len(self)))
+
+    def to(self, device: torch.device | str) -> FileImages:
+        """Itself: files stay with the host; see `Images.to`."""
+        return self
+
+    def decoded(self) -> MemoryImages:
+        """All images, decoded into memory.
+
+        Returns:
+            The images.
+
+        Raises:
+            UserError: If they need more than the machine's memory, or a file is unreadable.
+        """
+        needed = len(self) * self.shape[0] * self.shape[1] * self.shape[2]
+        available = _physical_memory()
+        if available is not None and needed > available:
+            raise UserError(
+                f"Decoding {len(self)} images of {self.shape[1]}x{self.shape[2]} needs "
+                f"{needed / 2**30:.1f} GiB, the machine has {available / 2**30:.1f}. Set "
+                "data.cache: false to decode them as they are needed, or a smaller "
+                "data.image_size."
+            )
+        return MemoryImages(self.fetch(torch.arange(len(self))), self.labels)
+
+    def _with(self, paths: list[Path], labels: Tensor) -> FileImages:
+        """A copy with other files and labels, without reading anything."""
+        new = object.__new__(FileImages)
+        new.paths, new.labels, new.shape = paths, labels, self.shape
+        new.image_size, new.workers = self.image_size, self.workers
+        return new
+
+    def _decode(self, path: Path) -> Tensor:
+        """One file as uint8 [3, H, W]."""
+        with _opened(path) as image:
+            rgb = image.convert("RGB")
+        if self.image_size is not None:
+            rgb = _resized(rgb, self.image_size)
+        (height, width) = self.shape[1:]
+        if rgb.size != (width, height):
+            raise UserError(
+                f"{path} is {rgb.size[1]}x{rgb.size[0]} (height x width) where the data set is "
+                f"{height}x{width}. Set data.image_size to bring all images to one size."
+            )
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, fully read; whatever is wrong with it is said in one sentence."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except Exception as error:
+        raise UserError(
+            f"The image {path} could not be read ({type(error).__name__}: {error}). Repair or "
+            "remove the file."
+        ) from error
+    with image:
+        yield image
+
+
+def _resized(image: Image.Image, side: int) -> Image.Image:
+    """The shorter side brought to `side`, then the centre square."""
+    (width, height) = image.size
+    scale = side / min(width, height)
+    (new_width, new_height) = (max(side, round(width * scale)), max(side, round(height * scale)))
+    image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    (left, top) = ((new_width - side) // 2, (new_height - side) // 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _physical_memory() -> int | None:
+    """Bytes of memory in the machine, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -1,0 +1,21 @@
+"""Models that take images in [0, 1], made by name, and the loading of weights from elsewhere."""
+
+from __future__ import annotations
+
+from robustflat.models.build import MODELS, build
+from robustflat.models.normalized import Normalize, Normalized
+from robustflat.models.resnet import preact_resnet18, wide_resnet
+from robustflat.models.small import mlp, small_cnn
+from robustflat.models.state import load_state
+
+__all__ = [
+    "MODELS",
+    "Normalize",
+    "Normalized",
+    "build",
+    "load_state",
+    "mlp",
+    "preact_resnet18",
+    "small_cnn",
+    "wide_resnet",
+]

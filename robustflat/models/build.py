@@ -1,0 +1,184 @@
+"""Owns the making of a model from its name: the built-in ones, timm's, and any factory's."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from robustflat.errors import UserError
+from robustflat.models.normalized import Normalized
+from robustflat.models.resnet import preact_resnet18, wide_resnet
+from robustflat.models.small import mlp, small_cnn
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": small_cnn,
+    "mlp": mlp,
+    "preact_resnet18": preact_resnet18,
+    "wide_resnet": wide_resnet,
+}
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: tuple[int, int] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Make a model that takes images in [0, 1].
+
+    Weights are initialised from torch's global generator: seed it first.
+
+    Args:
+        name: A key of `MODELS`; `timm:NAME`; or `package.module:factory`, looked up with the
+            current directory importable.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+        mean: Mean per channel in [0, 1] units, for the normalisation.
+        std: Standard deviation per channel, likewise.
+        image_size: Height and width of the images, for the models that depend on them (`mlp`).
+        **options: The model's own options. A factory's `normalize` (default false) says whether
+            its result is put behind a normalisation; everything else is passed on. With timm's
+            `pretrained: true` the pretrained network's own mean and std are used.
+
+    Returns:
+        The model. Built-in and timm models are `Normalized`.
+
+    Raises:
+        UserError: If the name or an option is unknown, or the model cannot be made.
+    """
+    if num_classes < 2:
+        raise UserError(f"A classifier needs at least 2 classes, got {num_classes}.")
+    if len(mean) != in_channels:
+        raise UserError(
+            f"The normalisation has {len(mean)} channels but the images have {in_channels}."
+        )
+    offered: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    if image_size is not None:
+        offered["image_size"] = image_size
+    if name.startswith("timm:"):
+        return _timm(name.removeprefix("timm:"), num_classes, in_channels, mean, std, options)
+    if ":" in name:
+        normalize = options.pop("normalize", False)
+        net = _call(name, _factory(name), offered, options)
+        return Normalized(net, mean, std) if normalize else net
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
+        raise UserError(
+            f"Unknown model {name!r}. Did you mean {' or '.join(near)}? Models of timm are written "
+            "timm:NAME, your own package.module:factory."
+        )
+    return Normalized(_call(name, MODELS[name], offered, options), mean, std)
+
+
+def _call(
+    name: str, factory: Callable[..., object], offered: dict[str, Any], options: dict[str, Any]
+) -> nn.Module:
+    """Call a factory with what it accepts of `offered`, and with all of `options`."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The model factory {name} cannot be called: {error}.") from error
+    accepted = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    catch_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    required = {p.name for p in parameters if p.default is p.empty and p.name in accepted}
+    unknown = [] if catch_all else [key for key in options if key not in accepted]
+    if unknown:
+        valid = ", ".join(sorted(accepted - set(offered))) or "none"
+        raise UserError(
+            f"The model {name} has no option {', '.join(map(repr, unknown))}. Its options: {valid}."
+        )
+    given = {k: v for k, v in offered.items() if catch_all or k in accepted} | options
+    missing = sorted(required - set(given))
+    if missing:
+        raise UserError(f"The model {name} needs the option {', '.join(missing)}.")
+    try:
+        model = factory(**given)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"The model {name} could not be made: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"The model factory {name} must return a torch.nn.Module, got {type(model).__name__}."
+        )
+    return model
+
+
+def _factory(name: str) -> Callable[..., object]:
+    """Import what `package.module:factory` names, with the current directory importable."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UserError(f"A model of your own is written package.module:factory, got {name!r}.")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        importlib.invalidate_caches()
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(
+            f"The model {name} needs the module {module_name}, which could not be imported "
+            f"({type(error).__name__}: {error}). It is looked for on the Python path and in {here}."
+        ) from error
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
+    found = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [n for n in dir(found) if not n.startswith("_")]
+            near = difflib.get_close_matches(part, public, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"The module {module_name} has no {attribute!r}.{hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"The model factory {name} is not callable: {type(found).__name__}.")
+    return found
+
+
+def _timm(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    options: dict[str, Any],
+) -> nn.Module:
+    """Make a timm model behind a normalisation."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            f"The model timm:{name} needs timm: pip install 'robustflat[timm]'."
+        ) from error
+    if not timm.is_model(name.split(".")[0]) and not name.startswith(
+        ("hf-hub:", "hf_hub:", "local-dir:")
+    ):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f" Did you mean {' or '.join('timm:' + n for n in near)}?" if near else ""
+        raise UserError(f"timm has no model {name!r}.{hint}")
+    try:
+        net: nn.Module = timm.create_model(
+            name, num_classes=num_classes, in_chans=in_channels, **options
+        )
+    except Exception as error:
+        raise UserError(
+            f"The model timm:{name} could not be made: {type(error).__name__}: {error}"
+        ) from error
+    if options.get("pretrained"):
+        config = getattr(net, "pretrained_cfg", {})
+        if len(config.get("mean", ())) == in_channels:
+            mean, std = config["mean"], config["std"]
+    return Normalized(net, mean, std)

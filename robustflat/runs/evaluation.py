@@ -1,0 +1,109 @@
+"""Evaluating a run: attacks on its test images, and its robust-generalization gap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from robustflat.evaluate import Scores, evaluate, gap, overfitting, scores
+from robustflat.perturb import pgd
+from robustflat.runs.restore import CheckpointName, Run, WeightsName
+from robustflat.train.folder import write_json
+
+GAP_STEPS = 20
+Progress = Callable[[str, int, int, int], None]
+
+
+def evaluate_run(
+    run: Run,
+    attacks: Sequence[Any] | None = None,
+    *,
+    checkpoints: Sequence[CheckpointName] = ("best",),
+    weights: WeightsName = "auto",
+    samples: int | None = None,
+    seed: int = 0,
+    shard: str | None = None,
+    norm: str | float | None = None,
+    eps: float | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run and write its ``evaluation.json``.
+
+    Attacks run on the test images at ``checkpoints``. The gap is measured at every checkpoint that
+    the run has, with PGD-20 from one uniform start, in eval mode at the centre weights, on the
+    same un-augmented training images, the validation images and the test images. Per-example
+    outcomes are kept under ``outcomes/``, so an interrupted evaluation goes on where it stood and
+    a further attack only attacks what still stands.
+
+    Args:
+        run: the run.
+        attacks: as :func:`robustflat.evaluate` takes them; the configuration's if None.
+        checkpoints: where the attacks are run.
+        weights: raw, averaged, or the average if there is one.
+        samples: evaluate a fixed class-balanced subset of the test images.
+        seed: of the attacks.
+        shard: "i/n" to attack every n-th example only.
+        norm: threat norm; the training attack's if None.
+        eps: threat radius in image units; the training attack's if None.
+        on_progress: told the attack, batches done and in all, and how many still stand.
+
+    Returns:
+        What was written: keys ``run``, ``seed``, ``norm``, ``eps``, ``checkpoints`` (each with
+        ``epoch``, ``weights``, ``test`` and ``gap``) and ``overfitting``.
+    """
+    config = run.config.evaluate
+    if norm is None or eps is None:
+        trained = run.threat()
+        norm, eps = norm or trained[0], trained[1] if eps is None else eps
+    limit = config.samples if samples is None else samples
+    attack = pgd(norm, eps, GAP_STEPS)
+    test = run.test_tensors(None)
+    splits = {"train": run.train_tensors(config.gap_samples)}
+    if run.data.validation is not None:
+        splits["validation"] = run.data.validation.tensors()
+    splits["test"] = run.test_tensors(config.gap_samples)
+
+    found: dict[str, Any] = {}
+    on_test: dict[str, Scores] = {}
+    for name in run.checkpoints():
+        network = run.network(name, weights)
+        entry: dict[str, Any] = {"epoch": network.epoch, "weights": network.weights, "test": None}
+        if name in checkpoints:
+            result = evaluate(
+                network.model,
+                test,
+                config.attacks if attacks is None else attacks,
+                norm,
+                eps,
+                seed,
+                batch_size=config.batch_size,
+                device=run.device,
+                store=run.folder.outcomes / name,
+                samples=limit,
+                shard=shard,
+                on_progress=on_progress,
+            )
+            entry["test"] = result.to_dict()
+        by_split = {
+            split: scores(
+                network.model, part, attack, batch_size=config.batch_size, device=run.device
+            )
+            for split, part in splits.items()
+        }
+        on_test[name] = by_split["test"]
+        entry["gap"] = gap(by_split).to_dict()
+        found[name] = entry
+    report = {
+        "run": run.name,
+        "seed": run.config.seed,
+        "norm": norm,
+        "eps": eps,
+        "gap_attack": f"pgd-{GAP_STEPS}",
+        "checkpoints": found,
+        "overfitting": None,
+    }
+    if len(on_test) == 2:
+        figures = overfitting(on_test["best"], on_test["last"])
+        report["overfitting"] = {name: figure.to_dict() for name, figure in figures.items()}
+    write_json(run.folder.evaluation, report)
+    return report

@@ -1,0 +1,66 @@
+"""Measuring the flatness of a run's weight landscape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from robustflat.flatness import Figure, Progress, flatness
+from robustflat.runs.restore import CheckpointName, Run, WeightsName
+from robustflat.train.folder import write_json
+
+
+def measure_run(
+    run: Run,
+    measures: Sequence[str] | None = None,
+    *,
+    checkpoint: CheckpointName = "last",
+    weights: WeightsName = "auto",
+    samples: int | None = None,
+    options: dict[str, Any] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a run on fixed, un-augmented training images and write its ``flatness.json``.
+
+    The loss is that of the training images, as the theory of sharpness speaks of them, at the last
+    checkpoint, which the training went to.
+
+    Args:
+        run: the run.
+        measures: names; the configuration's if None.
+        checkpoint: "last" or "best".
+        weights: raw, averaged, or the average if there is one.
+        samples: training images to use; the configuration's if None.
+        options: of :class:`robustflat.flatness.Options`, over the configuration's.
+        on_progress: told how far the measurement has come.
+
+    Returns:
+        What was written: keys ``run``, ``checkpoint``, ``epoch``, ``weights``, ``samples`` and
+        ``measures``.
+    """
+    config = run.config.flatness
+    network = run.network(checkpoint, weights)
+    x, y = run.train_tensors(samples or config.samples)
+    norm, eps = run.threat()
+    found: dict[str, Figure] = flatness(
+        network.model,
+        (x.to(run.device), y.to(run.device)),
+        list(measures or config.measures),
+        eps,
+        norm,
+        run.config.seed,
+        batch_size=run.config.evaluate.batch_size,
+        store=run.folder.root / f"flatness-{checkpoint}-{network.weights}.parts.json",
+        on_progress=on_progress,
+        **{**config.options, **(options or {})},
+    )
+    report = {
+        "run": run.name,
+        "checkpoint": checkpoint,
+        "epoch": network.epoch,
+        "weights": network.weights,
+        "samples": len(y),
+        "measures": {name: figure.to_dict() for name, figure in found.items()},
+    }
+    write_json(run.folder.flatness, report)
+    return report

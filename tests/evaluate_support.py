@@ -1,0 +1,73 @@
+"""Models and data that the evaluation's tests share."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import robustflat as rf
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor]:
+    data = load_digits()
+    x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    return x, torch.tensor(data.target)
+
+
+def held_out(count: int) -> tuple[Tensor, Tensor]:
+    x, y = digits()
+    return x[1500 : 1500 + count].clone(), y[1500 : 1500 + count].clone()
+
+
+@functools.cache
+def _state() -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _net()
+        x, y = digits()
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        attack = rf.pgd(eps=0.15, steps=3)
+        for _ in range(6):
+            for rows in torch.randperm(1500).split(64):
+                x_adv = attack(model, x[rows], y[rows])
+                loss = F.cross_entropy(model(x_adv), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return model.state_dict()
+
+
+def _net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(192, 10),
+    )
+
+
+def trained() -> nn.Sequential:
+    """A small network with BatchNorm, adversarially trained on digits; in eval mode."""
+    model = _net()
+    model.load_state_dict(_state())
+    return model.eval()
+
+
+def linear(classes: int, pixels: tuple[int, int, int], seed: int = 0) -> nn.Sequential:
+    """Logits W x + b."""
+    generator = torch.Generator().manual_seed(seed)
+    size = pixels[0] * pixels[1] * pixels[2]
+    layer = nn.Linear(size, classes)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(classes, size, generator=generator))
+        # Centred: the middle of the box lies on every boundary, so that margins are small.
+        layer.bias.copy_(-layer.weight.sum(1) / 2)
+    return nn.Sequential(nn.Flatten(), layer).eval()

@@ -1,0 +1,162 @@
+"""Two processes with DistributedDataParallel: replicas stay equal and mean what they should."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from reference.nets import conv_bn, images
+from torch import Tensor, nn
+from torch import multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import robustflat as rf
+
+WORLD = 2
+STEPS = 3
+METHODS: dict[str, Any] = {
+    "none": rf.no_perturbation(),
+    "awp": rf.awp(0.1),
+    "awp3": rf.awp(0.1, steps=3),
+    "sam": rf.sam(0.2),
+    "asam": rf.asam(0.5),
+    "gsam": rf.gsam(0.2, 0.4),
+    "nsam": rf.nsam(rf.sam(0.2), 2),
+    "msam": rf.msam(rf.sam(0.2), 2),
+    "msam_gsam": rf.msam(rf.gsam(0.2, 0.4), 2),
+    "named": rf.sam(0.2, parameters=r"re:^4\."),
+}
+# In one process, the same as a perturbation of its own for the 4 rows of each of two processes.
+SINGLE: dict[str, Any] = {
+    "none": rf.no_perturbation(),
+    **{m: rf.msam(METHODS[m], 4) for m in ("awp", "awp3", "sam", "asam", "gsam", "named")},
+    "msam": rf.msam(rf.sam(0.2), 2),
+    "msam_gsam": rf.msam(rf.gsam(0.2, 0.4), 2),
+}
+
+
+def step(weights: Any, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    if isinstance(weights, rf.msam):
+        return weights.backward(lambda r: F.cross_entropy(model(x[r]), y[r]), model)
+    if getattr(weights, "batches", 1) > 1:
+        return weights.backward(lambda i: F.cross_entropy(model(x.flip(-1) if i else x), y), model)
+    return weights.backward(lambda: F.cross_entropy(model(x), y), model)
+
+
+def follow(weights: Any, model: nn.Module, rows: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Three steps, each with an attack; what came of them."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+    attack = rf.fgsm("linf", 0.05, mode="batch")
+    grads = []
+    for seed in range(STEPS):
+        x, y = (rows(t) for t in images(8, seed))
+        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        if seed:  # at the first step, the descent alone
+            x = attack(bare, x, y)
+        before = [p.detach().clone() for p in model.parameters()]
+        step(weights, model, x, y)
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        grads.append([p.grad.clone() for p in model.parameters()])  # type: ignore[union-attr]
+        optimizer.step()
+    return {
+        "grads": grads,
+        "weights": [p.detach().clone() for p in model.parameters()],
+        "statistics": [b.clone() for b in model.buffers()],
+    }
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
+    )
+    results: dict[str, Any] = {}
+    for name, weights in METHODS.items():
+        for split in ("own", "same"):
+            model = DistributedDataParallel(conv_bn())
+            rows = (lambda t: t[4 * rank : 4 * rank + 4]) if split == "own" else (lambda t: t)
+            try:
+                results[f"{name}-{split}"] = follow(weights, model, rows)
+            except Exception as error:  # told by the parent, so that one does not hide the others
+                results[f"{name}-{split}"] = repr(error)
+    # An attack handed the wrapped model must not upset its gradient reduction.
+    model = DistributedDataParallel(conv_bn())
+    x, y = (t[4 * rank : 4 * rank + 4] for t in images(8))
+    for _ in range(2):
+        x_adv = rf.pgd("linf", 0.1, 2)(model, x, y)
+        rf.awp(0.1).backward(lambda: F.cross_entropy(model(x_adv), y), model)  # noqa: B023
+    results["attacked"] = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    # A failure inside leaves the weights of every process whole, and the next step works.
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def interrupted() -> Tensor:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        rf.sam(0.1).backward(interrupted, model)
+    results["restored"] = all(
+        torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)
+    )
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    mp.start_processes(process, (str(folder),), nprocs=WORLD, start_method="spawn")
+    return [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(WORLD)]
+
+
+@pytest.mark.parametrize("split", ["own", "same"])
+@pytest.mark.parametrize("method", METHODS)
+def test_replicas_stay_bit_equal(ranks: list[dict[str, Any]], method: str, split: str) -> None:
+    one, two = (r[f"{method}-{split}"] for r in ranks)
+    assert isinstance(one, dict), one
+    for a, b in zip(one["weights"], two["weights"], strict=True):
+        assert torch.equal(a, b)
+    for g, h in zip(one["grads"], two["grads"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(g, h, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_rows_everywhere_are_one_process(ranks: list[dict[str, Any]], method: str) -> None:
+    got = ranks[1][f"{method}-same"]
+    assert isinstance(got, dict), got
+    expected = follow(METHODS[method], conv_bn(), lambda t: t)
+    for a, b in zip(got["weights"], expected["weights"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for a, b in zip(got["statistics"], expected["statistics"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", SINGLE)
+def test_processes_perturb_for_their_own_rows_and_average(
+    ranks: list[dict[str, Any]], method: str
+) -> None:
+    # Only the first step: BatchNorm sees 4 rows in each process, and so it does in a chunk.
+    got = ranks[0][f"{method}-own"]
+    assert isinstance(got, dict), got
+    model = conv_bn()
+    x, y = images(8, 0)
+    if method == "none":
+        (
+            F.cross_entropy(model(x[:4]), y[:4]) / 2 + F.cross_entropy(model(x[4:]), y[4:]) / 2
+        ).backward()
+    else:
+        step(SINGLE[method], model, x, y)
+    for a, p in zip(got["grads"][0], model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_attacks_and_faults_leave_the_reduction_whole(ranks: list[dict[str, Any]]) -> None:
+    for a, b in zip(ranks[0]["attacked"], ranks[1]["attacked"], strict=True):
+        assert torch.equal(a, b)
+    assert all(r["restored"] for r in ranks)

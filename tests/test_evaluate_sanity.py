@@ -1,0 +1,191 @@
+"""Each reason for doubt: a model that gives it, and a sound one that does not."""
+
+from __future__ import annotations
+
+import torch
+from evaluate_support import digits, held_out, trained
+from torch import nn
+
+from robustflat.evaluate import evaluate
+from robustflat.evaluate.outcomes import Record
+from robustflat.evaluate.sanity import from_record
+
+WORDS = {
+    "softmax": "look like probabilities",
+    "random": "gave different outputs",
+    "optimises": "computes gradients while it classifies",
+    "range": "does not seem to take images in [0, 1]",
+    "zero": "exactly zero",
+    "steps": "more steps are not stronger",
+    "eps": "a larger eps is not stronger",
+    "all": "every image allowed",
+    "square": "black-box attack Square breaks",
+    "train": "train mode",
+}
+
+
+def findings(model, data=None, eps=0.1, norm="linf", attacks=(), sanity=32):
+    result = evaluate(
+        model, held_out(120) if data is None else data, attacks, norm, eps, sanity=sanity
+    )
+    found = {key for key, words in WORDS.items() if any(words in w for w in result.warnings)}
+    assert len(found) == len(result.warnings), result.warnings
+    return found
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+
+def test_a_sound_model_gives_no_reason_for_doubt_in_any_norm():
+    assert findings(trained()) == set()
+    assert findings(trained(), eps=0.3) == set()
+    assert findings(trained(), eps=0.6, norm="l2") == set()
+    assert findings(trained(), eps=2.0, norm="l1") == set()
+    assert findings(trained(), eps=0) == set()
+
+
+def test_train_mode():
+    assert findings(trained().train()) == {"train"}
+
+
+def test_softmax_outputs():
+    class Softmax(Wrapped):
+        def forward(self, x):
+            return self.net(x).softmax(1)
+
+    assert "softmax" in findings(Softmax(trained()).eval())
+
+
+def test_randomness():
+    class Noisy(Wrapped):
+        def forward(self, x):
+            return self.net(x + 0.05 * torch.randn_like(x))
+
+    assert "random" in findings(Noisy(trained()).eval())
+
+
+def test_optimising_at_test_time():
+    class Purifying(Wrapped):
+        def forward(self, x):
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                (g,) = torch.autograd.grad(self.net(leaf).logsumexp(1).sum(), leaf)
+            return self.net(x + 0.001 * g)
+
+    assert "optimises" in findings(Purifying(trained()).eval())
+
+
+def test_normalisation_outside_the_model():
+    x, y = digits()
+    mean, std = x.mean(), x.std()
+    means = torch.stack([x[y == c].mean(0).flatten() for c in range(10)])
+
+    class NearestMean(nn.Module):
+        """The class whose mean is nearest, of images that are first brought to [0, 1]."""
+
+        def __init__(self, scale, shift):
+            super().__init__()
+            self.scale, self.shift = scale, shift
+
+        def forward(self, x):
+            return -torch.cdist((x * self.scale + self.shift).flatten(1), means)
+
+    data = held_out(250)
+    assert findings(NearestMean(1.0, 0.0).eval(), data, eps=0) == set()
+    assert findings(NearestMean(std, mean).eval(), data, eps=0) == {"range"}
+    assert findings(NearestMean(0.5, 0.5).eval(), data, eps=0) == {"range"}
+    assert findings(NearestMean(1 / 255, 0.0).eval(), data, eps=0) == {"range"}
+
+
+def test_gradients_that_vanish_in_saturated_outputs():
+    class Saturated(Wrapped):
+        def forward(self, x):
+            return 1e4 * self.net(x)
+
+    found = findings(Saturated(trained()).eval())
+    assert "zero" in found
+
+
+def test_gradients_shattered_by_quantisation():
+    class Quantised(Wrapped):
+        def forward(self, x):
+            return self.net((8 * x).round() / 8)
+
+    found = findings(Quantised(trained()).eval(), eps=0.3)
+    # No gradient at all: PGD is a random start, and even Square does better.
+    assert {"zero", "all", "square"} <= found
+
+
+def test_a_gradient_that_points_elsewhere_makes_more_steps_and_more_room_useless():
+    class Flip(torch.autograd.Function):
+        """The identity, whose gradient is right at first and useless away from the image."""
+
+        @staticmethod
+        def forward(ctx, x, original):
+            ctx.save_for_backward(x, original)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            x, original = ctx.saved_tensors
+            away = (x - original).flatten(1).abs().amax(1) > 1e-6
+            return torch.where(away.view(-1, 1, 1, 1), -g, g), None
+
+    class Masked(Wrapped):
+        def __init__(self, net, known):
+            super().__init__(net)
+            self.known = known
+
+        def forward(self, x):
+            distance = torch.cdist(x.detach().flatten(1), self.known.flatten(1))
+            return self.net(Flip.apply(x, self.known[distance.argmin(1)]))
+
+    data = held_out(60)
+    found = findings(Masked(trained(), data[0]).eval(), data, eps=0.3)
+    assert {"steps", "all", "square"} <= found
+
+
+def test_a_larger_eps_that_does_less():
+    class Stretch(nn.Module):
+        def forward(self, x):
+            return (x - 0.3) / 0.4
+
+    class Hides(Wrapped):
+        """Answers as for the image cut to the data's range once any pixel has moved far."""
+
+        def forward(self, x):
+            far = ((x - 0.5).abs() > 0.42).flatten(1).any(1)
+            return torch.where(far[:, None], self.net(x.detach().clamp(0.3, 0.7)), self.net(x))
+
+    x, y = held_out(120)
+    data = (0.3 + 0.4 * x, y)
+    sound = nn.Sequential(Stretch(), trained()).eval()
+    assert "eps" not in findings(sound, data, eps=0.2)
+    assert "eps" in findings(Hides(sound).eval(), data, eps=0.2)
+
+
+def test_black_box_after_white_box_is_read_from_the_outcomes():
+    def record(broken):
+        outcomes = torch.full((1000,), -1, dtype=torch.int8)
+        made = Record(settings={}, outcomes=outcomes)
+        made.add("apgd-ce", {"a": 1})
+        made.add("square", {"a": 2}, black_box=True)
+        made.outcomes[:100] = 0
+        made.outcomes[100 : 100 + broken] = 1
+        return made
+
+    # AutoAttack's own threshold is 0.2 %.
+    assert from_record(record(2)) == []
+    (sentence,) = from_record(record(3))
+    assert "square broke 3 of 1000" in sentence
+    alone = Record(settings={}, outcomes=torch.full((10,), -1, dtype=torch.int8))
+    alone.add("square", {}, black_box=True)
+    alone.outcomes[:5] = 0
+    assert from_record(alone) == []
+
+
+def test_the_checks_can_be_left_out():
+    assert findings(trained().train(), sanity=0) == set()

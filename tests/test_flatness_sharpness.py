@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flatness_models import Binary, examples, flat_gradient, full_hessian, mlp
+
+import robustflat as rf
+from robustflat.flatness import MEASURES, cost, flatness
+
+torch.set_num_threads(1)
+W, X = [0.7, -0.4, 0.2], [0.5, 0.6, 0.3]
+ONE = (torch.tensor([X], dtype=torch.float64), torch.tensor([0]))
+R = 0.05
+
+
+def softplus(z: float) -> float:
+    return math.log1p(math.exp(z))
+
+
+def rise(shift: float, at: list[float] = X) -> float:
+    """The loss's rise where w . x falls by ``shift``."""
+    z = float(np.dot(W, at))
+    return softplus(shift - z) - softplus(-z)
+
+
+def dual(vector: np.ndarray, norm: str) -> float:
+    return float({"l2": np.linalg.norm(vector), "linf": np.abs(vector).sum()}[norm])
+
+
+w, x0 = np.array(W), np.array(X)
+SHIFTS = {
+    ("global", "l2"): R * dual(x0, "l2"),
+    ("global", "linf"): R * dual(x0, "linf"),
+    ("tensor", "l2"): R * np.linalg.norm(w) * dual(x0, "l2"),
+    ("global_relative", "l2"): R * np.linalg.norm(w) * dual(x0, "l2"),
+    ("row", "l2"): R * np.linalg.norm(w) * dual(x0, "l2"),
+    ("row", "linf"): R * np.linalg.norm(w) / math.sqrt(3) * dual(x0, "linf"),
+    ("adaptive", "l2"): R * dual(np.abs(w) * x0, "l2"),
+    ("adaptive", "linf"): R * dual(np.abs(w) * x0, "linf"),
+}
+
+
+@pytest.mark.parametrize(("ball", "norm"), SHIFTS)
+def test_worst_and_ascent_direction_of_one_logistic_example_in_closed_form(ball, norm):
+    # One example's loss is monotone in w . x, so both directions are the dual norm's maximiser.
+    figures = flatness(
+        Binary(W), ONE, ["worst_clean", "ascent_clean"], radius=R, ball=ball, weight_norm=norm
+    )
+    expected = rise(SHIFTS[ball, norm])
+    assert figures["ascent_clean"].value == pytest.approx(expected, rel=1e-9)
+    assert figures["worst_clean"].value == pytest.approx(expected, rel=1e-9)
+
+
+def test_average_direction_by_quadrature():
+    # In the plane, v . x = radius |x| cos(t) with t uniform.
+    model = Binary([0.7, -0.4])
+    data = (torch.tensor([[0.5, 0.6]], dtype=torch.float64), torch.tensor([0]))
+    z, size = 0.7 * 0.5 - 0.4 * 0.6, math.hypot(0.5, 0.6)
+    t = np.linspace(0, 2 * np.pi, 2000, endpoint=False)
+    exact = np.log1p(np.exp(-z + size * np.cos(t))).mean() - softplus(-z)
+    figure = flatness(model, data, ["average_clean"], radius=1.0, ball="global", samples=400)[
+        "average_clean"
+    ]
+    assert figure.standard_error is not None
+    assert abs(figure.value - exact) < 4 * figure.standard_error
+    assert figure.standard_error < 0.1 * math.sqrt(0.5) * size
+
+
+def test_stated_standard_error_of_the_average_is_the_spread_over_seeds():
+    model, data = mlp(), examples(20, (6,), 4)
+    runs = [
+        flatness(model, data, ["average_clean"], seed=s, radius=0.5, samples=8)["average_clean"]
+        for s in range(40)
+    ]
+    spread = np.std([run.value for run in runs], ddof=1)
+    stated = np.sqrt(np.mean([run.standard_error**2 for run in runs]))
+    assert 0.65 < spread / stated < 1.5
+
+
+@pytest.mark.parametrize("distribution", ["sphere", "ball", "normal"])
+def test_average_distributions_have_their_second_moment(distribution):
+    # At a minimum the rise is v'Hv/2, whose mean is trace(H) E|v|^2 / 2D.
+    model, (x, _) = mlp(), examples(30, (6,), 4)
+    y = model(x).softmax(1).detach()
+    h = full_hessian(model, x, y)
+    d, r = len(h), 1e-2
+    squared = {"sphere": r**2, "ball": r**2 * d / (d + 2), "normal": r**2 * d}[distribution]
+    figure = flatness(
+        model, (x, y), ["average_clean"], ball="global", radius=r, parameters="all",
+        samples=200, distribution=distribution,
+    )["average_clean"]  # fmt: skip
+    exact = float(h.trace()) * squared / (2 * d)
+    assert abs(figure.value - exact) < 4 * figure.standard_error + 0.01 * exact
+
+
+def test_small_radius_theory_at_a_minimum_and_away_from_it():
+    model, (x, y) = mlp(), examples(30, (6,), 4)
+    soft = model(x).softmax(1).detach()
+    top = float(torch.linalg.eigvalsh(full_hessian(model, x, soft))[-1])
+    options = {"ball": "global", "radius": 1e-2, "parameters": "all", "steps": 40}
+    worst = flatness(model, (x, soft), ["worst_clean"], **options)["worst_clean"]
+    assert worst.value == pytest.approx(1e-4 / 2 * top, rel=0.02)
+    # Elsewhere the gradient rules: radius * |g|.
+    options["radius"] = 1e-6
+    slope = float(flat_gradient(model, x, y).norm())
+    for name in ("worst_clean", "ascent_clean"):
+        value = flatness(model, (x, y), [name], **options)[name].value
+        assert value == pytest.approx(1e-6 * slope, rel=1e-4)
+
+
+def test_robust_loss_of_a_linear_model_in_closed_form():
+    # PGD's optimum is x - eps sign(w); no weight changes sign within this ball.
+    eps = 0.1
+    attacked = x0 - eps * np.sign(w)
+    expected = rise(0.01 * float(np.linalg.norm(attacked)), list(attacked))
+    figures = flatness(
+        Binary(W), ONE, ["worst_robust", "worst_robust_fixed", "ascent_robust"], eps=eps,
+        radius=0.01, ball="global",
+    )  # fmt: skip
+    for figure in figures.values():
+        assert figure.value == pytest.approx(expected, rel=1e-7)
+
+
+def test_remade_examples_follow_a_weight_that_changes_sign():
+    # In one dimension at w = 0.05 all is explicit: robust loss softplus(-w x + eps |w|).
+    model, eps, r = Binary([0.05]), 0.3, 0.4
+    data = (torch.tensor([[0.1 + eps]], dtype=torch.float64), torch.tensor([0]))
+
+    def robust(weight: float) -> float:
+        return softplus(-weight * (0.1 + eps) + eps * abs(weight))
+
+    grid = np.linspace(0.05 - r, 0.05 + r, 4001)
+    remade = max(map(robust, grid)) - robust(0.05)
+    fixed = softplus(-(0.05 - r) * 0.1) - robust(0.05)
+    figures = flatness(
+        model, data, ["worst_robust", "worst_robust_fixed"], eps=eps, radius=r, ball="global"
+    )
+    assert figures["worst_robust_fixed"].value == pytest.approx(fixed, rel=1e-7)
+    assert figures["worst_robust"].value == pytest.approx(remade, rel=1e-3)
+    assert remade > 1.5 * fixed
+
+
+def test_eps_zero_is_clean_and_radius_zero_is_zero():
+    model, data = mlp(), examples(13, (6,), 4)
+    for kind in ("worst", "ascent", "average"):
+        names = [f"{kind}_{loss}" for loss in ("clean", "robust", "robust_fixed")]
+        figures = flatness(model, data, names, eps=0.0, batch_size=5, samples=3)
+        parts = [figures[n].details.get("samples", figures[n].value) for n in names]
+        if kind != "average":  # the directions are each measure's own
+            assert parts[0] == pytest.approx(parts[1], rel=1e-3) if kind == "worst" else True
+        assert (
+            figures[names[1]].details["reference_loss"]
+            == figures[names[0]].details["reference_loss"]
+        )
+        zero = flatness(model, data, names, radius=0.0, eps=0.05, batch_size=5, samples=3)
+        assert [zero[n].value for n in names] == [0.0, 0.0, 0.0]
+    robust, clean = (
+        flatness(model, data, [n], eps=0.0)[n].value for n in ("ascent_robust", "ascent_clean")
+    )
+    assert robust == clean
+
+
+def test_worst_is_at_least_ascent_and_nothing_is_negative():
+    for seed in range(3):
+        model, data = mlp(seed=seed, relu=True), examples(20, (6,), 4, seed)
+        figures = flatness(
+            model, data, ["worst_robust", "ascent_robust", "worst_clean", "ascent_clean"],
+            eps=0.05, steps=2, radius=0.3,
+        )  # fmt: skip
+        for loss in ("clean", "robust"):
+            assert figures[f"worst_{loss}"].value >= figures[f"ascent_{loss}"].value >= 0
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_adaptive_sharpness_is_unchanged_by_rescaling_layers_and_others_are_not(norm):
+    model, data = mlp((6, 8, 4), relu=True), examples(20, (6,), 4)
+    names = ["worst_clean", "ascent_robust", "worst_robust"]
+
+    def measured(**options: object) -> list[float]:
+        options = {"radius": 0.05, "weight_norm": norm, "parameters": "all", **options}
+        return [f.value for f in flatness(model, data, names, eps=0.05, **options).values()]
+
+    before, plain = measured(ball="adaptive", restarts=1), measured(ball="global", restarts=1)
+    with torch.no_grad():
+        model[1].weight.mul_(4)
+        model[1].bias.mul_(4)
+        model[3].weight.div_(4)
+    assert measured(ball="adaptive", restarts=1) == pytest.approx(before, rel=1e-6)
+    assert measured(ball="global", restarts=1) != pytest.approx(plain, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in MEASURES if not n.startswith(("stutz", "andri", "hessian_density"))]
+)
+def test_no_value_depends_on_the_batch_size(name):
+    model, data = mlp((6, 5, 4)), examples(13, (6,), 4)
+    options = {"eps": 0.05, "probes": 3, "samples": 3, "steps": 3}
+    values = [
+        flatness(model, data, [name], batch_size=size, **options)[name].value for size in (13, 5, 1)
+    ]
+    assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-6, abs=1e-12)
+
+
+def test_m_sharpness_is_the_mean_over_chunks_weighted_by_their_examples():
+    model, (x, y) = mlp(), examples(11, (6,), 4)
+    whole = flatness(model, (x, y), ["ascent_clean"], m=4, batch_size=3)["ascent_clean"]
+    parts = [
+        flatness(model, (x[i : i + 4], y[i : i + 4]), ["ascent_clean"])["ascent_clean"].value
+        for i in (0, 4, 8)
+    ]
+    assert whole.value == pytest.approx((4 * parts[0] + 4 * parts[1] + 3 * parts[2]) / 11)
+    together = flatness(model, (x, y), ["worst_clean"])["worst_clean"].value
+    separately = flatness(model, (x, y), ["worst_clean"], m=4)["worst_clean"].value
+    assert separately > together  # a maximum for each chunk is the larger
+
+
+def test_normalised_logits_do_not_see_the_scale_of_the_last_layer():
+    model, data = mlp(), examples(15, (6,), 4)
+
+    def reference() -> float:
+        figure = flatness(model, data, ["ascent_clean"], normalise_logits=True)["ascent_clean"]
+        return figure.details["reference_loss"]
+
+    before = reference()
+    z = model(data[0]).detach()
+    z = z - z.mean(1, keepdim=True)
+    assert before == pytest.approx(
+        float(F.cross_entropy(z / z.norm(dim=1, keepdim=True), data[1])), rel=1e-9
+    )
+    with torch.no_grad():
+        model[3].weight.mul_(5)
+        model[3].bias.mul_(5)
+    assert reference() == pytest.approx(before, rel=1e-9)
+
+
+def test_presets_reproduce_their_definitions():
+    eps = 0.1
+    figures = flatness(
+        Binary(W), ONE, ["wu2020", "wen2023_worst", "wen2023_ascent", "andriushchenko2023_worst"],
+        eps=eps,
+    )  # fmt: skip
+    attacked = x0 - eps * np.sign(w)
+    shift = 5e-3 * np.linalg.norm(w) * np.linalg.norm(attacked)
+    assert figures["wu2020"].value == pytest.approx(rise(shift, list(attacked)), rel=1e-7)
+    for name in ("wen2023_worst", "wen2023_ascent"):
+        assert figures[name].value == pytest.approx(rise(0.05 * np.linalg.norm(x0)), rel=1e-9)
+    # With two classes the normalised logits are constant until w . x changes sign.
+    assert figures["andriushchenko2023_worst"].value == 0
+    # Stutz: every sample on the sphere of half each tensor's norm, normalisation layers left out.
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+    figure = flatness(
+        net.double().eval(), examples(9, (6,), 4), ["stutz2021_average"], samples=2, eps=0.03
+    )["stutz2021_average"]
+    assert figure.details["parameters"] == r"re:^(1\.weight|1\.bias)$"
+    assert (figure.details["radius"], figure.details["ball"]) == (0.5, "tensor")
+    # 20 steps and the best of 21 points, remade at 2 + 1 weights.
+    assert figure.details["passes"]["input_gradient"] == pytest.approx(63)
+
+
+def test_users_options_and_attack_override_a_preset():
+    model, data = mlp(), examples(9, (6,), 4)
+    mine = flatness(model, data, ["wu2020"], radius=0.1, attack=rf.fgsm(eps=0.02))["wu2020"]
+    same = flatness(model, data, ["ascent_robust_fixed"], radius=0.1, attack=rf.fgsm(eps=0.02))
+    assert mine.value == same["ascent_robust_fixed"].value
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in MEASURES
+        if not n.startswith(("stutz", "andri", "hessian_m", "hessian_d", "align"))
+    ],
+)
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_the_passes_stated_beforehand_are_those_made(name, restarts):
+    model, data = mlp((6, 8, 4)), examples(10, (6,), 4)
+    options = {"steps": 3, "samples": 2, "probes": 4, "attack": rf.pgd(eps=0.05, steps=3, restarts=restarts)}  # noqa: E501  # fmt: skip
+    stated = cost([name], 10, **options)
+    spent = flatness(model, data, [name], batch_size=4, **options)[name].details["passes"]
+    assert spent == pytest.approx(stated.measures[name].to_dict())
+
+
+def test_shared_work_is_stated_once():
+    both = cost(["hessian_trace", "hessian_frobenius"], 10, probes=5)
+    assert both.total.hvp == both.measures["hessian_trace"].hvp == 5
+    assert "10 examples" in str(both)
+    assert both.to_dict()["total"]["units"] == 45

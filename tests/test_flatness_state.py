@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from flatness_models import conv_net, examples, mlp
+from torch.utils.data import DataLoader, TensorDataset
+
+import robustflat as rf
+from robustflat.flatness import MEASURES, between, flatness, landscape
+
+torch.set_num_threads(1)
+QUICK = {
+    "steps": 2, "samples": 2, "probes": 2, "restarts": 2, "lanczos_steps": 4, "lanczos_runs": 1,
+}  # fmt: skip
+MEASURED = [n for n in MEASURES if not n.startswith(("stutz", "andri"))]
+
+
+class Everything:
+    """All state that a measurement could disturb, to be compared bit for bit."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.tensors = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+        self.grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        self.requires = [p.requires_grad for p in model.parameters()]
+        self.modes = [m.training for m in model.modules()]
+        self.momenta = [getattr(m, "momentum", None) for m in model.modules()]
+        self.rng = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+
+    def check(self) -> None:
+        now = Everything(self.model)
+        assert all(torch.equal(a, b) for a, b in zip(self.tensors, now.tensors, strict=True))
+        for before, after in zip(self.grads, now.grads, strict=True):
+            assert (before is None) == (after is None)
+            assert before is None or torch.equal(before, after)
+        assert (self.requires, self.modes, self.momenta) == (now.requires, now.modes, now.momenta)
+        assert torch.equal(self.rng[0], now.rng[0])
+        assert np.array_equal(self.rng[1], now.rng[1])
+        assert self.rng[2] == now.rng[2]
+
+
+@pytest.fixture
+def model():
+    net = conv_net()
+    net[0].bias.requires_grad_(False)
+    net[5].weight.grad = torch.randn_like(net[5].weight)
+    return net
+
+
+DATA = (examples(7, (1, 4, 4), 3)[0].float(), examples(7, (1, 4, 4), 3)[1])
+
+
+class Stop(BaseException):
+    pass
+
+
+def stopping(after: int):
+    calls = 0
+
+    def on_progress(progress) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Stop
+
+    return on_progress
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_measurement_leaves_no_trace_even_when_interrupted(model, name):
+    before = Everything(model)
+    flatness(model, DATA, [name], eps=0.05, batch_size=3, **QUICK)
+    before.check()
+    for after in (0, 1, 4, 9):
+        with contextlib.suppress(Stop):  # some end before
+            flatness(
+                model, DATA, [name], eps=0.05, batch_size=3, on_progress=stopping(after), **QUICK
+            )
+        before.check()
+
+
+@pytest.mark.parametrize("draw", ["filter", "eigenvectors", "between"])
+def test_a_landscape_leaves_no_trace_even_when_interrupted(model, draw):
+    other = conv_net(1)
+
+    def measure(**options: object) -> None:
+        options = {"eps": 0.05, "batch_size": 3, "points": 3, "recompute_batchnorm": True, **options}  # noqa: E501  # fmt: skip
+        if draw == "between":
+            between(model, {"a": model, "b": other}, DATA, **options)
+        else:
+            landscape(model, DATA, directions=draw, **options)
+
+    before = Everything(model)
+    measure()
+    before.check()
+    for after in (0, 2, 7, 20):
+        with pytest.raises(Stop):
+            measure(on_progress=stopping(after))
+        before.check()
+
+
+def test_sharpness_is_measured_in_eval_mode_and_flags_come_back_one_by_one(model):
+    expected = flatness(model, DATA, ["ascent_clean"])["ascent_clean"].value
+    model.train()
+    model[1].eval()  # a frozen BatchNorm
+    before = Everything(model)
+    assert flatness(model, DATA, ["ascent_clean"])["ascent_clean"].value == expected
+    before.check()
+
+
+@pytest.mark.parametrize("name", ["hessian_max", "hessian_trace_robust", "fisher_trace"])
+def test_curvature_refuses_train_mode(model, name):
+    model[3].train()
+    with pytest.raises(rf.UserError, match=r"train mode.*Call model\.eval\(\)"):
+        flatness(model, DATA, [name])
+
+
+def test_the_same_seed_gives_the_same_figures_whatever_the_global_state(model):
+    names = ["average_robust", "hessian_trace", "hessian_density", "fisher_trace"]
+    first = flatness(model, DATA, names, seed=3, **QUICK)
+    torch.manual_seed(99)
+    again = flatness(model, DATA, names[::-1], seed=3, **QUICK)
+    other = flatness(model, DATA, names, seed=4, **QUICK)
+    for name in names:
+        assert first[name].value == again[name].value != other[name].value
+
+
+def test_a_random_model_is_refused():
+    class Noisy(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1)) + torch.randn(3)
+
+    with pytest.raises(rf.UserError, match="two different outputs"):
+        flatness(Noisy(16, 3).eval(), DATA, ["ascent_clean"])
+
+
+def test_a_loader_equals_its_tensors_and_shuffling_is_refused(model):
+    data = TensorDataset(*DATA)
+    expected = flatness(model, DATA, ["worst_robust"], **QUICK)["worst_robust"].value
+    loader = DataLoader(data, batch_size=2)
+    iterator = iter(loader)
+    before = Everything(model)
+    assert flatness(model, loader, ["worst_robust"], **QUICK)["worst_robust"].value == expected
+    with pytest.raises(rf.UserError, match="shuffles or augments"):
+        flatness(model, DataLoader(data, batch_size=7, shuffle=True), ["ascent_clean"])
+    with pytest.raises(rf.UserError, match="only once"):
+        flatness(model, iterator, ["ascent_clean"])
+    before.check()
+    first = flatness(model, loader, ["ascent_clean"], examples=3)["ascent_clean"]
+    alone = flatness(model, (DATA[0][:3], DATA[1][:3]), ["ascent_clean"])["ascent_clean"]
+    assert first.value == alone.value
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("Did you mean hessian_max", {"measures": ["hessian_mx"]}),
+        ("Did you mean 'radius'", {"radus": 1}),
+        ("radius must be finite", {"radius": -1.0}),
+        ("radius must be finite", {"radius": float("nan")}),
+        ("steps must be a whole number", {"steps": 1.5}),
+        ("probes must be at least 1", {"probes": 0}),
+        ("ball must be one of", {"ball": "cube"}),
+        ("norm must be", {"norm": "l7x"}),
+        ("radius must be a finite number", {"eps": -1.0}),
+        ("batch_size must be at least 1", {"batch_size": 0}),
+        ("selection 're:nothing' fits none", {"parameters": "re:nothing"}),
+        ("Labels must be one whole number in 0..2", {"data": (DATA[0], DATA[1] + 1)}),
+        ("Soft labels must be", {"data": (DATA[0], torch.rand(7, 5))}),
+        ("as many labels as images", {"data": (DATA[0], DATA[1][:3])}),
+        ("at least one of each", {"data": (DATA[0][:0], DATA[1][:0])}),
+        ("floating-point numbers", {"data": ((DATA[0] * 255).byte(), DATA[1])}),
+        ("wrong type", {"radius": "much"}),
+    ],
+)
+def test_bad_input_is_a_sentence(model, message, arguments):
+    arguments = {"data": DATA, "measures": ["ascent_robust"], **arguments}
+    with pytest.raises(rf.UserError, match=message):
+        flatness(model, **arguments)
+
+
+def test_weights_that_are_not_finite_are_a_sentence(model):
+    with torch.no_grad():
+        model[5].weight[0, 0] = float("nan")
+    with pytest.raises(rf.UserError, match="not finite at its own weights"):
+        flatness(model, DATA, ["ascent_clean"])
+
+
+@pytest.mark.parametrize("name", ["worst_robust", "average_clean", "hessian_trace", "pac_bayes"])
+def test_an_interrupted_measurement_goes_on_and_ends_with_the_same_values(tmp_path, name):
+    model, data = mlp(), examples(7, (6,), 4)
+    options = {"steps": 2, "samples": 4, "probes": 4, "restarts": 3, "batch_size": 3}
+    seen: list[object] = []
+    whole = flatness(model, data, [name], on_progress=seen.append, **options)[name]
+    store, half = tmp_path / "parts.json", stopping(int(0.6 * len(seen)))
+    with pytest.raises(Stop):
+        flatness(model, data, [name], store=store, on_progress=half, **options)
+    done = len(json.loads(store.read_text())["parts"])
+    assert done > 0
+    resumed = flatness(model, data, [name], store=store, **options)[name]
+    assert resumed.value == whole.value
+    assert resumed.standard_error == whole.standard_error
+    assert resumed.details["passes"]["units"] < whole.details["passes"]["units"]
+    # All is in the store now, and more parts may be asked for.
+    again = flatness(model, data, [name], store=store, **options)[name]
+    assert again.value == whole.value
+    more = flatness(model, data, [name], store=store, **{**options, "samples": 6, "probes": 6})
+    assert more[name].details["passes"]["units"] <= 6 * 9
+
+
+def test_a_store_of_another_measurement_or_damaged_is_refused(tmp_path):
+    model, data = mlp(), examples(7, (6,), 4)
+    store = tmp_path / "parts.json"
+    flatness(model, data, ["ascent_clean"], store=store)
+    kept = store.read_text()
+    with pytest.raises(rf.UserError, match="parts of another measurement"):
+        flatness(mlp(seed=1), data, ["ascent_clean"], store=store)
+    assert store.read_text() == kept
+    # Another radius is another part of the same measurement's file.
+    a = flatness(model, data, ["ascent_clean"], store=store, radius=0.1)["ascent_clean"].value
+    assert a == flatness(model, data, ["ascent_clean"], radius=0.1)["ascent_clean"].value
+    store.write_text(kept[: len(kept) // 2])
+    with pytest.raises(rf.UserError, match="does not hold the parts"):
+        flatness(model, data, ["ascent_clean"], store=store)
+
+
+def test_a_landscape_is_resumed(tmp_path):
+    model, data = mlp(), examples(7, (6,), 4)
+    seen: list[object] = []
+    whole = landscape(model, data, points=7, eps=0.05, on_progress=seen.append)
+    store, half = tmp_path / "points.json", stopping(len(seen) // 2)
+    with pytest.raises(Stop):
+        landscape(model, data, points=7, eps=0.05, store=store, on_progress=half)
+    assert 0 < len(json.loads(store.read_text())["parts"]) < 7
+    resumed = landscape(model, data, points=7, eps=0.05, store=store)
+    assert resumed.to_dict() == whole.to_dict()
+    with pytest.raises(rf.UserError, match="another measurement"):
+        landscape(model, data, points=7, eps=0.06, store=store)
+
+
+def test_progress_rises_to_what_was_stated():
+    seen = []
+    figures = flatness(
+        mlp(), examples(7, (6,), 4), ["worst_robust", "hessian_trace"], probes=3,
+        on_progress=seen.append, batch_size=3,
+    )  # fmt: skip
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert seen[-1].done == pytest.approx(seen[-1].total)
+    assert {p.measure for p in seen} == set(figures)
+
+
+def test_figures_are_json_without_nan():
+    names = ["worst_robust", "hessian_max", "hessian_trace", "pac_bayes", "alignment"]
+    figures = flatness(mlp(), examples(7, (6,), 4), names, rho=0.0, probes=1, steps=1)
+    text = json.dumps({k: f.to_dict() for k, f in figures.items()}, allow_nan=False)
+    read = json.loads(text)
+    assert set(read["worst_robust"]) == {"value", "standard_error", "details"}
+    assert read["pac_bayes"]["value"] is None  # a radius of 0 bounds nothing
+    assert read["hessian_max"]["details"]["eigenvalues"] == [read["hessian_max"]["value"]]

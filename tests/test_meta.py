@@ -1,0 +1,132 @@
+"""Nothing waits for the device: shown on one without data, and by forbidding it on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference.nets import conv_bn, images
+from test_weights import methods
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import robustflat as rf
+
+ATTACKS = {
+    f"{norm}-{start}-{keep}": rf.pgd(norm, 0.1, 2, start=start, keep=keep, mode=mode)  # type: ignore[arg-type]
+    for norm, start, keep, mode in [
+        ("linf", "uniform", "last", "eval"),
+        ("linf", "zero", "best", "batch"),
+        ("l2", "uniform", "best", "eval"),
+        ("l2", "sphere", "last", "batch"),
+        ("l1", "uniform", "last", "eval"),
+        ("l1", "normal", "best", "eval"),
+    ]
+} | {
+    "restarts": rf.pgd("linf", 0.1, 2, restarts=3),
+    "kl": rf.pgd("linf", 0.1, 2, start="normal", loss="kl"),
+    "margin": rf.pgd("l2", 0.1, 2, loss="margin"),
+    "dlr": rf.pgd("l2", 0.1, 2, loss="dlr"),
+    "fgsm-1.5": rf.fgsm(1.5, 0.1),
+}
+
+
+def closure(method: str, model: Any, x: Any, y: Any) -> Callable[..., Any]:
+    if method == "msam":
+        return lambda r: F.cross_entropy(model(x[r]), y[r])
+    if method == "nsam":
+        return lambda i: F.cross_entropy(model(x * (i + 1)), y)
+    return lambda: F.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("statistics", ["perturbed", "both", "centre"])
+@pytest.mark.parametrize("method", methods())
+def test_weight_methods_run_on_the_meta_device(method: str, statistics: str) -> None:
+    model = conv_bn(dtype=torch.float32).to("meta")
+    x, y = (t.to("meta") for t in images(4, dtype=torch.float32))
+    weights = methods()[method]
+    if method == "msam":
+        weights = rf.msam(replace(weights.inner, statistics=statistics), 2)
+    elif method not in ("none", "random", "random_row", "custom"):
+        weights = replace(weights, statistics=statistics)
+    value = weights.backward(closure(method, model, x, y), model)
+    assert value.is_meta
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks_run_on_the_meta_device(attack: str) -> None:
+    model = conv_bn(dtype=torch.float32).to("meta")
+    x, y = (t.to("meta") for t in images(4, dtype=torch.float32))
+    x_adv = ATTACKS[attack](model, x, y)
+    assert x_adv.is_meta
+    assert x_adv.shape == x.shape
+
+
+def test_whole_steps_with_every_objective_run_on_the_meta_device() -> None:
+    model = conv_bn(dtype=torch.float32).to("meta")
+    x, y = (t.to("meta") for t in images(4, dtype=torch.float32))
+    for objective in (rf.standard(), rf.adversarial(label_smoothing=0.1), rf.trades(), rf.mart()):
+        attack = rf.pgd("linf", 0.1, 2, start="normal", loss=objective.attack_loss)
+        x_adv = attack(model, x, y)
+        value = rf.awp().backward(lambda o=objective, a=x_adv: o(model, x, a, y), model)
+        assert value.is_meta
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on every operation that hands a tensor's content to Python or to its own shape."""
+
+    FORBIDDEN = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"{func} waits for the device"
+        # Indexing with a mask does too.
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(t is not None and t.dtype == torch.bool for t in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watchdog_barks() -> None:
+    t = torch.ones(2)
+    for sync in (lambda: float(t.sum()), lambda: bool(t.sum() > 0), lambda: t[t > 0]):
+        with pytest.raises(AssertionError), NoSync():
+            sync()
+
+
+@pytest.mark.parametrize("method", methods())
+def test_weight_methods_never_wait_for_the_device(method: str) -> None:
+    model = conv_bn(dtype=torch.float32)
+    x, y = images(4, dtype=torch.float32)
+    weights, loss = methods()[method], closure(method, model, x, y)
+    with NoSync():
+        weights.backward(loss, model)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks_never_wait_for_the_device(attack: str) -> None:
+    model = conv_bn(dtype=torch.float32)
+    x, y = images(4, dtype=torch.float32)
+    with NoSync():
+        ATTACKS[attack](model, x, y)
+
+
+@pytest.mark.parametrize("objective", [rf.standard(), rf.adversarial(), rf.trades(), rf.mart()])
+def test_objectives_never_wait_for_the_device(objective: Any) -> None:
+    model = conv_bn(dtype=torch.float32)
+    x, y = images(4, dtype=torch.float32)
+    with NoSync():
+        objective(model, x, x * 0.5, y).backward()
+
+
+def test_scaled_steps_never_wait_for_the_device() -> None:
+    model = conv_bn(dtype=torch.float32)
+    x, y = images(4, dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    with NoSync():
+        rf.gsam(0.1, 0.4).backward(lambda: F.cross_entropy(model(x), y), model, scaler=scaler)
