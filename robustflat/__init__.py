@@ -1,6 +1,8 @@
 """Train image classifiers that withstand adversarial inputs, and show why they do."""
 
 from robustflat.errors import UserError
+from robustflat.evaluate import evaluate
+from robustflat.flatness import flatness, landscape
 from robustflat.objectives import adversarial, mart, standard, trades
 from robustflat.perturb import (
     Ascent,
@@ -34,8 +36,11 @@ __all__ = [
     "asam",
     "awp",
     "awp_global",
+    "evaluate",
     "fgsm",
+    "flatness",
     "gsam",
+    "landscape",
     "mart",
     "msam",
     "no_perturbation",

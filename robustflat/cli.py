@@ -184,6 +184,65 @@ def flatness(
 
 
 @app.command()
+def landscape(
+    runs: Runs,
+    output: Annotated[Path, typer.Option(help="A .png or .html file.")] = Path("landscape.png"),
+    dimensions: Annotated[int, typer.Option(help="1 or 2.")] = 1,
+    directions: Annotated[str, typer.Option(help="filter (random) or eigenvectors.")] = "filter",
+    between: Annotated[
+        bool, typer.Option("--between", help="The line or plane through two or three runs.")
+    ] = False,
+    points: Annotated[int | None, typer.Option(help="Along each axis, odd.")] = None,
+    span: Annotated[float | None, typer.Option(help="Reach, in norms of the weights.")] = None,
+    loss: Annotated[list[str] | None, typer.Option(help="clean, robust, robust_fixed.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="last or best.")] = "last",
+    weights: Weights = "auto",
+    samples: Annotated[int | None, typer.Option(help="Training images to measure on.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw the loss around the weights of runs, all on one axis, or between them."""
+    from rich.console import Console
+
+    from robustflat.report.landscape_figures import save_html, save_png
+    from robustflat.report.progress import Counter
+    from robustflat.runs.landscapes import draw_between, draw_run
+    from robustflat.runs.restore import Run
+
+    (name,) = _checkpoints(checkpoint, both=False)
+    opened = [Run(root, device) for root in runs]
+    common: dict[str, Any] = {"points": points, "seed": seed, "losses": loss or ["clean", "robust"]}
+    common |= {"checkpoint": name, "weights": _weights(weights), "samples": samples}
+    around = {"dimensions": dimensions, "directions": directions, "span": span}
+    with Counter(Console(), "landscape") as counter:
+        if between:
+            found = {"": draw_between(opened, on_progress=counter.on_measure, **common)}
+        else:
+            found = {
+                run.name: draw_run(run, on_progress=counter.on_measure, **common, **around)
+                for run in opened
+            }
+    if output.suffix == ".html":
+        save_html(found, output)
+    else:
+        save_png(found, output)
+    typer.echo(f"written: {output}")
+
+
+@app.command()
+def report(
+    runs: Runs,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write a page about runs: figures, learning curves, landscapes; it needs no server."""
+    from robustflat.report.page import write_page
+    from robustflat.train.folder import RunFolder
+
+    write_page([RunFolder(root) for root in runs], output)
+    typer.echo(f"written: {output}")
+
+
+@app.command()
 def compare(
     runs: Runs,
     json: Annotated[Path | None, typer.Option(help="Also write the rows as JSON.")] = None,

@@ -184,6 +184,11 @@ def test_bad_input_is_a_sentence(model, message, arguments):
         flatness(model, **arguments)
 
 
+def test_half_precision_is_refused(model):
+    with pytest.raises(rf.UserError, match=r"bfloat16.*Measure model\.float"):
+        flatness(model.bfloat16(), DATA, ["ascent_clean"])
+
+
 def test_weights_that_are_not_finite_are_a_sentence(model):
     with torch.no_grad():
         model[5].weight[0, 0] = float("nan")
@@ -246,7 +251,7 @@ def test_a_landscape_is_resumed(tmp_path):
 def test_progress_rises_to_what_was_stated():
     seen = []
     figures = flatness(
-        mlp(), examples(7, (6,), 4), ["worst_robust", "hessian_trace"], probes=3,
+        mlp(), examples(7, (6,), 4), ["worst_robust", "hessian_max", "hessian_trace"], probes=3,
         on_progress=seen.append, batch_size=3,
     )  # fmt: skip
     assert [p.done for p in seen] == sorted(p.done for p in seen)

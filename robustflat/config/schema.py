@@ -207,12 +207,17 @@ Schedule = Annotated[
 
 
 class RunConfig(Section):
-    """One training run and what is measured of it."""
+    """One training run and what is measured of it.
+
+    ``threads`` is the number of CPU threads. Small networks are fastest with one, and sums over
+    another number of threads are rounded differently.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Whole = 0
     output: str = "runs"
     device: str = "auto"
+    threads: Count | None = None
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     attack: AttackConfig

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from robustflat import flatness
+from robustflat.flatness import Progress as Measured
 
 
 class ProgressBar:
@@ -64,7 +64,9 @@ class ProgressBar:
             if "robust_accuracy" in figures:
                 parts.append(f"robust {figures['robust_accuracy']:6.1%}")
         parts.append("best" if row["is_best"] else "")
-        self._progress.console.print("  ".join(parts).rstrip(), highlight=False, markup=False)
+        self._progress.console.print(
+            "  ".join(parts).rstrip(), highlight=False, markup=False, soft_wrap=True
+        )
 
     def on_end(self) -> None:
         """Close the bar."""
@@ -98,7 +100,7 @@ class Counter:
         """An attack finished ``done`` of ``total`` batches; ``standing`` examples withstand."""
         self._update(attack, done, total, f"{self._name}  {attack}: {standing} standing")
 
-    def on_measure(self, progress: flatness.Progress) -> None:
+    def on_measure(self, progress: Measured) -> None:
         """A flatness measurement has come so far."""
         text = f"{self._name}  {progress.measure}"
         self._update("measures", progress.done, progress.total, text)

@@ -16,7 +16,7 @@ from robustflat.data import Data
 from robustflat.errors import UserError
 from robustflat.train.checkpoint import load_checkpoint
 from robustflat.train.folder import RunFolder
-from robustflat.train.setup import build_model, load_data, resolve_device
+from robustflat.train.setup import build_model, load_data, resolve_device, use_threads
 
 CheckpointName = Literal["best", "last"]
 CHECKPOINTS: tuple[CheckpointName, ...] = ("best", "last")
@@ -47,6 +47,7 @@ class Run:
         self.folder = RunFolder(root)
         self.config: RunConfig = self.folder.read_config()
         self.device = resolve_device(device)
+        use_threads(self.config)
 
     @property
     def name(self) -> str:

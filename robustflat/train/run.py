@@ -9,7 +9,7 @@ from robustflat.config import RunConfig
 from robustflat.train.folder import RunFolder
 from robustflat.train.loop import Listener, Trainer
 from robustflat.train.processes import join
-from robustflat.train.setup import load_data, resolve_device
+from robustflat.train.setup import load_data, resolve_device, use_threads
 
 
 def train(
@@ -37,6 +37,7 @@ def train(
         UserError: if anything named in ``config`` cannot be used, or the folder is in use.
         TrainingDivergedError: if loss or gradient is not finite and the policy is to stop.
     """
+    use_threads(config)
     processes = join()
     folder = RunFolder(Path(config.output) / config.name)
     device = resolve_device(config.device, processes.local_rank)

@@ -63,6 +63,12 @@ def build_model(config: RunConfig, dataset: data.Data, device: torch.device) -> 
     return model.to(device).to(memory_format=layout)
 
 
+def use_threads(config: RunConfig) -> None:
+    """Use as many CPU threads as the run asks for, if it does."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called ``name``; "auto" is this process's GPU if there is one, else the CPU.
 

@@ -1,0 +1,190 @@
+"""Owns the adapter over pyautoattack: each component of AutoAttack as an attack on a batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.errors import UserError
+from robustflat.evaluate.attacks import Attack, Threat, check_options, norm_name
+
+COMPONENTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+VERSIONS: dict[str, tuple[str, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+    # The two that find nearly all: for development, not for reports.
+    "fast": ("apgd-ce", "apgd-t"),
+}
+# Square's smallest square for l2 and l1 is a fifth of the height; below this it has no pixel.
+_LEAST_HEIGHT = 5
+
+_log = logging.getLogger(__name__)
+_log.addHandler(logging.NullHandler())
+
+
+def components(
+    version: str, options: Mapping[str, Any], threat: Threat, notes: list[str]
+) -> list[Attack]:
+    """The components of a version of AutoAttack (Croce & Hein 2020; L1: 2021).
+
+    Settings, seeding and algorithm are the library's, and run in the official order on what still
+    stands in batches of the same size they find bit for bit what the official driver finds. One
+    exception: in a custom list, the library gives `fab` one restart instead of five if `fab-t`
+    came before it; here it always has five. The library's driver is not used: its checks replace
+    the process's tracer, and its state file cannot be read back.
+
+    With few classes, the number of targets is at most the number of wrong classes. The targeted
+    DLR loss divides by a difference to the fourth largest logit and the DLR loss to the third, so
+    with three classes `apgd-t` becomes `apgd-dlr`, and with two both are left out. Square is left
+    out for l2 and l1 on images less than five pixels high, on which it fails.
+
+    Args:
+        version: "", "standard", "plus", "rand", "fast" or "custom=NAME,NAME".
+        options: In place of `version`: "version", and for "custom" a list "attacks".
+        threat: The ball, the number of classes and the shape of the images.
+        notes: Gets a sentence for every change these rules made.
+
+    Returns:
+        The attacks.
+
+    Raises:
+        UserError: If a name is unknown or nothing is left to run.
+    """
+    check_options("autoattack", options, ("version", "attacks"))
+    version = str(options.get("version", version)) or "standard"
+    version, _, listed = version.partition("=")
+    names = tuple(options.get("attacks", listed.split(",") if listed else ()))
+    if version == "custom":
+        unknown = [name for name in names if name not in COMPONENTS]
+        if unknown or not names:
+            raise UserError(
+                f"A custom AutoAttack is written autoattack:custom=apgd-ce,apgd-t with some of "
+                f"{', '.join(COMPONENTS)}; got {', '.join(map(str, unknown)) or 'none'}."
+            )
+    elif version not in VERSIONS or names:
+        raise UserError(
+            f"AutoAttack's versions are {', '.join(VERSIONS)} and custom=ATTACK,ATTACK; got "
+            f"{version!r}{' with a list of attacks' if names else ''}."
+        )
+    else:
+        names = VERSIONS[version]
+    fitting = _fitting(names, threat, notes)
+    if not fitting:
+        raise UserError(
+            f"None of {', '.join(names)} can run with {threat.classes} classes on images of "
+            f"{threat.shape[1]}x{threat.shape[2]} pixels."
+        )
+    # `fast` is a part of `standard`, so that going on to that later repeats nothing.
+    return [_component(n, "standard" if version == "fast" else version, threat) for n in fitting]
+
+
+def _fitting(names: tuple[str, ...], threat: Threat, notes: list[str]) -> list[str]:
+    """The components that can run with this many classes on images of this size."""
+    fitting: list[str] = []
+    for name in names:
+        kept: str | None = name
+        if name == "apgd-t" and threat.classes == 3:
+            kept = "apgd-dlr"
+            notes.append(
+                "With 3 classes the targeted DLR loss is not defined: apgd-dlr was run in place of "
+                "apgd-t."
+            )
+        elif name in ("apgd-t", "apgd-dlr") and threat.classes < 3:
+            kept = None
+            notes.append(
+                f"With {threat.classes} classes the DLR loss is not defined: {name} was left out."
+            )
+        elif name == "square" and threat.norm < float("inf") and threat.shape[1] < _LEAST_HEIGHT:
+            kept = None
+            notes.append(
+                f"Square cannot attack images {threat.shape[1]} pixels high in "
+                f"{threat.norm_name}: it was left out."
+            )
+        if kept is not None and kept not in fitting:
+            fitting.append(kept)
+    return fitting
+
+
+def _component(name: str, version: str, threat: Threat) -> Attack:
+    """One component with the settings that `version` gives it."""
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        from pyautoattack import AutoAttack
+
+        # Made anew for every batch: nothing is carried over, so any batch can be repeated.
+        driver = AutoAttack(
+            model,
+            norm=threat.norm_name.capitalize(),
+            eps=threat.eps,
+            seed=seed,
+            version=version,
+            attacks=[name] if version == "custom" else None,
+            device=x.device,
+        )
+        wrong_classes = threat.classes - 1
+        if name.startswith("apgd"):
+            attack = driver.apgd_targeted if name == "apgd-t" else driver.apgd
+            attack.logger = _log
+            if name == "apgd-t":
+                attack.n_target_classes = min(attack.n_target_classes, wrong_classes)
+            else:
+                attack.loss = name.removeprefix("apgd-")
+        elif name == "square":
+            attack = driver.square
+        else:
+            attack = driver.fab
+            attack.targeted = name == "fab-t"
+            if attack.targeted:
+                attack.n_restarts = 1
+                attack.n_target_classes = min(attack.n_target_classes, wrong_classes)
+        attack.seed = seed
+        with torch.no_grad():
+            found: Tensor = attack.perturb(x.contiguous(), y)
+        return found
+
+    identity = {
+        "attack": f"autoattack:{name}",
+        "version": version,
+        "norm": threat.norm_name,
+        "classes": threat.classes,
+    }
+    return Attack(name=name, identity=identity, run=run, black_box=name == "square")
+
+
+def square(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int) -> Tensor:
+    """Square (Andriushchenko et al. 2020) with a budget of its own, for the sanity checks.
+
+    Args:
+        model: The model.
+        x: Images in [0, 1], float32 [N, C, H, W].
+        y: Labels [N].
+        threat: The ball; with l2 and l1 the images must be five pixels high.
+        queries: Outputs it may look at.
+
+    Returns:
+        Images of the shape of `x`.
+    """
+    from pyautoattack.square import SquareAttack
+
+    attack = SquareAttack(
+        model,
+        norm=norm_name(threat.norm).capitalize(),
+        n_queries=queries,
+        eps=threat.eps,
+        seed=0,
+        device=x.device,
+        resc_schedule=True,
+    )
+    with torch.no_grad():
+        found: Tensor = attack.perturb(x.contiguous(), y)
+    return found
+
+
+def square_fits(threat: Threat) -> bool:
+    """Whether Square can attack images of this size in this norm."""
+    return threat.norm == float("inf") or threat.shape[1] >= _LEAST_HEIGHT

@@ -1,0 +1,118 @@
+"""Owns the adapter over torchattacks: any of its attacks by name, the model left as it is."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import io
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustflat.errors import UserError
+from robustflat.evaluate.attacks import Attack, Threat, check_options
+
+_REFUSED = {
+    "AutoAttack": (
+        "torchattacks:AutoAttack is not AutoAttack (10 steps instead of 100) and finds less: use "
+        "'autoattack'."
+    ),
+    "MultiAttack": "List the attacks one by one instead of torchattacks:MultiAttack.",
+    "LGV": "torchattacks:LGV attacks a surrogate, which evaluate does not train.",
+}
+_BLACK_BOX = {"Square", "OnePixel", "Pixle", "SPSA"}
+
+
+def torchattack(name: str, options: Mapping[str, Any], threat: Threat) -> Attack:
+    """An attack of torchattacks.
+
+    It is given the evaluation's eps, norm, number of classes and seed where it has such
+    parameters; all others keep that library's defaults (alpha too: give it with another eps than
+    8/255). Attacks that look for the nearest adversarial example (CW, DeepFool, ...) know no eps:
+    those of their examples that are in the ball count. The model is in eval mode throughout.
+
+    Args:
+        name: Its class in torchattacks.
+        options: Keyword arguments of that class.
+        threat: The ball and the number of classes.
+
+    Returns:
+        The attack.
+
+    Raises:
+        UserError: If torchattacks is not installed, or has no such attack or option.
+    """
+    if name in _REFUSED:
+        raise UserError(_REFUSED[name])
+    try:
+        import torchattacks
+    except ImportError as error:
+        raise UserError(
+            f"The attack torchattacks:{name} needs torchattacks: pip install "
+            "'robustflat[torchattacks]' (in a virtual environment: it pins an old requests)."
+        ) from error
+    known = [found for found in torchattacks.__all__ if found not in _REFUSED]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+        raise UserError(f"torchattacks has no attack {name!r}. Did you mean {', '.join(near)}?")
+    cls = getattr(torchattacks, name)
+    accepted = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "model")]
+    check_options(f"torchattacks:{name}", options, accepted)
+    ours = {
+        "eps": threat.eps,
+        "norm": threat.norm_name.capitalize(),
+        "n_classes": threat.classes,
+    }
+    settings = {key: value for key, value in ours.items() if key in accepted} | dict(options)
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        seeded = {"seed": seed} if "seed" in accepted and "seed" not in options else {}
+        # It prints where it finds no device, and needs gradients enabled.
+        with _seeded(seed), redirect_stdout(io.StringIO()), torch.enable_grad():
+            try:
+                attack = cls(model, **settings, **seeded)
+                attack.set_device(x.device)
+                found: Tensor = attack(x.clone(), y.clone())
+            except Exception as error:
+                raise UserError(
+                    f"torchattacks:{name} failed on images of the shape {list(x.shape)} "
+                    f"({type(error).__name__}: {error}). Leave it out, or see its options: "
+                    f"{', '.join(accepted)}."
+                ) from error
+        return found.detach()
+
+    identity = {
+        "attack": f"torchattacks:{name}",
+        "options": {key: _json(value) for key, value in sorted(settings.items())},
+    }
+    return Attack(
+        name=f"torchattacks:{name}",
+        identity=identity,
+        run=run,
+        black_box=name in _BLACK_BOX,
+        bounded="eps" in accepted,
+    )
+
+
+def _json(value: object) -> object:
+    """An option as it can be written to JSON."""
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed every generator that these attacks draw from; Python's and numpy's are put back."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)

@@ -1,0 +1,240 @@
+"""Owns the reasons to doubt a robust accuracy: checks whose findings are sentences beside it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustflat.data import balanced
+from robustflat.evaluate.accuracy import right
+from robustflat.evaluate.attacks import Threat
+from robustflat.evaluate.autoattack import square, square_fits
+from robustflat.evaluate.outcomes import Record
+from robustflat.perturb import InputPerturbation, fgsm, pgd
+
+# Examples for the probe of the input range, which costs a few forward passes only.
+_PROBE = 256
+_QUERIES = 200
+# AutoAttack's own threshold: Square takes more than this share from what white-box attacks left.
+_SQUARE_SHARE = 0.002
+# How many examples more one attack must break on the sample before it is called stronger.
+_MORE = 2
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def run(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    correct: Tensor,
+    threat: Threat,
+    *,
+    examples: int,
+    training: bool,
+    device: torch.device,
+) -> list[str]:
+    """All checks that look at the model, on a fixed class-balanced choice of examples.
+
+    Costs three forward passes and about a dozen more on up to 256 examples, and on `examples` of
+    those classified correctly at most 61 forward and backward passes and 200 queries.
+
+    Args:
+        model: The plain model in eval mode.
+        x: Images, float32 [N, C, H, W], on the CPU.
+        y: Labels [N].
+        correct: bool [N]: which ones the model classifies.
+        threat: The ball.
+        examples: How many to attack.
+        training: Whether the model was given in train mode.
+        device: Where to compute.
+
+    Returns:
+        One sentence for every finding.
+    """
+    pick = balanced(y, min(_PROBE, len(y)), seed=0)
+    some, labels = x[pick].to(device), y[pick].to(device)
+    found = []
+    if training:
+        found.append(
+            "The model was given in train mode; it was evaluated in eval mode. If you also use it "
+            "elsewhere, call model.eval() first."
+        )
+    found += _outputs(model, some[:examples])
+    found += _input_range(model, some, labels)
+    right_ones = correct.nonzero().flatten()
+    if len(right_ones):
+        chosen = right_ones[balanced(y[right_ones], min(examples, len(right_ones)), seed=0)]
+        victims, classes = x[chosen].to(device), y[chosen].to(device)
+        found += _zero_gradients(model, victims, classes)
+        if threat.eps:
+            found += _ladder(model, victims, classes, threat)
+    return found
+
+
+def from_record(record: Record) -> list[str]:
+    """What the outcomes themselves tell: black-box attacks after white-box ones, stray images."""
+    found = []
+    count = len(record.outcomes)
+    white = False
+    for index, entry in enumerate(record.entries):
+        broken = int((record.outcomes == index).sum())
+        if entry.black_box and white and broken > _SQUARE_SHARE * count:
+            found.append(
+                f"The black-box attack {entry.name} broke {broken} of {count} examples that "
+                "white-box attacks had left standing: gradients are probably masked, and the true "
+                "robust accuracy lower. Try more steps and restarts, or an adaptive attack."
+            )
+        white = white or not entry.black_box
+        if entry.outside and entry.bounded:
+            found.append(
+                f"{entry.outside} images that {entry.name} returned lay outside the ball or "
+                "[0, 1] and were not counted: check its options."
+            )
+    return found
+
+
+def _outputs(model: nn.Module, x: Tensor) -> list[str]:
+    """Probabilities instead of logits, randomness, and defences that optimise."""
+    found = []
+    logits = model(x)
+    sums = (logits.sum(1) - 1).abs()
+    if bool(((logits >= -1e-5) & (logits <= 1 + 1e-5)).all() & (sums < 1e-4).all()):
+        found.append(
+            "The outputs look like probabilities (rows sum to one): gradients vanish where the "
+            "model is sure. Evaluate the logits, without the softmax."
+        )
+    unit = F.normalize(logits, dim=1)
+    if any(bool(((F.normalize(model(x), dim=1) - unit).norm(dim=1) > 1e-4).any()) for _ in "12"):
+        found.append(
+            "Two passes over the same images gave different outputs: for a randomised model the "
+            "figures hold for one draw only. Use autoattack:rand, and repeat it."
+        )
+    calls = _calls(lambda: model(x), {"grad", "backward"})
+    if calls:
+        found.append(
+            "The model computes gradients while it classifies, as defences that optimise at test "
+            "time do: AutoAttack's attacks are not adapted to it, and the figures may be too high."
+        )
+    return found
+
+
+def _calls(action: Callable[[], object], names: set[str]) -> int:
+    """How often functions of torch.autograd with these names are called during `action`."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        if event == "call" and frame.f_code.co_name in names:
+            count += frame.f_globals.get("__name__", "").startswith("torch.autograd")
+
+    # Not sys.settrace, as AutoAttack does: that is where debuggers and coverage live.
+    previous = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(previous)
+    return count
+
+
+def _input_range(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+    """Whether the model does better on images that are not in [0, 1]."""
+    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), correction=0, keepdim=True)
+    ways = {
+        "standardised with the data's mean and std": (x - mean) / std.clamp_min(1e-3),
+        "scaled to [-1, 1]": 2 * x - 1,
+        "scaled to [0, 255]": 255 * x,
+    }
+    if x.shape[1] == 3:
+        imagenet = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in _IMAGENET)
+        ways["normalised with ImageNet's mean and std"] = (x - next(imagenet)) / next(imagenet)
+    count = len(x)
+    given = right(model(x), y)
+    answers = {way: right(model(images), y) for way, images in ways.items()}
+    way, there = max(answers.items(), key=lambda pair: int(pair[1].sum()))
+    gained, lost = int((there & ~given).sum()), int((given & ~there).sum())
+    # The sign test on the images that the two ways classify differently.
+    chance = sum(math.comb(gained + lost, k) for k in range(gained, gained + lost + 1))
+    if gained - lost < 0.03 * count or chance > 1e-3 * 2 ** (gained + lost):
+        return []
+    return [
+        (
+            "The model does not seem to take images in [0, 1]: it classifies "
+            f"{int(there.sum())} of {count} images when they are {way}, but {int(given.sum())} "
+            "as they are. Put the normalisation inside it (robustflat.models.Normalized), or every "
+            "eps has another meaning."
+        )
+    ]
+
+
+def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+    with torch.enable_grad():
+        inputs = x.clone().requires_grad_()
+        loss = F.cross_entropy(model(inputs), y, reduction="sum")
+        gradient = None
+        if loss.requires_grad:
+            (gradient,) = torch.autograd.grad(loss, inputs, allow_unused=True)
+    zero = len(x) if gradient is None else int((gradient.flatten(1).abs().amax(1) == 0).sum())
+    if not zero:
+        return []
+    return [
+        (
+            f"The gradient of the cross-entropy is exactly zero at {zero} of {len(x)} images: "
+            "gradient-based attacks see nothing there, and the figures may be too high (saturated "
+            "outputs, or an operation that cannot be differentiated)."
+        )
+    ]
+
+
+def _ladder(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> list[str]:
+    """A stronger attack must break no less: more steps, larger eps, any image, white box."""
+    larger = 2 * threat.eps
+
+    def broken(attack: InputPerturbation) -> int:
+        generator = torch.Generator(x.device).manual_seed(0)
+        try:
+            x_adv = attack(model, x, y, generator=generator)
+        except RuntimeError:
+            # No gradient at all: that has been reported by itself.
+            return 0
+        return int((~right(model(x_adv), y)).sum())
+
+    count = len(x)
+    by_one = broken(fgsm(threat.norm, threat.eps))
+    by_many = broken(pgd(threat.norm, threat.eps, 20))
+    by_larger = broken(pgd(threat.norm, larger, 20))
+    # The box itself, whatever the norm.
+    by_all = broken(pgd("linf", 1.0, 20))
+    found = []
+    if by_one >= by_many + _MORE:
+        found.append(
+            f"One gradient step breaks {by_one} of {count} images, twenty break {by_many}: more "
+            "steps are not stronger, so gradients are probably masked."
+        )
+    if by_many >= by_larger + _MORE:
+        found.append(
+            f"PGD breaks {by_many} of {count} images with eps = {threat.eps:.4g} and {by_larger} "
+            f"with {larger:.4g}: a larger eps is not stronger, so gradients are probably masked."
+        )
+    if by_all < 0.9 * count:
+        found.append(
+            f"With every image allowed (linf, eps = 1), PGD breaks only {by_all} of {count}: "
+            "accuracy should go to 0, so gradients are probably masked."
+        )
+    # Not for l1, where a step of PGD moves one pixel and is no match for Square anyway.
+    if threat.norm > 1 and square_fits(threat):
+        x_adv = square(model, x, y, threat, _QUERIES)
+        by_square = int((~right(model(x_adv), y)).sum())
+        if by_square >= by_many + _MORE:
+            found.append(
+                f"The black-box attack Square breaks {by_square} of {count} images with "
+                f"{_QUERIES} queries, PGD with gradients {by_many}: gradients are probably masked."
+            )
+    return found

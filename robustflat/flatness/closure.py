@@ -1,0 +1,225 @@
+"""Owns the loss over a fixed set of examples, as a function of the model's present weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustflat.errors import UserError
+from robustflat.perturb import InputPerturbation, attack_losses, maximise
+
+Kind = Literal["forward", "input_gradient", "gradient", "hvp"]
+# Told how many examples a pass of some kind went over.
+Count = Callable[[Kind, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closure:
+    """The mean loss of some examples, summed batch by batch and weighted by example.
+
+    It is a function of the weights alone: every random number of the attack is drawn in advance
+    (``starts``), so two evaluations at the same weights are the same, whatever lies between them,
+    and do not depend on the batch size. Differences between weights are then due to the weights.
+
+    Attributes:
+        model: in eval mode.
+        x: images ``[N, ...]``.
+        y: labels ``[N]`` or ``[N, C]``.
+        batch_size: examples in a pass; the last batch may be smaller.
+        count: told of every pass.
+        attack: makes adversarial examples anew at the present weights; None takes ``x`` as it is.
+        starts: where each restart of the attack begins, each of the shape of ``x``; empty for an
+            attack that starts at the image.
+        normalise_logits: take the loss of the centred logits divided by their norm.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    batch_size: int
+    count: Count
+    attack: InputPerturbation | None = None
+    starts: tuple[Tensor, ...] = ()
+    normalise_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if any(module.training for module in self.model.modules()):
+            raise UserError(
+                "The model is in train mode: BatchNorm would make an example's loss depend on the "
+                "batch around it, and dropout would make it random, so curvature and sharpness "
+                "would not be defined. Call model.eval() first."
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def part(self, rows: slice) -> Closure:
+        """The same loss over some of the examples."""
+        return replace(
+            self, x=self.x[rows], y=self.y[rows], starts=tuple(s[rows] for s in self.starts)
+        )
+
+    def attacked(self) -> Tensor:
+        """The adversarial examples at the present weights, ``[N, ...]``, where ``x`` lies."""
+        return torch.cat([x.to(self.x.device) for x, _ in self._batches()])
+
+    def losses(self) -> Tensor:
+        """The loss of every example, ``[N]``, float64 on the host."""
+        return self.outcomes()[0]
+
+    @torch.no_grad()
+    def outcomes(self) -> tuple[Tensor, Tensor]:
+        """The loss of every example and whether it is classified rightly, ``[N]`` each."""
+        losses: list[Tensor] = []
+        right: list[Tensor] = []
+        for x, y in self._batches():
+            self.count("forward", len(x))
+            logits = self.model(x)
+            losses.append(self._losses(logits, y))
+            labels = y.argmax(1) if y.is_floating_point() else y
+            right.append(logits.argmax(1) == labels)
+        return _to_host(losses), torch.cat(right).cpu()
+
+    def value_and_grad(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss of every example, and the gradient of their mean.
+
+        With adversarial examples remade, the gradient is that at the examples found (Danskin).
+
+        Returns:
+            Losses ``[N]`` as :meth:`losses`; gradients, one a parameter.
+        """
+        found: list[Tensor] = []
+        total = [torch.zeros_like(p) for p in parameters]
+        for x, y in self._batches():
+            self.count("gradient", len(x))
+            with torch.enable_grad():
+                losses = self._losses(self.model(x), y)
+                gradient = _gradient(losses.sum() / len(self), parameters)
+            torch._foreach_add_(total, gradient)
+            found.append(losses.detach())
+        return _to_host(found), total
+
+    def hvp(self, parameters: Sequence[Tensor], vector: list[Tensor]) -> list[Tensor]:
+        """The Hessian of the mean loss times ``vector`` (differentiating the gradient)."""
+        assert self.attack is None, "the Hessian is taken at fixed adversarial examples"
+        total = [torch.zeros_like(v) for v in vector]
+        for x, y in self._batches():
+            self.count("hvp", len(x))
+            with torch.enable_grad():
+                loss = self._losses(self.model(x), y).sum() / len(self)
+                slopes = torch.autograd.grad(
+                    loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+                along = sum(
+                    ((s * v).sum() for s, v in zip(slopes, vector, strict=True)), loss.new_zeros(())
+                )
+                product = _gradient(along, parameters)
+            torch._foreach_add_(total, product)
+        return total
+
+    def weighted_gradient(
+        self, parameters: Sequence[Tensor], weigh: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """The gradient of the sum over all batches of ``weigh(logits)``, a scalar."""
+        total = [torch.zeros_like(p) for p in parameters]
+        for x, _ in self._batches():
+            self.count("gradient", len(x))
+            with torch.enable_grad():
+                gradient = _gradient(weigh(self.model(x)), parameters)
+            torch._foreach_add_(total, gradient)
+        return total
+
+    def input_batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, images and labels of each batch, on the model's device."""
+        device, dtype = _place(self.model)
+        for start in range(0, len(self), self.batch_size):
+            rows = slice(start, min(start + self.batch_size, len(self)))
+            yield rows, self.x[rows].to(device, dtype), self.y[rows].to(device)
+
+    def example_losses(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of every row of one batch, with gradient."""
+        return self._losses(self.model(x), y)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows, x, y in self.input_batches():
+            yield (x if self.attack is None else self._attack(rows, x, y)), y
+
+    def _attack(self, rows: slice, x: Tensor, y: Tensor) -> Tensor:
+        """The worst of the attack's restarts for each image, each from its own fixed start."""
+        assert self.attack is not None
+        cost = attack_cost(self.attack)
+        self.count("input_gradient", cost["input_gradient"] * len(x))
+        self.count("forward", cost["forward"] * len(x))
+        once = replace(self.attack, restarts=1)
+        if not self.starts:
+            return once(self.model, x, y)
+        found = [once(self.model, x, y, start=start[rows].to(x)) for start in self.starts]
+        if len(found) == 1:
+            return found[0]
+        climb = attack_losses[self.attack.loss]
+        with torch.no_grad():
+            target = self.model(x) if self.attack.loss == "kl" else y
+            values = torch.stack([climb(self.model(x_adv), target) for x_adv in found])
+        return torch.stack(found)[values.argmax(0), torch.arange(len(x), device=x.device)]
+
+    def _losses(self, logits: Tensor, y: Tensor) -> Tensor:
+        if self.normalise_logits:
+            centred = logits - logits.mean(1, keepdim=True)
+            logits = centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-10)
+        return F.cross_entropy(logits, y, reduction="none")
+
+
+def attack_starts(
+    attack: InputPerturbation, x: Tensor, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """A starting perturbation of every image for every restart, drawn for all images at once.
+
+    Args:
+        attack: tells how to start.
+        x: images ``[N, ...]``.
+        generator: source of randomness, on the device of ``x``.
+
+    Returns:
+        One tensor a restart; none for an attack that starts at the image itself.
+    """
+    if attack.ball.radius == 0 or attack.ascent.start == "zero":
+        return ()
+    start = replace(attack.ascent, steps=0, keep="last")
+
+    def unused(u: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        raise AssertionError("an ascent of no steps evaluates nothing")
+
+    return tuple(
+        maximise(unused, attack.ball, start, [x], generator)[0] for _ in range(attack.restarts)
+    )
+
+
+def attack_cost(attack: InputPerturbation) -> dict[Kind, int]:
+    """Passes that remaking the adversarial examples costs."""
+    if attack.ball.radius == 0:
+        return {"input_gradient": 0, "forward": 0}
+    gradients = attack.ascent.steps + (attack.ascent.keep == "best")
+    choices = attack.restarts if attack.restarts > 1 else 0
+    target = (attack.restarts + (choices > 0)) if attack.loss == "kl" else 0
+    return {"input_gradient": gradients * attack.restarts, "forward": choices + target}
+
+
+def _gradient(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    # Not .backward(): the user's .grad is none of our business.
+    return torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+
+
+def _to_host(losses: list[Tensor]) -> Tensor:
+    return torch.cat(losses).to("cpu", torch.float64)
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    raise UserError("The model has no floating-point parameters, so it has no weight landscape.")

@@ -1,0 +1,322 @@
+"""Owns the registry of flatness measures, the literature's presets among them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from robustflat.errors import UserError
+from robustflat.flatness import curvature, inputs, mechanism, sharpness
+from robustflat.flatness.closure import attack_cost
+from robustflat.flatness.figure import Figure, Passes
+from robustflat.flatness.options import Options
+from robustflat.flatness.subject import LossKind, Subject
+from robustflat.perturb import InputPerturbation, pgd
+
+Compute = Callable[[Subject, Options, LossKind, str], Figure]
+# Jobs by a key that two measures share if they share the work.
+Jobs = Callable[[Options, int], dict[str, Passes]]
+# From the threat's norm and eps to the attack that a paper used.
+AttackOf = Callable[[float, float], InputPerturbation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A measure by name.
+
+    Attributes:
+        name: as users call it.
+        summary: one line.
+        loss: which loss is measured.
+        compute: measures it.
+        jobs: what it costs.
+        curvature: whether it is defined in eval mode alone, so that a model in train mode is
+            refused rather than measured in eval mode.
+        changes: a preset's options; options that the user gives override them.
+        weights: a preset's choice of parameters that depends on the model.
+        attack: a preset's attack; one that the user gives overrides it.
+    """
+
+    name: str
+    summary: str
+    loss: LossKind
+    compute: Compute
+    jobs: Jobs
+    curvature: bool = False
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    weights: Callable[[nn.Module], str] | None = None
+    attack: AttackOf | None = None
+
+    def run(self, subject: Subject, options: Options) -> Figure:
+        """Measure ``subject``."""
+        return self.compute(subject, options, self.loss, self.name)
+
+
+def find(name: str) -> Measure:
+    """The measure of that name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if name not in MEASURES:
+        near = difflib.get_close_matches(str(name), MEASURES, n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(
+            f"There is no flatness measure {name!r}.{hint} Measures: {', '.join(MEASURES)}."
+        )
+    return MEASURES[name]
+
+
+def without_normalisation(model: nn.Module) -> str:
+    """A selection of all parameters but those of normalisation layers (Stutz et al. 2021)."""
+    names = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if not isinstance(module, _NORMALISATIONS)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    pattern = "|".join(name.replace(".", r"\.") for name in names)
+    return f"re:^({pattern})$"
+
+
+_NORMALISATIONS = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+_SUFFIXES: dict[str, LossKind] = {
+    "clean": "clean",
+    "robust": "robust",
+    "robust_fixed": "robust_fixed",
+}
+_OF = {
+    "clean": "the clean loss",
+    "robust": "the robust loss, examples remade at every weight",
+    "robust_fixed": "the robust loss, examples held fixed",
+}
+
+
+def _with_examples(
+    loss: LossKind, own: Mapping[str, Passes], options: Options
+) -> dict[str, Passes]:
+    """Jobs, and the making of the fixed adversarial examples where they are needed."""
+    jobs = dict(own)
+    if loss != "clean":
+        jobs[f"examples/{options.attack!r}"] = Passes(**attack_cost(options.attack))
+    return jobs
+
+
+def _sharpness(kind: str, suffix: str) -> Measure:
+    loss = _SUFFIXES[suffix]
+    name = f"{kind}_{suffix}"
+    compute, passes, summary = {
+        "worst": (sharpness.worst, sharpness.worst_passes, "worst-direction sharpness"),
+        "ascent": (sharpness.ascent, sharpness.ascent_passes, "ascent-direction sharpness"),
+        "average": (sharpness.average, sharpness.average_passes, "average-direction sharpness"),
+    }[kind]
+
+    def jobs(options: Options, examples: int) -> dict[str, Passes]:
+        own = {name: passes(options, loss, examples)}
+        return _with_examples(loss, own, options) if loss == "robust_fixed" else own
+
+    return Measure(
+        name=name,
+        summary=f"{summary} of {_OF[suffix]}",
+        loss=loss,
+        compute=compute,
+        jobs=jobs,
+    )
+
+
+def _curvature(
+    name: str,
+    summary: str,
+    compute: Compute,
+    own: Callable[[Options, LossKind], dict[str, Passes]],
+    loss: LossKind,
+) -> Measure:
+    robust = loss != "clean"
+
+    def jobs(options: Options, examples: int) -> dict[str, Passes]:
+        shared = {f"{key}/{loss}": passes for key, passes in own(options, loss).items()}
+        return _with_examples(loss, shared, options)
+
+    return Measure(
+        name=name + ("_robust" if robust else ""),
+        summary=f"{summary} of the {'robust' if robust else 'clean'} loss",
+        loss=loss,
+        compute=compute,
+        jobs=jobs,
+        curvature=True,
+    )
+
+
+def _top(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {"top": curvature.top_passes(options, loss)}
+
+
+def _ends(options: Options, loss: LossKind) -> dict[str, Passes]:
+    passes = curvature.top_passes(options, loss)
+    return {"top": passes, "bottom": passes}
+
+
+def _probes(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {f"probes {options.estimator}": curvature.probe_passes(options, loss)}
+
+
+def _hutchinson(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {"probes hutchinson": curvature.hutchinson_passes(options, loss)}
+
+
+def _density(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {**_ends(options, loss), "density": curvature.density_passes(options, loss)}
+
+
+def _gradient(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {"gradient": mechanism.gradient_passes(options, loss)}
+
+
+def _aligned(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {**_top(options, loss), **_gradient(options, loss)}
+
+
+def _fisher(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {"fisher": mechanism.fisher_passes(options, loss)}
+
+
+def _once(name: str, passes: Callable[[Options, LossKind], Passes]) -> Jobs:
+    return lambda options, examples: {name: passes(options, "clean")}
+
+
+_CURVATURE: tuple[tuple[str, str, Compute, Callable[..., dict[str, Passes]]], ...] = (
+    ("hessian_max", "largest Hessian eigenvalue", curvature.maximum, _top),
+    ("hessian_min", "smallest Hessian eigenvalue", curvature.minimum, _ends),
+    ("hessian_trace", "Hessian trace", curvature.trace, _probes),
+    ("hessian_frobenius", "Hessian Frobenius norm", curvature.frobenius, _hutchinson),
+    ("hessian_density", "Hessian spectral density", curvature.density, _density),
+    ("gradient_norm", "gradient norm", mechanism.gradient_norm, _gradient),
+    ("alignment", "gradient's |cos| to the top eigenvector", mechanism.alignment, _aligned),
+    ("fisher_trace", "Fisher information's trace", mechanism.fisher_trace, _fisher),
+)
+
+
+def _stutz_attack(norm: float, eps: float) -> InputPerturbation:
+    # 20 steps of 0.007 at eps 0.0314, the best iterate kept.
+    return pgd(norm, eps, 20, 0.007 / 0.0314 * eps, "uniform", keep="best")
+
+
+def _stutz(kind: str, **changes: Any) -> Measure:
+    return replace(
+        _sharpness(kind, "robust"),
+        name=f"stutz2021_{kind}",
+        summary=f"{kind}-case robust flatness of Stutz et al. 2021",
+        changes={"ball": "tensor", "weight_norm": "l2", "examples": 1000, **changes},
+        weights=without_normalisation,
+        attack=_stutz_attack,
+    )
+
+
+def _preset(kind: str, suffix: str, name: str, summary: str, **changes: Any) -> Measure:
+    return _renamed(replace(_sharpness(kind, suffix), summary=summary, changes=changes), name)
+
+
+def _renamed(measure: Measure, name: str) -> Measure:
+    jobs, old = measure.jobs, measure.name
+
+    def own(options: Options, examples: int) -> dict[str, Passes]:
+        return {
+            (name if key == old else key): passes for key, passes in jobs(options, examples).items()
+        }
+
+    return replace(measure, name=name, jobs=own)
+
+
+_ADAPTIVE: dict[str, Any] = {
+    "ball": "adaptive", "parameters": "all", "m": 128, "examples": 1024, "normalise_logits": True,
+}  # fmt: skip
+_WEN: dict[str, Any] = {
+    "ball": "global", "weight_norm": "l2", "parameters": "all", "radius": 0.05,
+}  # fmt: skip
+
+PRESETS: tuple[Measure, ...] = (
+    # Definition of the released code: mean over 10 weights of the sphere ||v_l|| = 0.5 ||w_l||.
+    _renamed(_stutz("average", radius=0.5, samples=10, distribution="sphere"), "stutz2021_average"),
+    # 10 restarts, 20 steps of 0.01 ||w_l|| in ||v_l|| <= 0.003 ||w_l||. Its code takes one batch
+    # and one input step in each; here every step sees all examples, and remakes them.
+    _renamed(
+        _stutz("worst", radius=0.003, restarts=10, steps=20, step_size=0.01 / 0.003),
+        "stutz2021_worst",
+    ),
+    # |v| <= rho |w| for every entry, 128 examples at a time, logits normalised; 20 steps of 2 rho
+    # (plain projected ascent, the best iterate, where its code has APGD).
+    _preset(
+        "worst", "clean", "andriushchenko2023_worst",
+        "adaptive worst-case linf sharpness of Andriushchenko et al. 2023",
+        **_ADAPTIVE, weight_norm="linf", radius=2e-3, steps=20, step_size=2.0, restarts=1,
+    ),
+    _preset(
+        "average", "clean", "andriushchenko2023_average",
+        "adaptive average-case sharpness of Andriushchenko et al. 2023",
+        **_ADAPTIVE, weight_norm="l2", radius=0.05, samples=100, distribution="normal",
+    ),
+    # The perturbation of training: one step of gamma ||w_l||, at fixed adversarial examples.
+    _preset(
+        "ascent", "robust_fixed", "wu2020",
+        "rise of the robust loss under AWP's own perturbation (Wu et al. 2020)",
+        ball="tensor", weight_norm="l2", parameters="matrices", radius=5e-3,
+    ),
+    _preset(
+        "worst", "clean", "wen2023_worst", "worst-direction sharpness of Wen et al. 2023", **_WEN
+    ),
+    _preset(
+        "ascent", "clean", "wen2023_ascent", "ascent-direction sharpness of Wen et al. 2023", **_WEN
+    ),
+    _preset(
+        "average", "clean", "wen2023_average", "average-direction sharpness of Wen et al. 2023",
+        **_WEN, samples=50, distribution="sphere",
+    ),
+)  # fmt: skip
+
+
+def _all() -> dict[str, Measure]:
+    sharp: Sequence[Measure] = [
+        _sharpness(kind, suffix) for kind in ("worst", "ascent", "average") for suffix in _SUFFIXES
+    ]
+    curved = [
+        _curvature(name, summary, compute, own, loss)
+        for loss in ("clean", "robust")
+        for name, summary, compute, own in _CURVATURE
+    ]
+    others = [
+        Measure(
+            name="pac_bayes",
+            summary="complexity term of SAM's PAC-Bayes bound",
+            loss="clean",
+            compute=mechanism.pac_bayes,
+            jobs=_once("pac_bayes", lambda o, loss: sharpness.worst_passes(o, loss, 0)),
+        ),
+        Measure(
+            name="input_gradient_norm",
+            summary="norm of the loss's gradient by the image",
+            loss="clean",
+            compute=inputs.input_gradient_norm,
+            jobs=_once("input_gradient_norm", inputs.slope_passes),
+        ),
+        Measure(
+            name="local_linearity",
+            summary="local linearity error of the loss around the image",
+            loss="clean",
+            compute=inputs.local_linearity,
+            jobs=_once("local_linearity", inputs.linearity_passes),
+        ),
+    ]
+    return {m.name: m for m in (*sharp, *curved, *others, *PRESETS)}
+
+
+MEASURES: dict[str, Measure] = _all()

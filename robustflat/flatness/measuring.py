@@ -1,0 +1,298 @@
+"""Owns the measuring itself: what it costs beforehand, then every measure, leaving no trace."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.errors import UserError
+from robustflat.flatness.closure import Kind
+from robustflat.flatness.examples import Data, read_examples
+from robustflat.flatness.figure import UNITS, Cost, Figure, Passes, Progress
+from robustflat.flatness.measures import Measure, find
+from robustflat.flatness.options import Options, with_options
+from robustflat.flatness.store import Store, fingerprint
+from robustflat.flatness.subject import Subject
+from robustflat.flatness.undisturbed import undisturbed
+from robustflat.perturb import InputPerturbation, parse_norm, pgd
+
+DEFAULT_MEASURES = ("hessian_max", "hessian_trace", "worst_robust")
+# Numbers of independent parts: a store may be continued with more of them.
+_CONTINUABLE = ("samples", "probes", "restarts", "lanczos_runs")
+_log = logging.getLogger("robustflat.flatness")
+
+
+def flatness(
+    model: nn.Module,
+    data: Data,
+    measures: Sequence[str] = DEFAULT_MEASURES,
+    eps: float = 8 / 255,
+    norm: str | float = "linf",
+    seed: int = 0,
+    *,
+    batch_size: int = 128,
+    attack: InputPerturbation | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    store: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> dict[str, Figure]:
+    """How flat the loss is around the model's weights, clean and robust.
+
+    The weights, buffers, gradients and modes of the model, and all global random states, are bit
+    for bit what they were, also after an interrupt. The loss is cross-entropy in eval mode,
+    averaged over the examples, and no value depends on ``batch_size`` beyond rounding.
+
+    Args:
+        model: maps images in [0, 1] to logits.
+        data: images and labels ``(x, y)``, or a loader that neither shuffles nor augments.
+        measures: names from ``robustflat.flatness.MEASURES``.
+        eps: radius of the robust loss's attack, in image units; at 0 it is the clean loss.
+        norm: of that attack, "linf", "l2" or "l1".
+        seed: of all random directions, probes and attack starts.
+        batch_size: examples in a pass; only memory and speed depend on it.
+        attack: of the robust loss, ``rf.pgd(norm, eps, steps=10)`` if None.
+        on_progress: told how far the measurement has come; may raise to stop it.
+        store: a JSON file that keeps finished parts (restarts, directions, probes, eigenvalues);
+            called again with it, an interrupted measurement goes on and ends with the same values.
+        **options: fields of :class:`robustflat.flatness.Options`.
+
+    Returns:
+        A figure for every measure, in their order.
+
+    Raises:
+        UserError: for unknown measures or options, impossible values, data that shuffles,
+            curvature of a model in train mode, or a model whose loss is random or not finite.
+    """
+    if isinstance(measures, str):
+        measures = [measures]
+    chosen = [find(name) for name in dict.fromkeys(measures)]
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+    settings = _settings(model, chosen, eps, norm, attack, options)
+    _refuse_training(model, chosen)
+    with undisturbed(model):
+        limits = [s.examples for s in settings.values()]
+        x, y = read_examples(data, max(limits) if all(limits) else None)  # type: ignore[type-var]
+        subjects = _Subjects(model, x, y, batch_size, seed, chosen, settings, on_progress, store)
+        _log.info("%s", subjects.cost)
+        check_model(model, x[:batch_size], y[:batch_size])
+        return {measure.name: subjects.measure(measure) for measure in chosen}
+
+
+def cost(
+    measures: Sequence[str],
+    examples: int,
+    *,
+    eps: float = 8 / 255,
+    norm: str | float = "linf",
+    attack: InputPerturbation | None = None,
+    **options: Any,
+) -> Cost:
+    """What :func:`flatness` would cost, before it starts.
+
+    Args:
+        measures: names.
+        examples: how many there are.
+        eps: as there.
+        norm: as there.
+        attack: as there.
+        **options: as there.
+
+    Returns:
+        Passes over the examples by kind, and in all; eigenvalues count their upper bound.
+    """
+    chosen = [find(name) for name in dict.fromkeys(measures)]
+    return _cost(chosen, _settings(None, chosen, eps, norm, attack, options), examples)
+
+
+def _cost(chosen: Sequence[Measure], settings: Mapping[str, Options], examples: int) -> Cost:
+    each = {measure.name: _jobs(measure, settings, examples) for measure in chosen}
+    together = {key: passes for jobs in each.values() for key, passes in jobs.items()}
+    return Cost(
+        examples=examples,
+        measures={name: sum(jobs.values(), Passes()) for name, jobs in each.items()},
+        total=sum(together.values(), Passes()),
+    )
+
+
+def _jobs(measure: Measure, settings: Mapping[str, Options], examples: int) -> dict[str, Passes]:
+    """A measure's jobs, in passes over all examples."""
+    options = settings[measure.name]
+    share = min(options.examples or examples, examples) / examples
+    return {key: passes.times(share) for key, passes in measure.jobs(options, examples).items()}
+
+
+def _settings(
+    model: nn.Module | None,
+    chosen: Sequence[Measure],
+    eps: float,
+    norm: str | float,
+    attack: InputPerturbation | None,
+    given: Mapping[str, Any],
+) -> dict[str, Options]:
+    """Each measure's options: the defaults, a preset's changes, then the user's."""
+    try:
+        default = pgd(norm, eps, 10) if attack is None else attack
+        base = Options(attack=default)
+        settings: dict[str, Options] = {}
+        for measure in chosen:
+            changes: dict[str, Any] = dict(measure.changes)
+            if measure.attack is not None and attack is None:
+                changes["attack"] = measure.attack(parse_norm(norm), eps)
+            if measure.weights is not None and model is not None:
+                changes["parameters"] = measure.weights(model)
+            settings[measure.name] = with_options(base, {**changes, **given})
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return settings
+
+
+def _refuse_training(model: nn.Module, chosen: Sequence[Measure]) -> None:
+    names = [measure.name for measure in chosen if measure.curvature]
+    if names and any(module.training for module in model.modules()):
+        raise UserError(
+            f"The model is in train mode, in which {', '.join(names)} would depend on the batches "
+            "(BatchNorm) or be random (dropout). Call model.eval() first."
+        )
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Refuse a model whose outputs are random or not finite, and labels that do not fit."""
+    first = next(model.parameters(), None)
+    if first is None:
+        raise UserError("The model has no parameters, so it has no weight landscape.")
+    low = {p.dtype for p in model.parameters() if p.dtype.itemsize < 4}
+    if low:
+        raise UserError(
+            f"The model's weights are {', '.join(map(str, low))}, whose rounding is as large as "
+            "the displacements that flatness is measured with. Measure model.float()."
+        )
+    x = x.to(first.device, first.dtype)
+    logits, again = model(x), model(x)
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise UserError(
+            f"The model must return logits [N, classes], got the shape {tuple(logits.shape)} for "
+            f"{len(x)} images."
+        )
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            "The model's logits are not finite at its own weights, so no flatness can be measured. "
+            "Check the checkpoint and that the images are in [0, 1]."
+        )
+    if not torch.allclose(logits, again, rtol=1e-4, atol=1e-5):
+        raise UserError(
+            "The model gave two different outputs for the same images in eval mode, so its loss "
+            "is random and differences of it would be noise. Remove what draws random numbers."
+        )
+    classes = logits.shape[1]
+    if y.is_floating_point():
+        if y.ndim != 2 or y.shape[1] != classes:
+            raise UserError(
+                f"Soft labels must be [N, {classes}] for this model, got {tuple(y.shape)}."
+            )
+    elif y.ndim != 1 or int(y.min()) < 0 or int(y.max()) >= classes:
+        raise UserError(
+            f"Labels must be one whole number in 0..{classes - 1} an image for this model, got the "
+            f"shape {tuple(y.shape)} with values {int(y.min())}..{int(y.max())}."
+        )
+
+
+class _Subjects:
+    """A subject for every set of options, and the progress of all."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        seed: int,
+        chosen: Sequence[Measure],
+        settings: Mapping[str, Options],
+        on_progress: Callable[[Progress], None] | None,
+        store: str | os.PathLike[str] | None,
+    ) -> None:
+        self._examples = len(x)
+        self._settings = settings
+        self._on_progress = on_progress
+        self._done, self._spent, self._current = 0.0, Passes(), ""
+        self.cost = _cost(chosen, settings, len(x))
+        self._jobs = {m.name: _jobs(m, settings, len(x)) for m in chosen}
+        self._total = self.cost.total.units
+        mark = "" if store is None else fingerprint(model, [x, y], {"seed": seed})
+        shared = Store(store, mark)
+        caches: dict[int | None, dict[Any, Any]] = {o.examples: {} for o in settings.values()}
+        self._subjects = {
+            options: Subject(
+                model,
+                x[: options.examples],
+                y[: options.examples],
+                batch_size=batch_size,
+                seed=seed,
+                store=shared,
+                prefix=_digest(options),
+                cache=caches[options.examples],
+                count=self._count,
+            )
+            for options in settings.values()
+        }
+
+    def measure(self, measure: Measure) -> Figure:
+        """Run one measure; its details tell the examples and the passes it took."""
+        options = self._settings[measure.name]
+        self._current, self._spent = measure.name, Passes()
+        self._tell()
+        subject = self._subjects[options]
+        figure = measure.run(subject, options)
+        self._finish(measure.name)
+        return replace(
+            figure,
+            details={
+                **figure.details,
+                "examples": len(subject),
+                "passes": self._spent.to_dict(),
+            },
+        )
+
+    def _finish(self, name: str) -> None:
+        """Correct the total: a bound was not reached, or parts were in the store."""
+        finished = self._jobs.pop(name)
+        left = {
+            key: passes
+            for jobs in self._jobs.values()
+            for key, passes in jobs.items()
+            if key not in finished
+        }
+        for jobs in self._jobs.values():
+            for key in finished:
+                jobs.pop(key, None)
+        self._total = self._done + sum(passes.units for passes in left.values())
+        self._tell()
+
+    def _count(self, kind: Kind, examples: int) -> None:
+        passes = examples / self._examples
+        self._spent = self._spent + Passes(**{kind: passes})
+        self._done += UNITS[kind] * passes
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._on_progress is not None:
+            total = max(self._total, self._done)
+            self._on_progress(Progress(measure=self._current, done=self._done, total=total))
+
+
+def _digest(options: Options) -> str:
+    """Tells options apart in a store, but for the numbers of parts, which may grow."""
+    kept = [f.name for f in fields(Options) if f.name not in _CONTINUABLE]
+    text = repr([(name, getattr(options, name)) for name in kept])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

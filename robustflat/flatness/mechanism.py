@@ -1,0 +1,193 @@
+"""Owns the measures of why flatness changes: gradients, their alignment, Fisher, PAC-Bayes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustflat.flatness import sharpness
+from robustflat.flatness.curvature import PARAMETERS, hessian_of, mean_and_error, top
+from robustflat.flatness.figure import Figure, Passes
+from robustflat.flatness.options import Options
+from robustflat.flatness.subject import LossKind, Subject
+from robustflat.perturb import WeightPerturbation, awp, sam
+
+
+def gradient_norm(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
+    """The L2 norm of the mean loss's gradient. Details: ``layers``, each parameter tensor's."""
+    named = subject.parameters(options, PARAMETERS)
+
+    def compute() -> dict[str, float]:
+        gradient = _gradient(subject, options, loss)
+        return {n: float(g.norm()) for n, g in zip(named, gradient, strict=True)}
+
+    layers = subject.part(name, compute)
+    return Figure(
+        value=math.hypot(*layers.values()),
+        details={"loss": loss, "parameters": options.parameters or PARAMETERS, "layers": layers},
+    )
+
+
+def alignment(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
+    """|cos| of the angle between the gradient and the Hessian's top eigenvector.
+
+    By Wen, Ma and Li (2023) full-batch SAM lowers the largest eigenvalue because its perturbation
+    comes to lie along that eigenvector. Details: the same for ``sam``'s perturbation (the
+    gradient's own direction) and ``awp``'s, and ``chance``, what a random direction has on average.
+    """
+    named = subject.parameters(options, PARAMETERS)
+
+    def compute() -> dict[str, float]:
+        hessian = hessian_of(subject, options, loss)
+        gradient = _gradient(subject, options, loss)
+        axis = hessian.split(torch.from_numpy(top(subject, options, loss).vectors[:, 0].copy()))
+        chance = math.exp(math.lgamma(hessian.size / 2) - math.lgamma((hessian.size + 1) / 2))
+        return {
+            "gradient": _cosine(gradient, axis),
+            "sam": _cosine(_perturbation(sam(1.0), dict(named), gradient), axis),
+            "awp": _cosine(_perturbation(awp(1.0), dict(named), gradient), axis),
+            "chance": chance / math.sqrt(math.pi),
+        }
+
+    found = subject.part(name, compute)
+    return Figure(value=found["gradient"], details={"loss": loss, **found})
+
+
+def fisher_trace(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
+    """The trace of the Fisher information, E_x E_{y ~ p(.|x)} ||grad log p(y|x)||^2.
+
+    The expectation over labels is the model's own and exact: with random signs e_nc, the squared
+    norm of the gradient of sum_nc e_nc sqrt(p_nc) log p_nc (p held fixed in the root) has as its
+    mean the sum of all examples' traces. One backward pass a probe, whatever the classes.
+    """
+    named = subject.parameters(options, PARAMETERS)
+    closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
+
+    def probe(index: int) -> float:
+        generator = subject.generator(
+            "fisher", loss, index, device=next(iter(named.values())).device
+        )
+        # Drawn once for all examples, so that the value does not depend on the batch size.
+        signs: list[Tensor] = []
+        start = 0
+
+        def weigh(logits: Tensor) -> Tensor:
+            nonlocal start
+            if not signs:
+                shape = (len(closure), logits.shape[1])
+                draw = torch.empty(shape, device=logits.device).bernoulli_(0.5, generator=generator)
+                signs.append(draw * 2 - 1)
+            rows = signs[0][start : start + len(logits)].to(logits.dtype)
+            start += len(logits)
+            log_p = logits.log_softmax(1)
+            return (rows * (log_p / 2).exp().detach() * log_p).sum()
+
+        gradient = closure.weighted_gradient(list(named.values()), weigh)
+        return sum(float(g.square().sum()) for g in gradient) / len(closure)
+
+    probes = [subject.part(f"{name}/{i}", partial(probe, i)) for i in range(options.probes)]
+    value, error = mean_and_error(probes)
+    return Figure(
+        value=value,
+        standard_error=error,
+        details={"loss": loss, "parameters": options.parameters or PARAMETERS},
+    )
+
+
+def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
+    """The complexity term of SAM's PAC-Bayes bound (Foret et al. 2021, theorem 2, appendix A.1).
+
+    With probability 1 - delta over n training examples, for a loss in [0, 1] and k weights,
+    L_D(w) <= max_{||v|| <= rho} L_S(w + v) + sqrt((k log(1 + ||w||^2 / rho^2 (1 + sqrt(log(n) /
+    k))^2) + 4 log(n / delta) + 8 log(6 n + 3 k)) / (n - 1)). Details: its terms, and ``bound``, the
+    sum. Cross-entropy is not bounded by 1 and the term is usually above 1: the bound is vacuous,
+    its terms are for comparison.
+    """
+    around = replace(
+        options, ball="global", weight_norm="l2", radius=options.rho, m=None,
+        parameters=options.parameters or PARAMETERS,
+    )  # fmt: skip
+    worst = sharpness.worst(subject, around, loss, name)
+    named = subject.parameters(options, PARAMETERS)
+    squared = sum(float(p.detach().float().square().sum()) for p in named.values())
+    k = sum(p.numel() for p in named.values())
+    n = options.train_size or len(subject)
+    delta = 1 - options.confidence
+    if options.rho == 0 or n < 2:
+        norm_term = count_term = math.inf
+    else:
+        growth = squared / options.rho**2 * (1 + math.sqrt(math.log(n) / k)) ** 2
+        norm_term = k * math.log1p(growth)
+        count_term = 4 * math.log(n / delta) + 8 * math.log(6 * n + 3 * k)
+    complexity = math.sqrt((norm_term + count_term) / max(n - 1, 1))
+    return Figure(
+        value=complexity,
+        details={
+            "loss": loss,
+            "rho": options.rho,
+            "train_size": n,
+            "weights": k,
+            "delta": delta,
+            "squared_norm": squared,
+            "norm_term": norm_term,
+            "count_term": count_term,
+            "worst_loss": worst.details["perturbed_loss"],
+            "sharpness": worst.value,
+            "bound": worst.details["perturbed_loss"] + complexity,
+        },
+    )
+
+
+def gradient_passes(options: Options, loss: LossKind) -> Passes:
+    """What a gradient costs."""
+    return Passes(gradient=1)
+
+
+def fisher_passes(options: Options, loss: LossKind) -> Passes:
+    """What the Fisher trace costs."""
+    return Passes(gradient=options.probes)
+
+
+def _gradient(subject: Subject, options: Options, loss: LossKind) -> list[Tensor]:
+    named = subject.parameters(options, PARAMETERS)
+    kind: LossKind = "clean" if loss == "clean" else "robust_fixed"
+
+    def compute() -> list[Tensor]:
+        return subject.closure(options, kind).value_and_grad(list(named.values()))[1]
+
+    return subject.once(("gradient", kind, options), compute)
+
+
+def _perturbation(
+    method: WeightPerturbation, named: dict[str, Any], gradient: list[Tensor]
+) -> list[Tensor]:
+    """The first step of a training method's ascent; zero on weights that it does not move."""
+    from_scale: Callable[..., list[Tensor] | None] = method.scale
+    moved = [i for i, p in enumerate(named.values()) if method.parameters == "all" or p.ndim > 1]
+    names = list(named)
+    weights = [p.detach().to(g.dtype) for p, g in zip(named.values(), gradient, strict=True)]
+    scale = from_scale([names[i] for i in moved], [weights[i] for i in moved])
+    slopes = [gradient[i] for i in moved]
+    if scale is not None:
+        slopes = list(torch._foreach_mul(slopes, scale))
+    steps = method.ball.steepest(slopes) if slopes else []
+    if scale is not None and steps:
+        steps = list(torch._foreach_mul(steps, scale))
+    full = [torch.zeros_like(g) for g in gradient]
+    for i, step in zip(moved, steps, strict=True):
+        full[i] = step
+    return full
+
+
+def _cosine(a: list[Tensor], b: list[Tensor]) -> float:
+    product = sum(float((s * t).sum()) for s, t in zip(a, b, strict=True))
+    sizes = math.sqrt(
+        sum(float(s.square().sum()) for s in a) * sum(float(t.square().sum()) for t in b)
+    )
+    return abs(product) / sizes if sizes > 0 else 0.0

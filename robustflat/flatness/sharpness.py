@@ -1,0 +1,272 @@
+"""Owns sharpness: how much the loss rises in the worst, the ascent and an average direction.
+
+Each is a statistic of L(w + v) - L(w) over the displacements v of a ball around the weights. Of the
+robust loss, "robust" remakes the adversarial examples at w and at every w + v from the same random
+starts (common random numbers: the difference is not noise of the attack), so the worst direction is
+a joint ascent over weights and inputs; "robust_fixed" keeps those made at w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from robustflat.flatness.closure import Closure, attack_cost
+from robustflat.flatness.figure import Figure, Passes
+from robustflat.flatness.options import AVERAGE_RADIUS, WORST_RADIUS, Options
+from robustflat.flatness.subject import LossKind, Subject
+from robustflat.perturb import Ascent, Ball, displaced, maximise
+from robustflat.perturb.displace import Move
+from robustflat.perturb.scales import Scale
+
+Part = dict[str, float]
+PARAMETERS = "matrices"
+
+
+class Neighbourhood:
+    """The loss around the present weights: what an ascent climbs and where it is compared to."""
+
+    def __init__(
+        self,
+        closure: Closure,
+        named: dict[str, Tensor],
+        ball: Ball,
+        scale: Scale,
+        move: Move,
+    ) -> None:
+        self._closure = closure
+        self._parameters = list(named.values())
+        self._move = move
+        self._reference: Tensor | None = None
+        self.like = [p.detach() for p in self._parameters]
+        self.ball = ball
+        self._scale = scale(list(named), self.like)
+        self._best: tuple[float, Tensor] | None = None
+
+    @property
+    def reference(self) -> Tensor:
+        """The loss of every example at the centre."""
+        if self._reference is None:
+            self._move(self._displacement([torch.zeros_like(t) for t in self.like]))
+            self._reference = self._closure.losses()
+        return self._reference
+
+    def value_and_grad(self, u: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The mean loss at u and its gradient, for :func:`maximise`; notes the best so far."""
+        self._move(self._displacement(u))
+        losses, gradient = self._closure.value_and_grad(self._parameters)
+        value = losses.mean()
+        if math.isfinite(value) and (self._best is None or float(value) > self._best[0]):
+            self._best = (float(value), losses)
+        return value.to(self.like[0].device, self.like[0].dtype), self._displacement(gradient)
+
+    def rise(self, losses: Tensor) -> Part:
+        """What is kept of losses at some weights, compared with those at the centre."""
+        difference = losses - self.reference
+        error = difference.std(correction=1) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+        return {
+            "increase": float(difference.mean()),
+            "example_standard_error": float(error),
+            "reference": float(self.reference.mean()),
+        }
+
+    def rise_at(self, u: list[Tensor]) -> Part:
+        """The same at a given u."""
+        self._move(self._displacement(u))
+        return self.rise(self._closure.losses())
+
+    def climbed(self, climb: Callable[[], object]) -> Part:
+        """The same at the best weights that ``climb`` visits."""
+        self._best = None
+        climb()
+        return self.rise(self._best[1]) if self._best is not None else self.rise(self.reference)
+
+    def _displacement(self, u: list[Tensor]) -> list[Tensor]:
+        return u if self._scale is None else list(torch._foreach_mul(u, self._scale))
+
+
+def worst(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
+    """Max over the ball of L(w + v) - L(w), by projected ascent with restarts; at least 0.
+
+    The first restart begins where the ascent direction ends, the others uniformly in the ball; the
+    best of all weights visited counts, the centre included. A lower bound of the true maximum.
+    Details: ``restarts``, the rise that each found.
+    """
+    ascent = Ascent(options.steps, options.step_size, "uniform", keep="best")
+
+    def restart(near: Neighbourhood, index: int, generator: torch.Generator) -> Part:
+        def climb() -> None:
+            initial = _ascent_end(near) if index == 0 else None
+            maximise(near.value_and_grad, near.ball, ascent, near.like, generator, initial=initial)
+
+        return near.climbed(climb)
+
+    def summarise(parts: list[Part]) -> Part:
+        best = max(parts, key=lambda part: part["increase"])
+        return {**best, "increase": max(best["increase"], 0.0)}
+
+    return _measure(
+        subject, options, loss, name, WORST_RADIUS, options.restarts, restart, summarise, "restarts"
+    )
+
+
+def ascent(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
+    """L(w + v) - L(w) where v is one steepest step of a whole radius (SAM's and AWP's v).
+
+    Can be negative where the loss is not locally convex along v.
+    """
+
+    def once(near: Neighbourhood, index: int, generator: torch.Generator) -> Part:
+        return near.rise_at(_ascent_end(near))
+
+    return _measure(subject, options, loss, name, WORST_RADIUS, 1, once, lambda parts: parts[0])
+
+
+def average(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
+    """The mean over random directions of L(w + v) - L(w).
+
+    Its standard error is that over directions. Details: ``samples``, the rise along each.
+    """
+
+    def sample(near: Neighbourhood, index: int, generator: torch.Generator) -> Part:
+        ball = near.ball
+        if options.distribution == "normal":
+            u = [
+                torch.empty_like(t).normal_(0, ball.radius, generator=generator) for t in near.like
+            ]
+        else:
+            u = ball.sample(near.like, generator, surface=options.distribution == "sphere")
+        return near.rise_at(u)
+
+    def summarise(parts: list[Part]) -> Part:
+        rises = [part["increase"] for part in parts]
+        mean = {key: _mean([part[key] for part in parts]) for key in parts[0]}
+        return {**mean, **_error(rises)}
+
+    return _measure(
+        subject, options, loss, name, AVERAGE_RADIUS, options.samples, sample, summarise, "samples"
+    )
+
+
+def worst_passes(options: Options, loss: LossKind, examples: int) -> Passes:
+    """What :func:`worst` costs."""
+    gradients = options.restarts * (options.steps + 1) + 1
+    return _passes(options, loss, gradients=gradients, forwards=1)
+
+
+def ascent_passes(options: Options, loss: LossKind, examples: int) -> Passes:
+    """What :func:`ascent` costs."""
+    return _passes(options, loss, gradients=1, forwards=2)
+
+
+def average_passes(options: Options, loss: LossKind, examples: int) -> Passes:
+    """What :func:`average` costs."""
+    return _passes(options, loss, gradients=0, forwards=options.samples + 1)
+
+
+def _passes(options: Options, loss: LossKind, *, gradients: int, forwards: int) -> Passes:
+    own = Passes(gradient=gradients, forward=forwards)
+    if loss != "robust":
+        return own
+    attack = attack_cost(options.attack)
+    return own + Passes(**attack).times(gradients + forwards)
+
+
+def _nothing(near: Neighbourhood, index: int, generator: torch.Generator) -> Part:
+    return near.rise(near.reference)
+
+
+def _ascent_end(near: Neighbourhood) -> list[Tensor]:
+    return maximise(near.value_and_grad, near.ball, Ascent(1), near.like)
+
+
+def _measure(
+    subject: Subject,
+    options: Options,
+    loss: LossKind,
+    name: str,
+    default_radius: float,
+    repeats: int,
+    compute: Callable[[Neighbourhood, int, torch.Generator], Part],
+    summarise: Callable[[list[Part]], Part],
+    detail: str | None = None,
+) -> Figure:
+    """Repeat a part for every chunk of m examples, and average over the chunks."""
+    size = options.m or len(subject)
+    summaries: list[Part] = []
+    weights: list[int] = []
+    repeated: list[list[float]] = []
+    for chunk, start in enumerate(range(0, len(subject), size)):
+        rows = slice(start, min(start + size, len(subject)))
+        with _around(subject, options, loss, rows, default_radius) as near:
+            device = near.like[0].device
+            parts = [
+                subject.part(
+                    f"{name}/{chunk}/{i}",
+                    partial(
+                        compute if near.ball.radius > 0 else _nothing,
+                        near,
+                        i,
+                        subject.generator(name, chunk, i, device=device),
+                    ),
+                )
+                for i in range(repeats)
+            ]
+        summaries.append(summarise(parts))
+        weights.append(rows.stop - rows.start)
+        repeated.append([part["increase"] for part in parts])
+    shares = [weight / len(subject) for weight in weights]
+    total = {
+        key: sum(share * part[key] for share, part in zip(shares, summaries, strict=True))
+        for key in ("increase", "reference")
+    }
+    # Chunks share no random number and no example, so their errors add in quadrature.
+    error = {
+        key: math.sqrt(sum((w * part[key]) ** 2 for w, part in zip(shares, summaries, strict=True)))
+        for key in ("example_standard_error", "standard_error")
+        if key in summaries[0]
+    }
+    details: dict[str, object] = {
+        "loss": loss,
+        "ball": options.ball,
+        "weight_norm": options.weight_norm,
+        "radius": options.radius_or(default_radius),
+        "parameters": options.parameters or PARAMETERS,
+        "reference_loss": total["reference"],
+        "perturbed_loss": total["reference"] + total["increase"],
+        "example_standard_error": error["example_standard_error"],
+        "m": options.m,
+    }
+    if detail is not None:
+        details[detail] = repeated[0] if len(repeated) == 1 else repeated
+    return Figure(
+        value=total["increase"], standard_error=error.get("standard_error"), details=details
+    )
+
+
+@contextmanager
+def _around(
+    subject: Subject, options: Options, loss: LossKind, rows: slice, default_radius: float
+) -> Iterator[Neighbourhood]:
+    named = subject.parameters(options, PARAMETERS)
+    closure = subject.closure(options, loss).part(rows)
+    ball = options.weight_ball(default_radius)
+    with displaced(named.values()) as move:
+        yield Neighbourhood(closure, dict(named), ball, options.scale, move)
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _error(values: list[float]) -> dict[str, float]:
+    if len(values) < 2:
+        return {}
+    mean = _mean(values)
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return {"standard_error": math.sqrt(variance / len(values))}

@@ -1,0 +1,121 @@
+"""Owns what is measured: one model on one set of examples, and what its measures share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.errors import UserError
+from robustflat.flatness.closure import Closure, Kind, attack_starts
+from robustflat.flatness.options import Options
+from robustflat.flatness.store import Store
+from robustflat.perturb import InputPerturbation, select
+
+LossKind = Literal["clean", "robust", "robust_fixed"]
+T = TypeVar("T")
+
+
+class Subject:
+    """A model and the examples that it is measured on.
+
+    Args:
+        model: in eval mode.
+        x: images.
+        y: labels.
+        batch_size: examples in a pass.
+        seed: every random number depends on it and on what it is for, not on what came before.
+        store: keeps finished parts.
+        prefix: of this subject's keys in the store.
+        cache: what measures share in memory; by keys that tell everything it depends on.
+        count: told of every pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        store: Store | None = None,
+        prefix: str = "",
+        cache: dict[Any, Any] | None = None,
+        count: Callable[[Kind, int], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.x = x
+        self.y = y
+        self.batch_size = batch_size
+        self.seed = seed
+        self._store = Store(None, "") if store is None else store
+        self._count = (lambda kind, examples: None) if count is None else count
+        self._prefix = prefix
+        self._cache: dict[Any, Any] = {} if cache is None else cache
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def closure(self, options: Options, loss: LossKind) -> Closure:
+        """The clean loss; the robust one, remade at all weights; or that at fixed examples.
+
+        Fixed adversarial examples are made once, at the present weights, which must then be the
+        centre.
+        """
+        clean = Closure(
+            model=self.model,
+            x=self.x,
+            y=self.y,
+            batch_size=self.batch_size,
+            count=self._count,
+            normalise_logits=options.normalise_logits,
+        )
+        if loss == "clean":
+            return clean
+        if loss == "robust":
+            return self._attacking(clean, options.attack)
+        fixed = self.once(
+            ("fixed", options.attack), lambda: self._attacking(clean, options.attack).attacked()
+        )
+        return Closure(**{**vars(clean), "x": fixed})
+
+    def parameters(self, options: Options, default: str) -> dict[str, nn.Parameter]:
+        """The weights that are moved or differentiated, by name."""
+        try:
+            return select(self.model, options.parameters or default)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def generator(self, *purpose: object, device: torch.device | None = None) -> torch.Generator:
+        """A generator of its own for every purpose."""
+        text = "/".join(map(str, (self.seed, *purpose)))
+        words = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+        return torch.Generator(device or "cpu").manual_seed(words >> 1)
+
+    def part(self, key: str, compute: Callable[[], T]) -> T:
+        """A part of a measurement that JSON can hold: computed, or read from the store."""
+        key = f"{self._prefix}/{key}"
+        found = self._store.get(key)
+        if found is None:
+            found = compute()
+            self._store.put(key, found)
+        result: T = found
+        return result
+
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """What several measures share, kept in memory."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        result: T = self._cache[key]
+        return result
+
+    def _attacking(self, clean: Closure, attack: InputPerturbation) -> Closure:
+        starts = self.once(
+            ("starts", attack),
+            lambda: attack_starts(attack, self.x, self.generator("attack", device=self.x.device)),
+        )
+        return Closure(**{**vars(clean), "attack": attack, "starts": starts})
