@@ -89,7 +89,13 @@ def list_(
 
 @app.command()
 def evaluate(
-    runs: Runs,
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Run folders; or one model: timm:NAME, package.module:factory, a TorchScript or "
+            "exported program, or a state_dict with --model."
+        ),
+    ],
     attack: Annotated[
         list[str] | None,
         typer.Option(help="autoattack, autoattack:fast, pgd-20, pgd-50-10, torchattacks:CW, ..."),
@@ -104,19 +110,52 @@ def evaluate(
     eps: Annotated[str | None, typer.Option(help="Radius, such as 8/255; the run's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
     device: Device = "auto",
+    model: Annotated[str | None, typer.Option(help="Architecture of a bare state_dict.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="name=value of the model.")] = None,
+    data: Annotated[str | None, typer.Option(help="For a model: its test images.")] = None,
+    root: Annotated[Path, typer.Option(help="For a model: where the data are.")] = Path("data"),
+    trust: Annotated[bool, typer.Option(help="Load a program, which can run any code.")] = False,
+    output: Annotated[
+        Path, typer.Option(help="For a model: the JSON to write; outcomes are kept beside it.")
+    ] = Path("evaluation.json"),
 ) -> None:
-    """Attack runs on their test images and measure the robust-generalization gap."""
+    """Attack runs, or any model, on test images; of runs also measure the robust gap."""
     from rich.console import Console
 
     from robustflat.report.progress import Counter
     from robustflat.report.tables import evaluation_table
+    from robustflat.runs.elsewhere import evaluate_elsewhere
     from robustflat.runs.evaluation import evaluate_run
     from robustflat.runs.restore import Run
 
     names = _checkpoints(checkpoint)
     console = Console()
-    for root in runs:
-        run = Run(root, device)
+    if len(targets) == 1 and (data is not None or model is not None):
+        with Counter(console, targets[0]) as counter:
+            found = evaluate_elsewhere(
+                targets[0],
+                output,
+                architecture=model,
+                options=_options(option),
+                data_name=data,
+                data_root=root,
+                trust=trust,
+                attacks=attack,
+                samples=samples,
+                shard=shard,
+                norm=norm,
+                eps=_number("--eps", eps),
+                seed=seed,
+                device=device,
+                on_progress=counter.on_attack,
+            )
+        console.print(evaluation_table({"title": targets[0], "result": found}))
+        for warning in found["warnings"]:
+            console.print(f"note: {warning}", style="yellow", markup=False)
+        typer.echo(f"written: {output}")
+        return
+    for target in targets:
+        run = Run(target, device)
         with Counter(console, run.name) as counter:
             report = evaluate_run(
                 run,
@@ -213,7 +252,7 @@ def landscape(
     opened = [Run(root, device) for root in runs]
     common: dict[str, Any] = {"points": points, "seed": seed, "losses": loss or ["clean", "robust"]}
     common |= {"checkpoint": name, "weights": _weights(weights), "samples": samples}
-    around = {"dimensions": dimensions, "directions": directions, "span": span}
+    around: dict[str, Any] = {"dimensions": dimensions, "directions": directions, "span": span}
     with Counter(Console(), "landscape") as counter:
         if between:
             found = {"": draw_between(opened, on_progress=counter.on_measure, **common)}

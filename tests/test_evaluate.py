@@ -116,6 +116,9 @@ def test_eps_zero_is_the_clean_accuracy_and_each_figure_says_what_it_counts():
     clean = float((model(x).argmax(1) == y).double().mean())
     zero = evaluate(model, (x, y), ["pgd-5", "autoattack"], eps=0, sanity=0)
     assert zero.robust_accuracy == zero.clean_accuracy == clean < 1
+    counted = Interrupting(model)
+    evaluate(counted, (x, y), ["pgd-5"], eps=0, sanity=0)
+    assert counted.calls == 2, "once clean, once to judge"
 
     result = evaluate(model, (x, y), ["fgsm", "pgd-20"], eps=0.2, sanity=0, batch_size=25)
     first, second = result.attacks.values()
@@ -451,10 +454,34 @@ def test_the_model_its_gradients_and_all_randomness_are_as_before():
     assert any("train mode" in sentence for sentence in result.warnings)
     eval_mode = evaluate(trained(), data, ["pgd-2", "autoattack:custom=fab-t"], eps=0.1, sanity=2)
     assert torch.equal(result.outcomes, eval_mode.outcomes)
-    model.eval()
+
+
+def test_buffers_come_back_and_the_caller_s_autocast_and_inference_mode_stay_outside():
+    class Watching(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+            self.register_buffer("calls", torch.zeros(()))
+            self.seen = set()
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen.add((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()))
+            return self.net(x)
+
+    model, data = Watching(trained()).eval(), held_out(6)
+    plain = evaluate(model, data, ["pgd-4"], eps=0.2, sanity=4)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        ambient = evaluate(model, data, ["pgd-2"], eps=0.1, sanity=0)
-    assert ambient.attacks["pgd-2"].broken == eval_mode.attacks["pgd-2"].broken
+        ambient = evaluate(model, data, ["pgd-4"], eps=0.2, sanity=4)
+    assert torch.equal(ambient.outcomes, plain.outcomes)
+    assert model.seen == {(False, False)}
+    assert float(model.calls) == 0
+    measure(model, [data])
+    assert float(model.calls) == 0
+    with torch.inference_mode():
+        made_inside = trained()
+    with pytest.raises(UserError, match="made inside torch.inference_mode"):
+        evaluate(made_inside, data, ["pgd-4"])
 
 
 def test_loaders_and_other_types_give_the_same_figures():
@@ -470,16 +497,19 @@ def test_loaders_and_other_types_give_the_same_figures():
 
 
 def test_layouts_that_break_autoattack_give_the_same_figures():
-    model, (x, y) = trained(), held_out(6)
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = conv(x).argmax(1)
     attack = "autoattack:custom=apgd-dlr"
-    wanted = evaluate(model, (x, y), attack, eps=0.15, sanity=0)
+    wanted = evaluate(conv, (x, y), attack, eps=0.05, sanity=0)
+    assert 0 < wanted.robust_accuracy < 1
     strided = torch.stack([x, x], -1)[..., 0]
     assert not strided.is_contiguous()
     for images in (strided, x.to(memory_format=torch.channels_last)):
-        found = evaluate(model, (images, y), attack, eps=0.15, sanity=0)
+        found = evaluate(conv, (images, y), attack, eps=0.05, sanity=0)
         assert torch.equal(found.outcomes, wanted.outcomes)
-    model.to(memory_format=torch.channels_last)
-    found = evaluate(model, (x, y), attack, eps=0.15, sanity=0)
+    conv.to(memory_format=torch.channels_last)
+    found = evaluate(conv, (x, y), attack, eps=0.05, sanity=0)
     assert found.robust_accuracy == wanted.robust_accuracy
 
 

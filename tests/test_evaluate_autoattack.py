@@ -86,6 +86,12 @@ def test_the_official_driver_finds_the_same_images(monkeypatch, short, version, 
     )
 
 
+@pytest.mark.parametrize("name", ["apgd-dlr", "apgd-t", "fab", "fab-t", "square"])
+def test_each_component_alone_finds_the_images_of_the_official_driver(monkeypatch, short, name):
+    norm, eps = ("l2", 1.2) if name.startswith("fab") else ("linf", 0.25)
+    compare(monkeypatch, short, "custom", norm, eps, attacks=[name])
+
+
 def test_the_official_driver_finds_the_same_images_with_its_full_budget(monkeypatch):
     compare(
         monkeypatch,

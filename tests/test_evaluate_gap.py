@@ -47,6 +47,21 @@ def test_scores_are_those_of_the_attack_at_the_weights_given():
     )
 
 
+def test_an_attack_that_happens_to_correct_an_image_does_not_make_it_robust():
+    class Brightness(torch.nn.Module):
+        def forward(self, x):
+            mean = x.flatten(1).mean(1)
+            return torch.stack([0.5 - mean, mean - 0.5], 1)
+
+    def brighten(model, x, y, *, generator):
+        return torch.ones_like(x)
+
+    x = torch.tensor([0.2, 0.2, 0.8, 0.8]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
+    found = scores(Brightness(), (x, torch.tensor([0, 1, 0, 1])), brighten)
+    assert found.clean_correct.tolist() == [True, False, False, True]
+    assert found.robust_correct.tolist() == [False, False, False, True]
+
+
 def test_the_gap_is_train_minus_test_and_a_training_set_learnt_by_heart_has_one():
     x, y = digits()
     model = trained()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -174,10 +176,19 @@ def test_full_batch_sam_aligns_the_gradient_with_the_top_eigenvector(
 ) -> None:
     sam = journeys["SAM, full batch"]
     assert sam.final_alignment > 0.999
-    assert sam.alignment[0] < 0.95
+    assert sam.alignment[0] < 0.9
     # The same ascent step, differentiated through, turns to the other end of the spectrum.
-    assert journeys["ascent direction"].final_alignment < 0.01
+    assert journeys["ascent direction"].final_alignment < 0.3
     assert journeys["SAM, batch size 1"].final_alignment < 0.97
+
+
+def test_the_derivative_of_the_ascent_alone_parts_sam_from_the_ascent_direction(
+    journeys: dict[str, Any],
+) -> None:
+    ascent, sam = journeys["ascent direction"].variant, journeys["SAM, full batch"].variant
+    journey = notions.travel(replace(ascent, backward=sam.backward))
+    assert journey.end == pytest.approx(OPTIMA["lambda_1"], abs=0.05)
+    assert journey.final_alignment > 0.99
 
 
 def test_full_batch_sam_oscillates_with_the_amplitude_of_the_closed_form(
@@ -191,10 +202,9 @@ def test_full_batch_sam_oscillates_with_the_amplitude_of_the_closed_form(
 
 
 def test_the_table_and_the_picture_are_made(journeys: dict[str, Any], tmp_path: Path) -> None:
-    console = Console(width=80, record=True, quiet=False, file=(tmp_path / "table").open("w"))
-    console.print(notions.table(list(journeys.values())))
-    text = console.export_text()
-    for name in journeys:
-        assert name in text
+    text = io.StringIO()
+    Console(width=80, file=text).print(notions.table(list(journeys.values())))
+    for name in (*journeys, "lambda_min", "+1.30"):
+        assert name in text.getvalue()
     notions.draw(list(journeys.values())).savefig(tmp_path / "picture.png", dpi=60)
     assert (tmp_path / "picture.png").stat().st_size > 5000

@@ -173,12 +173,17 @@ class TrainConfig(Section):
 
 
 class MonitorConfig(Section):
-    """What is measured on the validation split and on a fixed part of the training split."""
+    """What is measured on the validation split and on a fixed part of the training split.
+
+    Every ``every`` epochs clean and robust accuracy and loss, by PGD with ``steps`` steps; every
+    ``flatness_every`` epochs (0: never) the ``flatness`` measures, on training images.
+    """
 
     every: Whole = 1
     steps: Count = 10
     train_samples: Count = 500
     flatness_every: Whole = 0
+    flatness: tuple[str, ...] = ("ascent_robust", "hessian_max")
     flatness_samples: Count = 256
 
 

@@ -78,7 +78,7 @@ def _images(x: Tensor) -> Tensor:
         )
     if x.numel() == 0:
         raise UserError(f"There is nothing to evaluate: the images have the shape {list(x.shape)}.")
-    x = x.detach().to("cpu", torch.float32, memory_format=torch.contiguous_format)
+    x = x.detach().to("cpu", torch.float32)
     low, high = float(x.min()), float(x.max())
     if not (low >= 0 and high <= 1):
         raise UserError(
@@ -86,8 +86,8 @@ def _images(x: Tensor) -> Tensor:
             "image units: do not normalise the data, put the normalisation into the model "
             "(robustflat.models.Normalized)."
         )
-    # A slice of a larger tensor, or one made in inference mode, is copied.
-    return x.clone()
+    # A copy, also because it may have been made in inference mode.
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _labels(y: Tensor, count: int) -> Tensor:
@@ -125,7 +125,7 @@ def prepared(
         return x, y, labels
     x, labels = tensors(data)
     indices = chosen(labels, samples, shard)
-    return x[indices].contiguous(), labels[indices], labels
+    return x[indices], labels[indices], labels
 
 
 def chosen(labels: Tensor, samples: int | None, shard: str | None) -> Tensor:

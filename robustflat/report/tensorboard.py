@@ -58,5 +58,6 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
             )
             found[f"robust_gap/loss{suffix}"] = held_out["robust_loss"] - train["robust_loss"]
     for name, value in (row.get("flatness") or {}).items():
-        found[f"flatness/{name}"] = value
+        if value is not None:
+            found[f"flatness/{name}"] = value
     return found

@@ -191,6 +191,8 @@ class Trainer:
         row["monitor"] = measured.get("raw")
         row["monitor_average"] = measured.get("average")
         chosen = measured.get("average") or measured.get("raw")
+        if config.monitor.flatness_every and self.epoch % config.monitor.flatness_every == 0:
+            row["flatness"] = self._monitor.flatness(self.model)
         row["is_best"] = bool(chosen and "validation" in chosen and self._is_best(score(chosen)))
         if row["is_best"]:
             assert chosen is not None

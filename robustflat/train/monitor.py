@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from robustflat.config import RunConfig
 from robustflat.config.perturbations import NoAttackConfig
 from robustflat.evaluate.accuracy import measure
-from robustflat.perturb import InputPerturbation, pgd
+from robustflat.flatness import flatness
+from robustflat.perturb import InputPerturbation, evaluating, pgd
 from robustflat.train.randomness import derived_seed
 
 
@@ -33,12 +34,29 @@ class Monitor:
         self._splits = splits
         self._device = device
         self._seed = config.seed
+        self._config = config.monitor
         self._batch_size = config.evaluate.batch_size
         self.attack = monitoring_attack(config, config.monitor.steps)
 
     def __call__(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Measure every split, always with the same random starts."""
         return {name: self._measure(model, *split) for name, split in self._splits.items()}
+
+    def flatness(self, model: nn.Module) -> dict[str, float | None]:
+        """The configured flatness measures, on training images; no bit of the training changes."""
+        x, y = (t[: self._config.flatness_samples].to(self._device) for t in self._splits["train"])
+        # Without a training attack eps is 0, and the robust loss is the clean one.
+        attack = self.attack or pgd("linf", 0.0)
+        with evaluating(model):
+            found = flatness(
+                model,
+                (x, y),
+                self._config.flatness,
+                seed=self._seed,
+                batch_size=self._batch_size,
+                attack=attack,
+            )
+        return {name: figure.value for name, figure in found.items()}
 
     def _measure(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
