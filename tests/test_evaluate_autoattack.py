@@ -104,6 +104,30 @@ def test_the_official_driver_finds_the_same_images_with_its_full_budget(monkeypa
     )
 
 
+def test_fab_has_the_restarts_and_targets_of_the_official_driver(monkeypatch):
+    calls = []
+
+    def perturb(self, x, y):
+        calls.append((self.targeted, self.n_restarts, self.n_target_classes))
+        return x
+
+    monkeypatch.setattr(pyautoattack.autoattack.FABAttack_PT, "perturb", perturb)
+    for classes, targets in ((10, 9), (5, 4)):
+        model = linear(classes, (1, 4, 4))
+        x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        threat = Threat(norm=float("inf"), eps=0.1, classes=classes, shape=(1, 4, 4))
+        for version, expected in (
+            ("standard", [(True, 1, targets)]),
+            ("plus", [(False, 5, 9), (True, 1, targets)]),
+            ("custom=fab-t", [(True, 1, targets)]),
+        ):
+            calls.clear()
+            for attack in plan([f"autoattack:{version}"], threat).attacks:
+                if attack.name.startswith("fab"):
+                    attack.run(model, x, model(x).argmax(1), 0)
+            assert calls == expected
+
+
 def test_fast_is_the_beginning_of_standard(short):
     model, data = trained(), held_out(20)
     fast = evaluate(model, data, ["autoattack:fast"], eps=0.2, sanity=0)

@@ -1,0 +1,605 @@
+"""Whole small runs: what they write, that they repeat, and that watching changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from train_support import (
+    SMALL_CNN,
+    config,
+    contents,
+    differences,
+    rows,
+    same_run,
+    saved,
+    trained,
+)
+
+import robustflat as rf
+from robustflat.config.perturbations import WeightsConfig
+from robustflat.data import Data
+from robustflat.errors import UserError
+from robustflat.evaluate import measure
+from robustflat.report.tensorboard import TensorBoard
+from robustflat.train import Trainer, TrainingDivergedError, train
+from robustflat.train.folder import RunFolder, json_safe
+from robustflat.train.setup import build_model, load_data
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run with BatchNorm, augmentation and a validation split."""
+    return trained(
+        tmp_path_factory.mktemp("plain"),
+        model=SMALL_CNN,
+        data__augment={"crop": 1},
+        train__epochs=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return load_data(config())
+
+
+# --- what a run leaves behind
+
+
+def test_metrics_are_complete(plain: RunFolder) -> None:
+    found = rows(plain)
+    assert [row["epoch"] for row in found] == [1, 2, 3]
+    assert [row["steps"] for row in found] == [4, 8, 12]  # 60 images by 16
+    for row in found:
+        assert row["skipped_steps"] == 0
+        assert row["train_loss"] > 0
+        assert row["gradient_norm"] > 0
+        assert row["lr"] == pytest.approx({1: 0.1, 2: 0.01, 3: 0.001}[row["epoch"]])
+        assert row["monitor_average"] is None
+        assert set(row["monitor"]) == {"train", "validation"}
+        for figures in row["monitor"].values():
+            assert set(figures) == {
+                "clean_accuracy",
+                "clean_loss",
+                "robust_accuracy",
+                "robust_loss",
+            }
+            assert 0 <= figures["clean_accuracy"] <= 1
+            assert figures["robust_loss"] >= figures["clean_loss"]
+
+
+def test_a_run_leaves_what_the_design_says(plain: RunFolder) -> None:
+    assert set(contents(plain.root)) == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints/last.pt",
+        "checkpoints/best.pt",
+    }
+    environment = json.loads(plain.environment_file.read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["threads"] == 1
+    assert plain.read_config() == config(
+        plain.root.parent, model=SMALL_CNN, data__augment={"crop": 1}, train__epochs=3
+    )
+
+
+def test_the_monitored_figures_are_those_of_the_checkpoint(plain: RunFolder, digits: Data) -> None:
+    # Measured again from the files alone.
+    model = build_model(plain.read_config(), digits, CPU)
+    state = saved(plain.last)
+    assert state["epoch"] == 3
+    model.load_state_dict(state["model"])
+    figures = rows(plain)[-1]["monitor"]
+    assert digits.validation is not None
+    x, y = digits.validation.tensors()
+    model.eval()
+    with torch.no_grad():
+        logits = model(x)
+    assert figures["validation"]["clean_accuracy"] == float((logits.argmax(1) == y).float().mean())
+    assert figures["validation"]["clean_loss"] == pytest.approx(
+        float(nn.functional.cross_entropy(logits, y)), rel=1e-5
+    )
+    # No start of PGD-2 explains more than its radius allows: FGSM is near it.
+    fgsm = measure(model, [(x, y)], rf.fgsm("linf", 0.1))
+    assert figures["validation"]["robust_loss"] == pytest.approx(fgsm.loss, rel=0.15)
+
+
+def test_best_is_the_first_of_the_highest_robust_validation_accuracy(tmp_path: Path) -> None:
+    folder = trained(tmp_path, train__epochs=6, optimizer={"name": "sgd", "lr": 0.2})
+    scores = [row["monitor"]["validation"]["robust_accuracy"] for row in rows(folder)]
+    best = max(range(6), key=lambda i: (scores[i], -i))
+    assert len(set(scores)) > 2
+    running = -1.0
+    for row, value in zip(rows(folder), scores, strict=True):
+        assert row["is_best"] == (value > running)
+        running = max(running, value)
+    assert saved(folder.best)["epoch"] == best + 1
+    assert saved(folder.last)["best"] == {"epoch": best + 1, "score": scores[best]}
+
+
+def test_without_an_attack_best_is_the_highest_clean_accuracy(tmp_path: Path) -> None:
+    folder = trained(
+        tmp_path, train__epochs=3, attack={"name": "none"}, objective={"name": "standard"}
+    )
+    scores = [row["monitor"]["validation"]["clean_accuracy"] for row in rows(folder)]
+    assert "robust_accuracy" not in rows(folder)[0]["monitor"]["train"]
+    assert saved(folder.best)["epoch"] == scores.index(max(scores)) + 1
+
+
+def test_monitoring_less_often(tmp_path: Path) -> None:
+    folder = trained(tmp_path, train__epochs=5, monitor__every=2)
+    assert [row["monitor"] is not None for row in rows(folder)] == [False, True, False, True, True]
+    folder = trained(tmp_path, name="never", monitor__every=0, data__validation_samples=0)
+    assert [row["monitor"] for row in rows(folder)] == [None, None]
+    assert not folder.best.exists()
+
+
+def test_train_loss_and_lr_are_those_of_the_steps(tmp_path: Path) -> None:
+    # One step an epoch at a learning rate of (almost) zero: the loss of the whole set, by hand.
+    changes: dict[str, Any] = {
+        "optimizer": {"name": "sgd", "lr": 1e-12},
+        "weights": {"name": "none"},
+        "objective": {"name": "standard"},
+        "train__batch_size": 60,
+    }
+    folder = trained(tmp_path, **changes)
+    settings = folder.read_config()
+    dataset = load_data(settings)
+    model = build_model(settings, dataset, CPU)
+    x, y = dataset.train.tensors()
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))  # type: ignore[union-attr]
+    for row in rows(folder):
+        assert row["train_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+        assert row["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+# --- the same again
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not(plain: RunFolder, tmp_path: Path) -> None:
+    said: dict[str, Any] = {"model": SMALL_CNN, "data__augment": {"crop": 1}, "train__epochs": 3}
+    torch.manual_seed(1234)  # what the caller's generator holds does not matter
+    again = trained(tmp_path, **said)
+    same_run(plain, again)
+    other = trained(tmp_path, name="other", seed=1, **said)
+    assert differences(saved(plain.last)["model"], saved(other.last)["model"])
+
+
+def test_watching_changes_no_bit(tmp_path: Path) -> None:
+    said: dict[str, Any] = {"model": SMALL_CNN, "train__average": {"name": "ema"}}
+    quiet = trained(tmp_path, name="quiet", monitor__every=0, **said)
+    watched = config(tmp_path, name="watched", train__tensorboard=True, **said)
+    folder, _ = train(watched, listeners=lambda f: [TensorBoard(f.tensorboard)])
+    one, two = saved(quiet.last), saved(folder.last)
+    for key in ("model", "optimizer", "average", "average_model", "epoch", "step"):
+        assert differences(one[key], two[key]) == [], key
+    assert [r["train_loss"] for r in rows(quiet)] == [r["train_loss"] for r in rows(folder)]
+
+
+def test_tensorboard_says_what_the_metrics_say(tmp_path: Path) -> None:
+    settings = config(tmp_path, train__epochs=3, train__average={"name": "swa", "start_epoch": 1})
+    folder, _ = train(settings, listeners=lambda f: [TensorBoard(f.tensorboard)])
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    told = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    expected: dict[str, dict[int, float]] = {}
+    for row in map(json.loads, folder.metrics_file.read_text().splitlines()):
+        at = row["epoch"]
+        for key in ("train_loss", "gradient_norm", "lr", "skipped_steps", "seconds"):
+            expected.setdefault(f"optimisation/{key}", {})[at] = row[key]
+        for suffix, measured in (("", row["monitor"]), ("_average", row["monitor_average"])):
+            for split, figures in (measured or {}).items():
+                for name, value in figures.items():
+                    expected.setdefault(f"{name}/{split}{suffix}", {})[at] = value
+            if measured:
+                train_, val = measured["train"], measured["validation"]
+                gap = train_["robust_accuracy"] - val["robust_accuracy"]
+                expected.setdefault(f"robust_gap/accuracy{suffix}", {})[at] = gap
+                gap = val["robust_loss"] - train_["robust_loss"]
+                expected.setdefault(f"robust_gap/loss{suffix}", {})[at] = gap
+    assert set(told) == set(expected)
+    for tag, curve in expected.items():
+        assert set(told[tag]) == set(curve), tag
+        for at, value in curve.items():
+            assert told[tag][at] == pytest.approx(value, rel=1e-6, abs=1e-7), tag
+    assert set(told["robust_accuracy/validation_average"]) == {2, 3}
+
+
+def test_each_epoch_is_on_disk_before_the_next_begins(tmp_path: Path) -> None:
+    # A run killed later must not lose the curves of epochs that its checkpoint holds.
+    seen: list[int] = []
+
+    class Look:
+        def __init__(self, folder: RunFolder) -> None:
+            self.folder = folder
+
+        def on_start(self, epochs: int, steps: int, done: int) -> None: ...
+        def on_step(self, epoch: int, step: int) -> None:
+            if step == 0:
+                events = EventAccumulator(str(self.folder.tensorboard))
+                events.Reload()
+                tags = events.Tags()["scalars"]
+                seen.append(len(events.Scalars("optimisation/lr")) if tags else 0)
+
+        def on_epoch(self, row: dict[str, Any]) -> None: ...
+        def on_end(self) -> None: ...
+
+    settings = config(tmp_path, train__epochs=3)
+    train(settings, listeners=lambda f: [TensorBoard(f.tensorboard), Look(f)])
+    assert seen == [0, 1, 2]
+
+
+# --- every method and every kind of data
+
+
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "none": {"name": "none"},
+    "awp": {"name": "awp", "gamma": "1/100", "steps": 2, "warmup_epochs": 1},
+    "awp_global": {"name": "awp_global", "gamma": 0.01, "parameters": "matrices"},
+    "amp": {"name": "amp", "epsilon": 0.1, "steps": 2, "group": "global"},
+    "sam": {"name": "sam", "rho": 0.05, "norm": "linf", "radius_schedule": "lr"},
+    "asam": {"name": "asam", "rho": 0.5, "statistics": "centre"},
+    "gsam": {"name": "gsam", "rho": 0.05, "alpha": 0.2, "every": 2},
+    "random": {"name": "random", "gamma": 0.1, "group": "row", "reattack": "descent"},
+    "custom": {
+        "name": "custom",
+        "radius": 0.1,
+        "group": "tensor",
+        "scale": "tensor_norm",
+        "start": "uniform",
+        "keep": "best",
+        "step_size": 0.5,
+        "steps": 2,
+        "parameters": r"re:weight$",
+    },
+    "msam": {"name": "sam", "rho": 0.05, "chunk": 4},
+    "nsam": {"name": "sam", "rho": 0.05, "batches": 3, "last_epoch": 1},
+    "alternating": {"name": "awp", "gamma": 0.01, "steps": 2, "reattack": "ascent"},
+    "released": {"name": "awp", "gamma": 0.01, "step_at": "perturbed"},
+}
+
+
+def test_the_table_of_methods_is_complete() -> None:
+    schema = TypeAdapter(WeightsConfig).json_schema()
+    assert set(schema["discriminator"]["mapping"]) == {w["name"] for w in WEIGHTS.values()}
+
+
+@pytest.fixture(scope="module")
+def by_method(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("methods")
+    return {
+        name: saved(trained(folder, name=name, weights=said, model=SMALL_CNN).last)["model"]
+        for name, said in WEIGHTS.items()
+    }
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_every_method_trains_and_is_not_another(method: str, by_method: dict[str, Any]) -> None:
+    model = by_method[method]
+    assert all(t.isfinite().all() for t in model.values())
+    for other in WEIGHTS:
+        if other != method:
+            assert differences(model, by_method[other]), other
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"objective": {"name": "trades", "beta": 3}, "train__precision": "bf16"},
+        {"objective": {"name": "mart"}, "optimizer": {"name": "adamw", "clip": 0.5}},
+        {"objective": {"name": "standard", "label_smoothing": 0.1}, "attack": {"name": "none"}},
+        {"attack": {"name": "fgsm", "eps": "8/255", "norm": "l2"}, "train__channels_last": True},
+        {"attack": {"name": "pgd", "eps": 0.5, "norm": "l1", "loss": "margin", "restarts": 2}},
+        {"attack": {"name": "pgd", "eps": 0.1, "loss": "dlr", "mode": "batch", "keep": "best"}},
+        {"data__label_noise": {"rate": 0.4}},
+        {"data__mix": {"name": "mixup"}, "weights": {"name": "sam", "rho": 0.1, "chunk": 4}},
+        {"data__mix": {"name": "cutmix", "alpha": 0.5}, "objective": {"name": "trades"}},
+        {"train__precision": "fp16", "objective": {"name": "trades"}},
+        {"schedule": {"name": "one_cycle"}, "train__on_nonfinite": "skip"},
+        {"schedule": {"name": "cosine", "warmup_epochs": 0.5}, "train__deterministic": True},
+    ],
+    ids=lambda said: "-".join(str(k) for k in said),
+)
+def test_combinations_train(tmp_path: Path, said: dict[str, Any]) -> None:
+    try:
+        folder = trained(tmp_path, **({"model": SMALL_CNN} | said))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(t.isfinite().all() for t in saved(folder.last)["model"].values())
+    found = rows(folder)
+    assert [row["skipped_steps"] for row in found] == [0, 0] or said.get(
+        "train__precision"
+    ) == "fp16"
+    plain_weights = saved(folder.last)["model"]["net.linear.weight"]
+    assert plain_weights.dtype == torch.float32
+
+
+def test_label_noise_is_in_the_labels_trained_on_alone(tmp_path: Path) -> None:
+    clean, noisy = load_data(config()), load_data(config(data__label_noise={"rate": 0.5}))
+    assert int((clean.train.labels != noisy.train.labels).sum()) == 30
+    assert clean.validation is not None
+    assert noisy.validation is not None
+    assert torch.equal(clean.validation.labels, noisy.validation.labels)
+    assert torch.equal(clean.test.labels, noisy.test.labels)
+    folder = trained(tmp_path, data__label_noise={"rate": 0.5})
+    assert rows(folder)[-1]["monitor"]["train"]["clean_accuracy"] < 0.9
+
+
+def test_extra_images_are_trained_on(tmp_path: Path, digits: Data) -> None:
+    # Black images that are all called 7: after training on them, so they are.
+    path = tmp_path / "extra.npz"
+    np.savez(path, image=np.zeros((50, 8, 8, 1), np.uint8), label=np.full(50, 7, np.int64))
+    said: dict[str, Any] = {"train__epochs": 4, "weights": {"name": "none"}}
+    outputs = []
+    for name, extra in (("without", None), ("with", {"path": str(path), "fraction": 0.5})):
+        folder = trained(tmp_path, name=name, data__extra=extra, **said)
+        model = build_model(folder.read_config(), digits, CPU).eval()
+        model.load_state_dict(saved(folder.last)["model"])
+        outputs.append(float(model(torch.zeros(1, 1, 8, 8)).softmax(1)[0, 7].detach()))
+    assert outputs[1] > 0.9
+    assert outputs[0] < 0.5
+    broken = config(tmp_path, name="none", data__extra={"path": str(tmp_path / "no.npz")})
+    with pytest.raises(UserError, match=r"no extra data file"):
+        train(broken)
+    assert not (tmp_path / "none").exists()
+
+
+# --- averages
+
+
+def test_ema_follows_every_step(tmp_path: Path, digits: Data) -> None:
+    settings = config(
+        tmp_path, model=SMALL_CNN, train__average={"name": "ema", "decay": 0.8}, monitor__every=0
+    )
+    trainer = Trainer(settings, digits, CPU)
+    history: list[dict[str, Tensor]] = []
+
+    class Watch:
+        def on_start(self, epochs: int, steps: int, done: int) -> None: ...
+        def on_step(self, epoch: int, step: int) -> None:
+            history.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+
+        def on_epoch(self, row: dict[str, Any]) -> None: ...
+        def on_end(self) -> None: ...
+
+    trainer.listeners = [Watch()]
+    assert trainer.run()
+    assert len(history) == 8
+    assert trainer.average is not None
+    for key, got in trainer.average.model.state_dict().items():
+        if not got.is_floating_point():
+            continue
+        expected = history[0][key].double()
+        for state in history[1:]:
+            expected = 0.8 * expected + 0.2 * state[key].double()
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_swa_is_the_mean_of_the_epochs_and_has_statistics_of_its_own(
+    tmp_path: Path, digits: Data
+) -> None:
+    settings = config(
+        tmp_path,
+        model=SMALL_CNN,
+        train__epochs=4,
+        train__average={"name": "swa", "start_epoch": 1},
+        objective={"name": "standard"},
+    )
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(settings, resume=False)
+    trainer = Trainer(settings, digits, CPU, folder=folder)
+    ends: list[dict[str, Tensor]] = []
+
+    class Watch:
+        def on_start(self, epochs: int, steps: int, done: int) -> None: ...
+        def on_step(self, epoch: int, step: int) -> None: ...
+        def on_epoch(self, row: dict[str, Any]) -> None:
+            ends.append({k: v.clone() for k, v in trainer.model.named_parameters()})
+
+        def on_end(self) -> None: ...
+
+    trainer.listeners = [Watch()]
+    trainer.run()
+    state = saved(folder.last)["average_model"]
+    for key in ends[0]:
+        mean = torch.stack([e[key].detach().double() for e in ends[1:]]).mean(0)
+        torch.testing.assert_close(state[key].double(), mean, rtol=1e-5, atol=1e-7)
+    # Four batches of the 60 training images, in any order, by hand.
+    net = build_model(settings, digits, CPU)
+    net.load_state_dict(state)
+    x, _ = digits.train.tensors()
+    first = net.net.features[0]  # type: ignore[union-attr,index]
+    means = first(net.normalize(x)).mean((0, 2, 3)).detach()  # type: ignore[operator]
+    got = state["net.features.1.running_mean"]
+    # The mean of batch means, the last of 12: near the mean of all.
+    torch.testing.assert_close(got, means, rtol=0.1, atol=0.05)
+    assert [row["monitor_average"] is not None for row in rows(folder)] == [False, True, True, True]
+    scores = [
+        (row["monitor_average"] or row["monitor"])["validation"]["robust_accuracy"]
+        for row in rows(folder)
+    ]
+    assert saved(folder.best)["epoch"] == scores.index(max(scores)) + 1
+
+
+def test_what_swa_is_refreshed_with_does_not_depend_on_its_stale_statistics(digits: Data) -> None:
+    # While BatchNorm's statistics are computed anew, the ones it holds mean nothing, and an attack
+    # that looked at them would be one on another network.
+    settings = config(model=SMALL_CNN, train__average={"name": "swa", "start_epoch": 0})
+    trainer = Trainer(settings, digits, CPU)
+    assert trainer.average is not None
+    trainer.average.after_epoch(trainer.model, 0)
+    found = []
+    for mean, variance in ((0.0, 1.0), (5.0, 9.0)):
+        for name, buffer in trainer.average.model.named_buffers():
+            if "running" in name:
+                buffer.fill_(mean if "mean" in name else variance)
+        trainer.average.refresh(
+            trainer._feed.refresh_inputs(trainer._step, trainer.average.model, 0)
+        )
+        found.append({k: v.clone() for k, v in trainer.average.model.named_buffers()})
+        inputs = []
+        for module in trainer.average.model.modules():
+            module.training = True
+        for name, buffer in trainer.average.model.named_buffers():
+            if "running" in name:
+                buffer.fill_(mean if "mean" in name else variance)
+        inputs = list(trainer._feed.refresh_inputs(trainer._step, trainer.average.model, 0))
+        found[-1]["inputs"] = torch.cat(inputs)
+        trainer.average.model.eval()
+    assert differences(found[0], found[1]) == []
+
+
+# --- what is not finite
+
+
+class Poison:
+    """Makes the weights nan after a chosen step."""
+
+    def __init__(self, trainer: Trainer, epoch: int, step: int) -> None:
+        self.trainer, self.at = trainer, (epoch, step)
+
+    def on_start(self, epochs: int, steps: int, done: int) -> None: ...
+    def on_step(self, epoch: int, step: int) -> None:
+        if (epoch, step) == self.at:
+            with torch.no_grad():
+                next(self.trainer.model.parameters()).fill_(math.nan)
+
+    def on_epoch(self, row: dict[str, Any]) -> None: ...
+    def on_end(self) -> None: ...
+
+
+def poisoned(tmp_path: Path, digits: Data, epoch: int, step: int, **said: Any) -> Trainer:
+    settings = config(tmp_path, **said)
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(settings, resume=False)
+    trainer = Trainer(settings, digits, CPU, folder=folder)
+    trainer.listeners = [Poison(trainer, epoch, step)]
+    return trainer
+
+
+def test_a_run_stops_where_the_loss_is_not_finite(tmp_path: Path, digits: Data) -> None:
+    trainer = poisoned(tmp_path, digits, 1, 1, train__epochs=3)
+    with pytest.raises(TrainingDivergedError) as caught:
+        trainer.run()
+    message = str(caught.value)
+    assert "epoch 2, step 3 (batch 3 of 4)" in message
+    assert f"The last good checkpoint is {trainer.folder.last}." in message  # type: ignore[union-attr]
+    state = saved(trainer.folder.last)  # type: ignore[union-attr]
+    assert state["epoch"] == 1
+    assert all(t.isfinite().all() for t in state["model"].values())
+    # From there the run goes on.
+    folder = trained(tmp_path, resume=True, train__epochs=3)
+    assert [row["epoch"] for row in rows(folder)] == [1, 2, 3]
+
+
+def test_the_last_good_checkpoint_is_good_however_often_one_is_written(
+    tmp_path: Path, digits: Data
+) -> None:
+    trainer = poisoned(tmp_path, digits, 0, 1, train__checkpoint_minutes=1e-9)
+    with pytest.raises(TrainingDivergedError, match="epoch 1, step 3"):
+        trainer.run()
+    state = saved(trainer.folder.last)  # type: ignore[union-attr]
+    assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_no_checkpoint_yet(tmp_path: Path, digits: Data) -> None:
+    trainer = poisoned(tmp_path, digits, 0, 0)
+    with pytest.raises(TrainingDivergedError, match="No checkpoint was written yet"):
+        trainer.run()
+
+
+@pytest.mark.parametrize("model", [SMALL_CNN, {"name": "mlp", "options": {"hidden": [16]}}])
+def test_skipping_goes_on_after_a_bad_batch(tmp_path: Path, model: Any, monkeypatch: Any) -> None:
+    # One image of the second batch of every epoch is nan.
+    from robustflat.train.feed import Feed
+
+    whole = Feed.batches
+
+    def with_one_bad(self: Feed, epoch: int, step: int) -> Any:
+        for at, together in enumerate(whole(self, epoch, step), start=step):
+            ((x, y),) = together
+            if at == 1:
+                x = x.clone()
+                x[0, 0, 3, 3] = math.nan
+            yield [(x, y)]
+
+    monkeypatch.setattr(Feed, "batches", with_one_bad)
+    folder = trained(tmp_path, train__on_nonfinite="skip", model=model)
+    assert [row["skipped_steps"] for row in rows(folder)] == [1, 1]
+    assert all(t.isfinite().all() for t in saved(folder.last)["model"].values())
+    for row in rows(folder):
+        assert row["train_loss"] is not None
+        assert row["monitor"]["validation"]["clean_loss"] is not None
+
+
+def test_json_has_no_name_for_infinity() -> None:
+    odd = {"a": [math.nan, (math.inf, 1.5)], 3: {"b": -math.inf}, "c": True, "d": None}
+    assert json_safe(odd) == {"a": [None, [None, 1.5]], "3": {"b": None}, "c": True, "d": None}
+
+
+# --- mistakes that only data and model show: one sentence, and no folder is left or lost
+
+LATE: dict[str, tuple[dict[str, Any], str]] = {
+    "more images than there are": ({"data__train_samples": 5000}, "data.train_samples"),
+    "validation of all": ({"data__validation_samples": 5000}, "data.validation_samples"),
+    "unknown data": ({"data__name": "digitz"}, "digits"),
+    "data that is not there": ({"data__name": "mnist", "data__root": "/nowhere"}, "data.download"),
+    "unknown model": ({"model": {"name": "smal_cnn"}}, "small_cnn"),
+    "unknown option": ({"model": {"name": "mlp", "options": {"hiden": 3}}}, "hiden"),
+    "bad option": ({"model": {"name": "small_cnn", "options": {"width": -1}}}, "width"),
+    "no such weights": ({"model__weights": "none.pt"}, "none.pt"),
+    "nothing is perturbed": (
+        {"weights": {"name": "sam", "rho": 0.1, "parameters": "re:nothing"}},
+        "re:nothing",
+    ),
+    "chunk beyond the images": (
+        {"train__batch_size": 128, "weights": {"name": "sam", "rho": 0.1, "chunk": 100}},
+        "chunk",
+    ),
+    "no such device": ({"device": "cuda:77"}, "device"),
+    "no device at all": ({"device": "toaster"}, "device"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_mistakes_that_the_data_or_the_model_shows(tmp_path: Path, case: str) -> None:
+    said, part = LATE[case]
+    with pytest.raises(UserError) as caught:
+        train(config(tmp_path, **said))
+    assert part in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    # Nor does --overwrite lose the earlier run to a mistake in the new one.
+    earlier = tmp_path / "run"
+    earlier.mkdir()
+    (earlier / "config.yaml").write_text("name: run\n")
+    (earlier / "metrics.jsonl").write_text("{}\n")
+    before = contents(earlier)
+    with pytest.raises(UserError):
+        train(config(tmp_path, **said), overwrite=True)
+    assert contents(earlier) == before
+
+
+@pytest.mark.parametrize("output", ["a\0b", "x" * 300])
+def test_a_folder_that_cannot_be(tmp_path: Path, output: str) -> None:
+    with pytest.raises(UserError, match="folder"):
+        train(config(tmp_path / output))
+
+
+def test_a_folder_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        train(config(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
