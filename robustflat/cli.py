@@ -106,6 +106,8 @@ def evaluate(
         int | None, typer.Option(help="A fixed class-balanced subset of the test images.")
     ] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: attack every n-th image only.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
     norm: Annotated[str | None, typer.Option(help="linf, l2 or l1; the run's if left out.")] = None,
     eps: Annotated[str | None, typer.Option(help="Radius, such as 8/255; the run's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
@@ -165,8 +167,10 @@ def evaluate(
                 samples=samples,
                 seed=seed,
                 shard=shard,
+                merged=merge,
                 norm=norm,
                 eps=_number("--eps", eps),
+                precision=_one_of("--precision", precision, ("fp32", "bf16")),
                 on_progress=counter.on_attack,
             )
         for name, entry in report["checkpoints"].items():
@@ -176,7 +180,10 @@ def evaluate(
             console.print(evaluation_table({"title": title, "result": entry["test"]}))
             for warning in entry["test"]["warnings"]:
                 console.print(f"note: {warning}", style="yellow", markup=False)
-        typer.echo(f"written: {run.folder.evaluation}")
+        if shard is None:
+            typer.echo(f"written: {run.folder.evaluation}")
+        else:
+            typer.echo(f"shard {shard} is done; when all are, join them with --merge.")
 
 
 @app.command()
@@ -328,8 +335,12 @@ def _checkpoints(name: str, both: bool = True) -> Any:
 
 
 def _weights(name: str) -> Any:
-    if name not in ("auto", "raw", "average"):
-        raise UserError(f"--weights must be auto, raw or average, got {name!r}.")
+    return _one_of("--weights", name, ("auto", "raw", "average"))
+
+
+def _one_of(option: str, name: str, valid: tuple[str, ...]) -> Any:
+    if name not in valid:
+        raise UserError(f"{option} must be one of {', '.join(valid)}, got {name!r}.")
     return name
 
 

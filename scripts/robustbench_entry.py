@@ -4,8 +4,9 @@
         --dataset cifar10 --name "Title of the paper" --authors "A. Author, B. Author" \
         --link https://arxiv.org/abs/0000.00000 --venue "arXiv, 2025" --architecture PreActResNet-18
 
-The evaluation must be one of all test images with AutoAttack standard, without shards; the fields
-are those of the files in RobustBench's model_info.
+The file is a run's evaluation.json (its best checkpoint, or --checkpoint last) or the result of
+scripts/autoattack.py. It must be one of all test images with AutoAttack standard, without shards;
+the fields are those of the files in RobustBench's model_info.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A RobustBench entry from an evaluation.")
     parser.add_argument("evaluation", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", default="best", help="of a run's evaluation: best or last")
     parser.add_argument("--reported", help="percent, as in the paper; default AutoAttack's")
     for name in ("link", "name", "authors", "dataset", "venue", "architecture"):
         parser.add_argument(f"--{name}", required=True)
@@ -100,6 +102,13 @@ def main() -> int:
             evaluation = json.loads(args.evaluation.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{args.evaluation} cannot be read as JSON: {error}") from error
+        if isinstance(evaluation, dict) and "checkpoints" in evaluation:
+            evaluation = (evaluation["checkpoints"].get(args.checkpoint) or {}).get("test")
+            if evaluation is None:
+                raise UserError(
+                    f"{args.evaluation} has no attacked test images of the checkpoint "
+                    f"{args.checkpoint}. Evaluate it first."
+                )
         fields = entry(evaluation, about, args.reported)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(fields, indent=2) + "\n")

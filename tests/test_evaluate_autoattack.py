@@ -98,9 +98,9 @@ def test_the_official_driver_finds_the_same_images_with_its_full_budget(monkeypa
         pyautoattack.AutoAttack,
         "custom",
         "linf",
-        0.2,
+        0.3,
         attacks=["apgd-ce", "apgd-t"],
-        count=16,
+        count=8,
     )
 
 

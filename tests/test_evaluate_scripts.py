@@ -60,7 +60,8 @@ def test_autoattack_evaluates_a_checkpoint_and_a_robustbench_entry_is_made_of_it
     out.write_text(json.dumps(content))
     assert call(monkeypatch, "robustbench_entry.py", out, *about) == 0
     # The fields of RobustBench's own model_info/cifar10/Linf/Carmon2019Unlabeled.json.
-    assert json.loads((tmp_path / "entry.json").read_text()) == {
+    written = json.loads((tmp_path / "entry.json").read_text())
+    assert written == {
         "link": "l",
         "name": "n",
         "authors": "a",
@@ -74,7 +75,15 @@ def test_autoattack_evaluates_a_checkpoint_and_a_robustbench_entry_is_made_of_it
         "reported": "59.53",
         "autoattack_acc": "59.53",
     }
-    out.write_text("{}")
+    # A run's evaluation has one such result for each checkpoint that was attacked.
+    run = {"checkpoints": {"best": {"test": content}, "last": {"test": None}}}
+    out.write_text(json.dumps(run))
+    about[-1] = tmp_path / "run.json"
+    assert call(monkeypatch, "robustbench_entry.py", out, *about) == 0
+    assert json.loads((tmp_path / "run.json").read_text()) == written
     about[-1] = tmp_path / "other.json"
+    assert call(monkeypatch, "robustbench_entry.py", out, *about, "--checkpoint", "last") == 2
+    assert "no attacked test images" in capsys.readouterr().err
+    out.write_text("{}")
     assert call(monkeypatch, "robustbench_entry.py", out, *about) == 2
     assert "not the JSON of an evaluation" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Literal
 
 from robustflat.report.markup import Html, join, node
 
-# One colour for each run, in every figure; page.html has lighter ones for dark screens.
+# One colour for each run, in every figure.
 COLOURS = ("#3366aa", "#dd7722", "#338855", "#aa3366", "#775599", "#887733", "#229999", "#555555")
 DASHES = {"clean": "7 4", "robust": None, "robust_fixed": "2 4"}
 KINDS = {"clean": "clean", "robust": "robust", "robust_fixed": "robust, examples fixed"}
@@ -67,6 +67,15 @@ class Group:
 def colour(run: int) -> str:
     """The CSS classes of a run's marks: its colour, and the run itself for showing and hiding."""
     return f"c{run % len(COLOURS)} run-{run}"
+
+
+def palette() -> str:
+    """CSS that gives the classes of :func:`colour` their colours, lighter ones on dark screens."""
+    light = " ".join(f".c{i} {{ --c: {c}; }}" for i, c in enumerate(COLOURS))
+    parts = [[int(c[at : at + 2], 16) for at in (1, 3, 5)] for c in COLOURS]
+    lighter = ["#" + "".join(f"{round(p + 0.4 * (255 - p)):02x}" for p in rgb) for rgb in parts]
+    dark = " ".join(f".c{i} {{ --c: {c}; }}" for i, c in enumerate(lighter))
+    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}"
 
 
 def figure(title: str, chart: Html) -> Html:

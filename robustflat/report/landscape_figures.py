@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 
 from robustflat.errors import UserError
 from robustflat.flatness.grid import Grid, Landscape
+from robustflat.report.charts import COLOURS, KINDS
 
 Quantity = Literal["losses", "accuracies"]
+_COLOURS = COLOURS
 _STYLES = {"clean": "--", "robust": "-", "robust_fixed": ":"}
-_LABELS = {"clean": "clean", "robust": "robust", "robust_fixed": "robust, examples fixed"}
-_COLOURS = ("#3366aa", "#dd7722", "#338855", "#aa3366", "#775599", "#887733", "#229999", "#555555")
 
 
 def landscape_figure(
@@ -119,7 +119,7 @@ def _lines(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool) -
                 values,
                 _STYLES.get(kind, "-."),
                 color=colour,
-                label=f"{name}, {_LABELS.get(kind, kind)}",
+                label=f"{name}, {KINDS.get(kind, kind)}",
             )
         if len(landscape.points) > 1:
             for label, (at,) in ((k, v[:1]) for k, v in landscape.points.items()):
@@ -147,7 +147,7 @@ def _planes(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool) 
         known = np.concatenate([g[np.isfinite(g)] for g in grids if g is not None])
         low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
         for panel, grid, (name, landscape) in zip(row, grids, landscapes.items(), strict=True):
-            panel.set_title(f"{name}, {_LABELS.get(kind, kind)}", fontsize=9)
+            panel.set_title(f"{name}, {KINDS.get(kind, kind)}", fontsize=9)
             if grid is not None:
                 _plane(panel, landscape, grid, (float(low), float(high)), log)
     return figure

@@ -38,9 +38,7 @@ def node(tag: str, *children: str | None, **attributes: str | float | bool | Non
 
 def join(parts: Iterable[str | None]) -> Html:
     """Elements and text one after the other."""
-    return Html(
-        "".join(p if isinstance(p, Html) else escape(p, quote=False) for p in parts if p)
-    )
+    return Html("".join(p if isinstance(p, Html) else escape(p, quote=False) for p in parts if p))
 
 
 def _name(key: str) -> str:

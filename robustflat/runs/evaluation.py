@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from robustflat.evaluate import Scores, evaluate, gap, overfitting, scores
+from robustflat.evaluate import Scores, evaluate, gap, merge, overfitting, scores
 from robustflat.perturb import pgd
 from robustflat.runs.restore import CheckpointName, Run, WeightsName
 from robustflat.train.folder import write_json
@@ -23,8 +23,10 @@ def evaluate_run(
     samples: int | None = None,
     seed: int = 0,
     shard: str | None = None,
+    merged: bool = False,
     norm: str | float | None = None,
     eps: float | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run and write its ``evaluation.json``.
@@ -42,14 +44,18 @@ def evaluate_run(
         weights: raw, averaged, or the average if there is one.
         samples: evaluate a fixed class-balanced subset of the test images.
         seed: of the attacks.
-        shard: "i/n" to attack every n-th example only.
+        shard: "i/n" to attack every n-th example only. Nothing else is measured then, and
+            ``evaluation.json`` is left alone: when all shards are done, call again with ``merged``.
+        merged: take the outcomes that all shards left instead of attacking.
         norm: threat norm; the training attack's if None.
         eps: threat radius in image units; the training attack's if None.
+        precision: "bf16" searches in bfloat16 and verifies in float32.
         on_progress: told the attack, batches done and in all, and how many still stand.
 
     Returns:
         What was written: keys ``run``, ``seed``, ``norm``, ``eps``, ``checkpoints`` (each with
-        ``epoch``, ``weights``, ``test`` and ``gap``) and ``overfitting``.
+        ``epoch``, ``weights``, ``test`` and ``gap``) and ``overfitting``; of a shard what was
+        found, without a gap.
     """
     config = run.config.evaluate
     if norm is None or eps is None:
@@ -68,7 +74,9 @@ def evaluate_run(
     for name in run.checkpoints():
         network = run.network(name, weights)
         entry: dict[str, Any] = {"epoch": network.epoch, "weights": network.weights, "test": None}
-        if name in checkpoints:
+        if name in checkpoints and merged:
+            entry["test"] = merge(run.folder.outcomes / name).to_dict()
+        elif name in checkpoints:
             result = evaluate(
                 network.model,
                 test,
@@ -81,9 +89,13 @@ def evaluate_run(
                 store=run.folder.outcomes / name,
                 samples=limit,
                 shard=shard,
+                precision=precision,
                 on_progress=on_progress,
             )
             entry["test"] = result.to_dict()
+        found[name] = entry
+        if shard is not None:
+            continue
         by_split = {
             split: scores(
                 network.model, part, attack, batch_size=config.batch_size, device=run.device
@@ -92,7 +104,6 @@ def evaluate_run(
         }
         on_test[name] = by_split["test"]
         entry["gap"] = gap(by_split).to_dict()
-        found[name] = entry
     report = {
         "run": run.name,
         "seed": run.config.seed,
@@ -105,5 +116,6 @@ def evaluate_run(
     if len(on_test) == 2:
         figures = overfitting(on_test["best"], on_test["last"])
         report["overfitting"] = {name: figure.to_dict() for name, figure in figures.items()}
-    write_json(run.folder.evaluation, report)
+    if shard is None:
+        write_json(run.folder.evaluation, report)
     return report

@@ -1,0 +1,228 @@
+"""Owns the words of a report: what is compared, reasons to doubt it, how it was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from robustflat.report.record import Record
+
+_NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+
+
+def compared(records: Sequence[Record]) -> str:
+    """Data, model, threat, seeds and test images, in a few sentences."""
+    threats = agreed(_threat(r) for r in records)
+    seeds = sorted({r.config.seed for r in records})
+    counts = {test["count"] for _, _, test in tests(records)}
+    words = (
+        f"{' and '.join(f'{r.name} ({r.method})' for r in records)}. "
+        if len(records) < 4
+        else f"{len(records)} runs. "
+    )
+    words += (
+        f"Data: {agreed(_data(r) for r in records)}. Model: "
+        f"{agreed(r.config.model.name for r in records)}. Threat: {threats}. "
+        f"{'Seed' if len(seeds) == 1 else 'Seeds'}: {', '.join(map(str, seeds))}."
+    )
+    if counts:
+        words += f" Attacked: {' or '.join(map(str, sorted(counts)))} test images."
+    return words
+
+
+def doubts(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The evaluations' warnings: whose, and the sentence."""
+    return [
+        (f"{record.name}, {checkpoint} checkpoint", str(sentence))
+        for record, checkpoint, test in tests(records)
+        for sentence in test["warnings"]
+    ]
+
+
+def comparability(records: Sequence[Record]) -> list[str]:
+    """What keeps the runs' figures from being compared, one sentence each."""
+    found = []
+    evaluated = [r for r in records if r.evaluation]
+    settings = [test["settings"] for _, _, test in tests(records)]
+    if _differ(evaluated, _threat):
+        found.append(
+            "The runs were attacked under different threats: "
+            f"{_each(evaluated, _threat)}. Their robust accuracies cannot be compared."
+        )
+    for what, keys in (("test images", ("data", "labels")), ("samples", ("samples", "shard"))):
+        known = [values for s in settings if None not in (values := [s.get(k) for k in keys])]
+        shown = known if what == "test images" else [[s.get(k) for k in keys] for s in settings]
+        if any(values != shown[0] for values in shown[1:]):
+            found.append(
+                f"The runs were attacked on different {what}, so part of a difference between "
+                "them is chance."
+            )
+    if any(s.get("shard") for s in settings):
+        found.append("Some figures come from a shard: a part of the test images.")
+    if len({tuple(test["attacks"]) for _, _, test in tests(records)}) > 1:
+        found.append(
+            "The runs were attacked with different attacks, so their worst cases are not over the "
+            "same attacks."
+        )
+    if _differ((r for r in records if r.flatness), _flatness_setting):
+        found.append(
+            "Flatness was measured in different ways (checkpoint, images, ball or radius), so the "
+            "runs' figures cannot be compared: see the table of flatness."
+        )
+    if _differ((r for r in records if r.landscape), _landscape_setting):
+        found.append(
+            "The landscapes were drawn in different ways (directions, seed, images or attack), so "
+            "their shapes are not on one scale."
+        )
+    return found
+
+
+def about_attacks(records: Sequence[Record]) -> str:
+    """How robust accuracy was measured."""
+    return (
+        f"The share of test images that are still classified correctly, under {_threats(records)}. "
+        "From top to bottom one attack follows the other, each on the images that those before it "
+        "did not break, so the last row is the worst case over all attacks, image by image. "
+        "An image counts as broken only if its adversarial example lies inside the ball and the "
+        "image box and is misclassified in single precision. Whiskers: Wilson's 95% intervals, "
+        "which tell of the finite number of test images, not of other seeds of training. "
+        f"{_places(tests(records))}"
+    )
+
+
+def about_gaps(records: Sequence[Record]) -> str:
+    """How the gap was measured."""
+    attacks = agreed(str((r.evaluation or {})["gap_attack"]) for r in records if r.evaluation)
+    counts = agreed(
+        ", ".join(f"{count} {split}" for split, count in entry["gap"]["counts"].items())
+        for r in records
+        for entry in r.checkpoints.values()
+    )
+    return (
+        "How much of the robustness on training images is lost on new ones; the longer the line, "
+        f"the larger the robust-generalization gap. Measured with {attacks} under "
+        f"{_threats(records)}, in eval mode at the unperturbed weights, with the same attack on "
+        f"un-augmented images ({counts}), at the best checkpoint (by robust accuracy on "
+        "validation) and the last. The number at the right is train − test, for the loss test − "
+        "train. Whiskers: 95% bootstrap intervals over the images."
+    )
+
+
+def about_curves(records: Sequence[Record]) -> str:
+    """What was monitored."""
+    attacks = agreed(f"PGD-{r.config.monitor.steps}" for r in records)
+    averaged = [r.name for r in records if any(row.get("monitor_average") for row in r.metrics)]
+    note = f" Of {', '.join(averaged)}: of the averaged weights." if averaged else ""
+    return (
+        f"Accuracy and cross-entropy loss during training, clean and under {attacks}, in eval mode "
+        "on a fixed part of the training images and on the validation images, which are never "
+        "trained on. A gap that grows while the training loss falls is robust overfitting." + note
+    )
+
+
+def about_flatness(records: Sequence[Record]) -> str:
+    """What the flatness measures mean."""
+    measured = [r for r in records if r.flatness]
+    samples = agreed(f"{r.flatness['samples']} training images" for r in measured if r.flatness)
+    places = agreed(
+        f"{r.flatness['checkpoint']} checkpoint (epoch {r.flatness['epoch']}, "
+        f"{r.flatness['weights']} weights)"
+        for r in measured
+        if r.flatness
+    )
+    return (
+        "How much the loss rises when the weights move a given distance away: in the worst "
+        "direction of a ball, in the direction of the gradient (ascent), or in random directions "
+        "(average). Lower is flatter. The radius is in units of the weights' own norm in balls "
+        "named tensor or row, so it does not depend on their scale. Worst and average directions "
+        f"may have different radii and are not to be compared. Measured on {samples}, "
+        f"un-augmented, at the {places}."
+    )
+
+
+def about_landscapes(records: Sequence[Record]) -> str:
+    """How the landscapes were drawn."""
+    about = [r.landscape.about for r in records if r.landscape]
+    directions = agreed(str(a.get("directions", "unknown")) for a in about)
+    seeds = agreed(str(a.get("seed", "unknown")) for a in about)
+    examples = agreed(str(a.get("examples", "unknown")) for a in about)
+    return (
+        "Loss and accuracy on training images when the weights move away from where training "
+        f"ended (0) along fixed directions ({directions}, seed {seeds}; filter directions have, "
+        f"filter by filter, the norm of the weights), on {examples} images. For the robust loss "
+        "the adversarial examples are made anew at every point. One or two directions out of "
+        "very many: the table of flatness says more than the shape of a curve."
+    )
+
+
+def tests(records: Iterable[Record]) -> list[tuple[Record, str, dict[str, Any]]]:
+    """Runs, checkpoints and what the attacks did there."""
+    return [
+        (record, name, entry["test"])
+        for record in records
+        for name, entry in record.checkpoints.items()
+        if entry["test"] is not None
+    ]
+
+
+def agreed(texts: Iterable[str]) -> str:
+    """What all say, or everything that some say."""
+    return " or ".join(dict.fromkeys(texts))
+
+
+def _threats(records: Sequence[Record]) -> str:
+    return agreed(_threat(r) for r in records if r.evaluation)
+
+
+def _threat(record: Record) -> str:
+    """Norm and radius of the evaluation, or of the training if there was none."""
+    if record.evaluation is not None:
+        norm, eps = record.evaluation["norm"], record.evaluation["eps"]
+    elif record.config.attack.name == "none":
+        return "none"
+    else:
+        norm, eps = record.config.attack.norm, record.config.attack.eps
+    whole = round(255 * eps)
+    pixels = math.isclose(255 * eps, whole, rel_tol=1e-9) and 0 < whole <= 32
+    name = _NORMS.get(str(norm)) or f"L{norm:g}"
+    return f"{name}, ε = {f'{whole}/255' if pixels else f'{eps:g}'}"
+
+
+def _data(record: Record) -> str:
+    data = record.config.data
+    count = "all" if data.train_samples is None else str(data.train_samples)
+    return f"{data.name} ({count} training, {data.validation_samples} validation images)"
+
+
+def _places(tested: Sequence[tuple[Record, str, dict[str, Any]]]) -> str:
+    places = dict.fromkeys(name for _, name, _ in tested)
+    said = []
+    for place in places:
+        epochs = sorted({r.checkpoints[name]["epoch"] for r, name, _ in tested if name == place})
+        said.append(f"{place} checkpoint, epoch {', '.join(map(str, epochs))}")
+    return f"At: {'; '.join(said)}."
+
+
+def _flatness_setting(record: Record) -> str:
+    found = record.flatness or {}
+    keys = ("loss", "ball", "weight_norm", "radius", "parameters")
+    measures = {
+        name: [(figure.get("details") or {}).get(key) for key in keys]
+        for name, figure in found["measures"].items()
+    }
+    return str((found["checkpoint"], found["samples"], sorted(measures.items())))
+
+
+def _landscape_setting(record: Record) -> str:
+    about = dict(record.landscape.about) if record.landscape else {}
+    keys = ("directions", "parameters", "seed", "examples", "attack", "recompute_batchnorm")
+    return str([about.get(key) for key in keys])
+
+
+def _differ(records: Iterable[Record], what: Any) -> bool:
+    return len({what(record) for record in records}) > 1
+
+
+def _each(records: Sequence[Record], what: Any) -> str:
+    return "; ".join(f"{record.name} {what(record)}" for record in records)

@@ -1,0 +1,158 @@
+"""Owns what a report knows of a run: everything in its folder, read once, or a clear refusal."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from robustflat.config import RunConfig
+from robustflat.errors import UserError
+from robustflat.flatness import Landscape
+from robustflat.runs.comparison import Row, compare, method_of, read_json
+from robustflat.train.folder import RunFolder
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One run of a report; what was not measured is None or empty.
+
+    Attributes:
+        index: its place among the runs.
+        name: the shortest end of its path that no other run shares.
+        root: its folder, quoted for a shell.
+        config: its resolved configuration, and ``text``, the file.
+        row: its figures in the comparison.
+        evaluation: as in evaluation.json.
+        flatness: as in flatness.json.
+        metrics: one row for every epoch.
+        environment: as in environment.json.
+        landscape: around its weights.
+    """
+
+    index: int
+    name: str
+    root: str
+    config: RunConfig
+    text: str
+    row: Row
+    evaluation: dict[str, Any] | None
+    flatness: dict[str, Any] | None
+    metrics: list[dict[str, Any]]
+    environment: dict[str, Any] | None
+    landscape: Landscape | None
+
+    @property
+    def method(self) -> str:
+        """How it was trained, in words."""
+        return self.row.method
+
+    @property
+    def checkpoints(self) -> dict[str, Any]:
+        """Of the evaluation, by name; empty without one."""
+        found: dict[str, Any] = (self.evaluation or {}).get("checkpoints") or {}
+        return found
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        """Flatness figures by name; empty without any."""
+        found: dict[str, Any] = (self.flatness or {}).get("measures") or {}
+        return found
+
+
+def read_records(folders: Sequence[RunFolder]) -> list[Record]:
+    """Everything that the folders of runs hold; a folder named twice is read once.
+
+    Raises:
+        UserError: if there is no folder, one is no run, or a file in it is damaged.
+    """
+    different = list({folder.root.resolve(): folder for folder in folders}.values())
+    if not different:
+        raise UserError("There is no run to report on. Name folders that `robustflat train` wrote.")
+    names = _names([folder.root.resolve() for folder in different])
+    return [_record(i, *pair) for i, pair in enumerate(zip(names, different, strict=True))]
+
+
+def _record(index: int, name: str, folder: RunFolder) -> Record:
+    config = folder.read_config()
+    evaluation, flatness = read_json(folder, "evaluation"), read_json(folder, "flatness")
+    row = Row(name, method_of(config), config.seed, {})
+    if evaluation is not None or flatness is not None:
+        (row,) = whole(folder.root, lambda: compare([folder]))
+    return Record(
+        index=index,
+        name=name,
+        root=shlex.quote(str(folder.root)),
+        config=config,
+        text=folder.config_file.read_text(encoding="utf-8"),
+        row=row,
+        evaluation=evaluation,
+        flatness=flatness,
+        metrics=_metrics(folder),
+        environment=_environment(folder.environment_file),
+        landscape=Landscape.load(folder.landscape) if folder.landscape.is_file() else None,
+    )
+
+
+def whole(root: Path | str, make: Callable[[], _T]) -> _T:
+    """What ``make`` makes of a run's files.
+
+    Raises:
+        UserError: if one of them is JSON but does not hold what it should.
+    """
+    try:
+        return make()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"The files of the run {root} are damaged or of another version of robustflat: "
+            f"{type(error).__name__} {error} while reading them. Run `robustflat evaluate` and "
+            "`robustflat flatness` on it again."
+        ) from error
+
+
+def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    """The epochs' rows; :meth:`RunFolder.metrics` forgives a half-written last line only."""
+    if not folder.metrics_file.is_file():
+        return []
+    try:
+        rows = folder.metrics()
+        lines = len(folder.metrics_file.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{folder.metrics_file} cannot be read: {error}. Go on with the run with --resume, "
+            "which writes it again, or remove it."
+        ) from None
+    if len(rows) < lines - 1 or any(not isinstance(row, dict) for row in rows):
+        raise UserError(
+            f"{folder.metrics_file} is damaged in line {len(rows) + 1}: it is no JSON object. "
+            "Remove that line; its epoch will be missing from the curves."
+        )
+    return rows
+
+
+def _environment(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Remove it to do without it.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object. Remove it to do without it.")
+    return content
+
+
+def _names(roots: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    for length in range(1, max(len(root.parts) for root in roots)):
+        names = ["/".join(root.parts[-length:]) for root in roots]
+        if len(set(names)) == len(names):
+            return names
+    return [str(root) for root in roots]

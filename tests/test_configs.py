@@ -1,0 +1,244 @@
+"""Every configuration that ships: it reads, it trains, and the papers' recipes are faithful."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustflat import models
+from robustflat.config import RunConfig, read_config
+from robustflat.config.perturbations import NoWeightsConfig, Perturbing
+from robustflat.perturb import WeightPerturbation, msam, no_perturbation
+from robustflat.perturb.scales import select
+from robustflat.train.feed import Feed
+from robustflat.train.optim import lr_factor
+from robustflat.train.processes import Processes
+from robustflat.train.setup import build_model, build_step, load_data
+
+ROOT = Path(__file__).parents[1]
+PAPERS = sorted((ROOT / "configs/papers").glob("*.yaml"))
+DIGITS = sorted((ROOT / "configs/digits").glob("*.yaml"))
+ALL = [*PAPERS, *DIGITS, *sorted((ROOT / "configs/quickstart").glob("*.yaml"))]
+CPU = torch.device("cpu")
+
+# Million parameters: Zagoruyko & Komodakis 2016 give 36.5 for WRN-28-10 and 11.0 for 16-8; 46.16
+# and 11.17 are those of the public checkpoints. Another 90 classes add 90 * (512 + 1).
+PARAMETERS = {
+    "cifar10-prn18": "11.17",
+    "svhn-prn18": "11.17",
+    "cifar100-prn18": "11.22",
+    "cifar10-wrn34": "46.16",
+    "cifar10-wrn28": "36.48",
+    "cifar10-wrn16": "10.96",
+}
+CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10}
+
+# The epoch, counted from 1, that is the first at each learning rate, read off the released code:
+# Rice et al. and AWP for AT count from 0 and ask t / epochs < 0.5, < 0.75; TRADES, TRADES-AWP and
+# MART count from 1 and ask epoch >= 75, 90 or 100, 150; AMP has MultiStepLR at 100 and 150 counted
+# from 0; davda54/sam asks epoch < 0.3, 0.6, 0.8 of the epochs, counted from 0.
+HALVES = {1: 0.1, 101: 0.01, 151: 0.001}
+RATES = {
+    "cifar10-prn18-at": HALVES,
+    "cifar10-prn18-at-awp": HALVES,
+    "cifar10-prn18-l2-at-awp": HALVES,
+    "cifar100-prn18-at-awp": HALVES,
+    "cifar10-prn18-amp": HALVES,
+    "cifar100-prn18-amp": HALVES,
+    "svhn-prn18-at-awp": {1: 0.01, 101: 0.001, 151: 0.0001},
+    "cifar10-wrn34-trades": {1: 0.1, 75: 0.01},
+    "cifar10-wrn34-trades-awp": {1: 0.1, 100: 0.01, 150: 0.001},
+    "cifar10-wrn34-mart": {1: 0.1, 75: 0.01, 90: 0.001},
+    "cifar10-wrn34-mart-awp": {1: 0.1, 100: 0.01, 150: 0.001},
+    "cifar10-wrn16-sam": {1: 0.1, 61: 0.02, 121: 0.004, 161: 0.0008},
+    "cifar10-wrn16-asam": {1: 0.1, 61: 0.02, 121: 0.004, 161: 0.0008},
+}
+# The first epoch, counted from 1, in which the weights are perturbed: SVHN's script counts epochs
+# from 0 and asks epoch >= 5, TRADES-AWP's counts from 1 and asks epoch >= 10.
+FIRST_PERTURBED = {
+    "cifar10-prn18-at-awp": 1,
+    "svhn-prn18-at-awp": 6,
+    "cifar10-wrn34-trades-awp": 10,
+}
+
+
+def named(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.fixture(scope="module")
+def extra(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Extra images of the shape of the digits, in the format of the generated data sets."""
+    path = tmp_path_factory.mktemp("extra") / "extra.npz"
+    labels = np.arange(40) % 10
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    np.savez(path, image=pixels, label=labels)
+    return path
+
+
+def tiny(path: Path, extra: Path) -> RunConfig:
+    """The configuration on a few digits and, if it is a paper's, with a tiny network.
+
+    Attack, objective, weights, optimizer, schedule and the number of epochs are as they are.
+    """
+    asked = read_config(path)
+    changes = [
+        "device=cpu",
+        "data.name=digits",
+        "data.download=false",
+        "data.train_samples=40",
+        "data.test_samples=20",
+        "data.validation_samples=20",
+        "train.batch_size=32",
+    ]
+    if path.parent.name == "papers":
+        changes.append("model={name: small_cnn, options: {width: 4}}")
+    if asked.data.augment.cutout:
+        changes.append("data.augment.cutout=4")
+    if asked.data.extra is not None:
+        changes.append(f"data.extra.path={extra}")
+    config = read_config(path, changes)
+    for kept in ("attack", "objective", "weights", "optimizer", "schedule"):
+        assert getattr(config, kept) == getattr(asked, kept)
+    return config
+
+
+def one_step(
+    config: RunConfig, model: nn.Module, weights: WeightPerturbation | msam
+) -> tuple[Tensor, Tensor]:
+    """What a run's first step would do; ``model`` is changed."""
+    dataset = load_data(config)
+    batches = next(Feed(config, dataset, CPU, Processes()).batches(0, 0))
+    model.train()
+    step = build_step(config, model, CPU)
+    return step(model, batches, weights, torch.Generator().manual_seed(0))
+
+
+def flat(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize("path", ALL, ids=named)
+def test_takes_a_step_and_its_weight_perturbation_matters(path: Path, extra: Path) -> None:
+    config = tiny(path, extra)
+    model = build_model(config, load_data(config), CPU)
+    start, plain = flat(model).clone(), copy.deepcopy(model)
+
+    value, norm = one_step(config, model, config.weights.build())
+    assert torch.isfinite(value)
+    assert torch.isfinite(norm)
+    assert norm > 0
+    assert torch.isfinite(flat(model)).all()
+    assert not torch.equal(flat(model), start)
+
+    one_step(config, plain, no_perturbation())
+    same = torch.equal(flat(model), flat(plain))
+    assert same == (config.weights.name == "none")
+
+
+def test_none_is_forgotten() -> None:
+    shipped = {p for p in (ROOT / "configs").rglob("*.y*ml") if p.parent.name != "study"}
+    assert shipped == set(ALL)
+    assert len(PAPERS) >= 14
+    assert len(DIGITS) >= 27
+
+
+def test_names_are_those_of_the_files_and_unique() -> None:
+    # The name is the run's folder: two of the same would overwrite each other.
+    for path in ALL:
+        prefix = "" if path.parent.name == "papers" else f"{path.parent.name}-"
+        assert read_config(path).name == prefix + path.stem
+
+
+# --- the recipes of the papers
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=named)
+def test_a_recipe_says_where_it_comes_from(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    heads = [m[1] for line in header if (m := re.match(r"# ([A-Z][a-z]+(?: time)?): \S", line))]
+    assert heads == ["Source", "Command", "Published", "Run time", "Deviations"]
+    assert f"robustflat train configs/papers/{path.name}" in "\n".join(header)
+    assert all(len(line) <= 100 for line in lines)
+    for other in re.findall(r"\bthose of (\S+\.yaml)", " ".join(header)):
+        assert (path.parent / other).is_file()
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=named)
+def test_a_recipe_names_the_published_network(path: Path) -> None:
+    config = read_config(path)
+    with torch.device("meta"):
+        model = models.build(
+            config.model.name,
+            num_classes=CLASSES[config.data.name],
+            in_channels=3,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.2, 0.2, 0.2),
+            image_size=(32, 32),
+            **config.model.options,
+        )
+    assert all(p.is_meta for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters())
+    published = PARAMETERS["-".join(path.stem.split("-")[:2])]
+    assert f"{count / 1e6:.2f}" == published
+    # TRADES, MART and RST feed pixels in [0, 1]; the others normalise.
+    raw = config.objective.name in ("trades", "mart")
+    assert isinstance(model, models.Normalized) != raw
+
+
+@pytest.mark.parametrize("path", [p for p in PAPERS if p.stem in RATES], ids=named)
+def test_a_recipe_has_the_published_learning_rates(path: Path) -> None:
+    config, rate = read_config(path), 0.0
+    for epoch in range(1, config.train.epochs + 1):
+        rate = RATES[path.stem].get(epoch, rate)
+        for within in (0.0, 0.999):
+            factor = lr_factor(config.schedule, epoch - 1 + within, config.train.epochs)
+            assert config.optimizer.lr * factor == pytest.approx(rate, rel=1e-12), epoch
+
+
+@pytest.mark.parametrize("path", [p for p in PAPERS if p.stem in FIRST_PERTURBED], ids=named)
+def test_a_recipe_warms_up_as_published(path: Path) -> None:
+    weights = read_config(path).weights
+    assert isinstance(weights, Perturbing)
+    assert weights.warmup_epochs + 1 == FIRST_PERTURBED[path.stem]
+
+
+def test_every_recipe_but_the_cosine_has_its_rates_checked() -> None:
+    assert {p.stem for p in PAPERS} - set(RATES) == {"cifar10-wrn28-rst-awp"}
+
+
+# --- the small ones
+
+
+@pytest.mark.parametrize("path", DIGITS, ids=named)
+def test_a_small_configuration_is_short_and_explained(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert [line.startswith("# ") for line in lines[:3]] == [True, True, False]
+    assert len(lines) <= 24
+    assert all(len(line) <= 100 for line in lines)
+    config = read_config(path)
+    assert config.threads == 1
+    assert config.data.name == "digits"
+
+
+def test_every_kind_of_weight_perturbation_has_a_small_configuration() -> None:
+    shown = {read_config(p).weights.name for p in DIGITS}
+    kinds = [*Perturbing.__subclasses__(), NoWeightsConfig]
+    assert shown == {get_args(kind.model_fields["name"].annotation)[0] for kind in kinds}
+
+
+def test_half_of_the_parameters_is_half(extra: Path) -> None:
+    config = tiny(ROOT / "configs/digits/sam-half.yaml", extra)
+    model = build_model(config, load_data(config), CPU)
+    assert isinstance(config.weights, Perturbing)
+    assert config.weights.parameters is not None
+    moved = sum(p.numel() for p in select(model, config.weights.parameters).values())
+    assert 0.4 < moved / flat(model).numel() < 0.6
