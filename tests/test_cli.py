@@ -57,7 +57,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         tmp_path_factory.mktemp("cli"),
         model=SMALL_CNN,
         train__epochs=3,
-        train__average={"name": "ema", "decay": 0.8, "start_epoch": 2},
+        train__average={"name": "ema", "decay": 0.8},
         evaluate={"attacks": ["pgd-5"], "gap_samples": 30, "batch_size": 30},
         flatness={"measures": ["average_clean"], "samples": 30},
     )
@@ -270,7 +270,7 @@ def test_evaluate_writes_what_it_says(run: Any, evaluated: RunFolder) -> None:
     for name, epoch in (("best", best), ("last", 3)):
         entry = report["checkpoints"][name]
         assert entry["epoch"] == epoch
-        assert entry["weights"] == ("average" if epoch == 3 else "raw")
+        assert entry["weights"] == "average"
         test = entry["test"]
         assert test["count"] == 40
         assert 0 <= test["robust_accuracy"] <= test["clean_accuracy"] <= 1
@@ -406,7 +406,7 @@ BAD_FLATNESS: dict[str, tuple[list[str], str]] = {
     "measure": (["--measure", "sharpnes"], "sharpnes"),
     "option": (["--option", "radiuss=1"], "radius"),
     "no option": (["--option", "radius"], "name=value"),
-    "bad option": (["--option", "radius=large"], "radius"),
+    "bad option": (["--option", "radius=large"], "option"),
     "negative option": (["--option", "radius=-1"], "radius"),
     "both": (["--checkpoint", "both"], "last"),
     "weights": (["--weights", "mean"], "average"),
@@ -438,7 +438,9 @@ def test_compare(run: Any, evaluated: RunFolder, tmp_path: Path) -> None:
         assert column in table[0]["cells"]
 
 
-def test_runs_that_cannot_be_compared(refused: Any, evaluated: RunFolder, tmp_path: Path) -> None:
+def test_runs_that_cannot_be_compared(
+    run: Any, refused: Any, evaluated: RunFolder, tmp_path: Path
+) -> None:
     folder = trained(tmp_path)
     message = refused("compare", evaluated.root, folder.root)
     assert f"robustflat evaluate {folder.root}" in message
@@ -451,4 +453,6 @@ def test_runs_that_cannot_be_compared(refused: Any, evaluated: RunFolder, tmp_pa
     folder.flatness.write_text('{"measures": {"a": 3}}')
     assert str(folder.flatness) in refused("compare", folder.root)
     nowhere = tmp_path / "none" / "rows.json"
-    assert "could not be written" in refused("compare", evaluated.root, "--json", nowhere)
+    ran = run("compare", evaluated.root, "--json", nowhere)
+    assert ran.code == 2
+    assert "could not be written" in ran.err

@@ -155,17 +155,18 @@ def _section(
         words = node("p", about(having), class_="about")
         content.append(node("div", parts[0](having), words, class_="beside"))
         content += [part(having) for part in parts[1:]]
-    for record in lacking:
-        usage = f"robustflat {command} {record.root}"
-        if command == "train":
-            usage = f"robustflat train {record.root}/config.yaml --resume"
-        content.append(
-            node(
-                "p", tables.name_of(record), " not measured: run ", node("code", usage),
-                class_="missing",
-            )
-        )  # fmt: skip
+    content += [_missing(record, command) for record in lacking]
     return node("section", node("h2", title), *content)
+
+
+def _missing(record: Record, command: str) -> Html:
+    """Why a run is not in a figure, and the command that mends it."""
+    usage, why = f"robustflat {command} {record.root}", " not measured: run "
+    if command == "train":
+        usage = f"robustflat train {record.root}/config.yaml --resume"
+        if record.metrics:
+            usage, why = "monitor.every", " not monitored: see its setting "
+    return node("p", tables.name_of(record), why, node("code", usage), class_="missing")
 
 
 def _details(summary: str, part: _Part) -> _Part:

@@ -77,8 +77,9 @@ def gaps(records: Sequence[Record]) -> Html:
                 _gap_entry(record, name, entry["gap"], figure, unit)
                 for name, entry in record.checkpoints.items()
             ]
-            if entries:
-                groups.append(Group(label=record.name, entries=entries))
+            drawn = [entry for entry in entries if entry.marks]
+            if drawn:
+                groups.append(Group(label=record.name, entries=drawn))
         charts.append(interval_chart(title, groups, unit=unit))
     return node("div", *charts, class_="grid-2")
 
@@ -89,6 +90,8 @@ def _gap_entry(
     marks = []
     for split, figures in gap["splits"].items():
         found = figures[figure]
+        if found["value"] is None:
+            continue
         shown, low, high = (number(found[key], unit) for key in ("value", "low", "high"))
         mark = Mark(
             value=found["value"], low=found["low"], high=found["high"], run=record.index,

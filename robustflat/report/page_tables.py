@@ -125,7 +125,8 @@ def settings(records: Sequence[Record]) -> Html:
             *(_plain(r, one.get(key, "–")) for r, one in zip(records, flat, strict=True)),
         )
         for key in keys
-        if len({one.get(key) for one in flat}) > 1
+        # A key that a method does not have says no more than null does.
+        if len({one.get(key, "null") for one in flat}) > 1
     ]
     if not body:
         return node("p", "The runs have the same settings.")
@@ -168,7 +169,7 @@ def _cell(record: Record, cell: Cell | None, unit: Unit, error: bool, better: bo
     if cell is None:
         return node("td", "–", class_=kind)
     spread = None
-    if cell.low is not None and cell.high is not None:
+    if cell.value is not None and cell.low is not None and cell.high is not None:
         plain = number(cell.low, unit).removesuffix("%").removesuffix(" pp")
         text = (
             f"± {cell.value - cell.low:.2g}" if error else f"{plain} to {number(cell.high, unit)}"
@@ -184,7 +185,7 @@ def _best(cells: dict[int, Cell], name: str, *, error: bool) -> int | None:
     sign = -1 if error or name in _GAPS else 1
     ends: dict[int, tuple[float, float]] = {}
     for index, cell in cells.items():
-        if cell.low is None or cell.high is None:
+        if cell.value is None or cell.low is None or cell.high is None:
             return None
         stretch = _ERRORS if error else 1.0
         reach = [cell.value + stretch * (end - cell.value) for end in (cell.low, cell.high)]

@@ -185,7 +185,8 @@ def _threat(record: Record) -> str:
         norm, eps = record.config.attack.norm, record.config.attack.eps
     whole = round(255 * eps)
     pixels = math.isclose(255 * eps, whole, rel_tol=1e-9) and 0 < whole <= 32
-    name = _NORMS.get(str(norm)) or f"L{norm:g}"
+    # JSON has no infinity, which is written as null.
+    name = "L∞" if norm is None else _NORMS.get(str(norm)) or f"L{norm:g}"
     return f"{name}, ε = {f'{whole}/255' if pixels else f'{eps:g}'}"
 
 
@@ -200,7 +201,7 @@ def _places(tested: Sequence[tuple[Record, str, dict[str, Any]]]) -> str:
     said = []
     for place in places:
         epochs = sorted({r.checkpoints[name]["epoch"] for r, name, _ in tested if name == place})
-        said.append(f"{place} checkpoint, epoch {', '.join(map(str, epochs))}")
+        said.append(f"{place} checkpoint, epoch {' or '.join(map(str, epochs))}")
     return f"At: {'; '.join(said)}."
 
 

@@ -84,7 +84,7 @@ class Counter:
     def __init__(self, console: Console, name: str) -> None:
         self._name = name
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(),
             console=console, transient=True,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}

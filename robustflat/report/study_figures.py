@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from rich.table import Table
 from robustflat.errors import UserError
 from robustflat.report.landscape_figures import _COLOURS as COLOURS
 from robustflat.study.grid import plain
-from robustflat.study.ranking import LEVEL, REPLICATION
+from robustflat.study.ranking import LEVEL
 from robustflat.study.result import Ranking, RunResult, StudyResult
-from robustflat.study.schema import METHOD, STRENGTH
+from robustflat.study.schema import METHOD, SEED, STRENGTH
 
 _MARKERS = "osD^vP*X<>ph8dH"
 _TARGETS = {
@@ -74,7 +75,7 @@ def ranking_table(result: StudyResult, target: str) -> Table:
         )
     first = next(iter(rankings.values()))
     pairs = ", ".join(f"{name} {axis.pairs}" for name, axis in first.granulated.axes.items())
-    left_out = f" without {REPLICATION}" if REPLICATION in factors else ""
+    left_out = f" without {SEED}" if SEED in factors else ""
     table.caption = (
         "+1: a sharper run always has the larger gap. interval: bootstrap over runs. "
         f"{', '.join(factors)}: granulated tau, between runs that differ in this factor only "
@@ -119,11 +120,19 @@ def save_plots(result: StudyResult, folder: str | os.PathLike[str], dpi: int = 1
 
 
 def scatter(result: StudyResult, measure: str) -> Figure:
-    """One measure against every target: a point a run, its colour the method, its marker the
-    strength, its bar the gap's interval over test and training images.
+    """One measure against every target, a point for each run.
 
-    Where a study has no such factors, its first and second take their places.
-    """  # noqa: D205
+    The colour is the method, the marker the strength (where a study has no such factors, its first
+    and second), the bar the interval of the gap over training and test images. Dashed lines join
+    runs that differ in strength only.
+
+    Args:
+        result: of the study.
+        measure: its name.
+
+    Returns:
+        The figure, of no window: save it with ``savefig``.
+    """
     targets = result.study.targets
     figure = Figure(figsize=(4.3 * len(targets) + 1.6, 4.0), layout="constrained")
     panels = figure.subplots(1, len(targets), squeeze=False)[0]
@@ -131,6 +140,7 @@ def scatter(result: StudyResult, measure: str) -> Figure:
     colours = _assign(result.runs, by_colour, COLOURS)
     markers = _assign(result.runs, by_marker, _MARKERS)
     for panel, target in zip(panels, targets, strict=True):
+        _join(panel, result.runs, measure, target, by_colour, by_marker, colours)
         for run in result.runs:
             style = {
                 "color": colours[run.factors.get(by_colour) if by_colour else None],
@@ -152,23 +162,49 @@ def _point(panel: Axes, run: RunResult, measure: str, target: str, style: dict[s
     interval = run.measured["gap"][target]
     if interval["low"] is not None and interval["high"] is not None:
         ends = [scale * interval["low"], scale * interval["high"]]
-        panel.plot([x, x], ends, color=style["color"], linewidth=1, alpha=0.25, zorder=1)
+        panel.plot([x, x], ends, color=style["color"], linewidth=1, alpha=0.2, zorder=1)
     panel.plot(
         x, scale * y, linestyle="", markersize=8, markeredgecolor="white", markeredgewidth=0.7,
         zorder=2, **style,
     )  # fmt: skip
 
 
+def _join(
+    panel: Axes,
+    runs: Sequence[RunResult],
+    measure: str,
+    target: str,
+    by_colour: str | None,
+    by_marker: str | None,
+    colours: dict[Any, str],
+) -> None:
+    """A line through the runs that differ in the marker's factor only, in its order."""
+    if by_marker is None:
+        return
+    groups: dict[tuple[Any, ...], list[tuple[float, float, float]]] = defaultdict(list)
+    for run in runs:
+        x, y, level = run.measure(measure), run.gap(target), run.factors[by_marker]
+        if x is not None and y is not None and isinstance(level, (int, float)):
+            others = tuple(v for f, v in run.factors.items() if f != by_marker)
+            colour = colours[run.factors[by_colour] if by_colour else None]
+            groups[(colour, *others)].append((level, x, _scale(target) * y))
+    for (colour, *_), points in groups.items():
+        _, xs, ys = zip(*sorted(points), strict=True)
+        panel.plot(xs, ys, color=colour, linewidth=1, linestyle="--", alpha=0.6, zorder=1)
+
+
 def _axes(panel: Axes, result: StudyResult, measure: str, target: str) -> None:
     values = [v for run in result.runs if (v := run.measure(measure)) is not None]
     if values and min(values) > 0 and max(values) > _LINEAR_RANGE * min(values):
         panel.set_xscale("log")
-    tau = result.rankings[target][measure].tau
+    ranking = result.rankings[target][measure]
+    tau, average = ranking.tau, ranking.granulated.average
     if tau.value is None:
         title = "tau undefined"
     else:
         title = f"tau {_signed(tau.value)}"
-        title += "" if tau.low is None else f"  [{_signed(tau.low)}, {_signed(tau.high)}]"
+        title += "" if tau.low is None else f" [{_signed(tau.low)}, {_signed(tau.high)}]"
+        title += "" if average is None else f", granulated {_signed(average)}"
     panel.set_title(title, fontsize=10)
     panel.set_xlabel(measure.replace("_", " "))
     panel.set_ylabel(_TARGETS[target] + (" (points)" if _scale(target) > 1 else ""))
@@ -178,7 +214,7 @@ def _axes(panel: Axes, result: StudyResult, measure: str, target: str) -> None:
 
 def _roles(factors: Sequence[str]) -> tuple[str | None, str | None]:
     """The factors that colour and marker stand for."""
-    others = [f for f in factors if f != REPLICATION]
+    others = [f for f in factors if f != SEED]
     colour = METHOD if METHOD in others else next(iter(others), None)
     rest = [f for f in others if f != colour]
     marker = STRENGTH if STRENGTH in rest else next(iter(rest), None)

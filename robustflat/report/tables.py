@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from robustflat.runs.comparison import Cell, Row, columns
 
@@ -24,9 +25,10 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     table.add_column("method")
     names = columns(rows)
     for name in names:
-        table.add_column(LABELS.get(name, name), justify="right", no_wrap=True)
+        table.add_column(Text(LABELS.get(name, name)), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row.run, row.method, *[_text(row.cells.get(name)) for name in names])
+        cells = [_text(row.cells.get(name)) for name in names]
+        table.add_row(Text(row.run), Text(row.method), *cells)
     table.caption_justify = "left"
     table.caption = (
         "clean, attacks: test images, best checkpoint. robust gap: train - test, last checkpoint. "
@@ -38,7 +40,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
 
 def evaluation_table(report: dict[str, Any]) -> Table:
     """The attacks of one evaluation at one checkpoint."""
-    table = Table(title=report["title"], title_justify="left")
+    table = Table(title=Text(report["title"]), title_justify="left")
     table.add_column("attack")
     for name in ("still correct", "95% interval", "attacked", "broken", "seconds"):
         table.add_column(name, justify="right")
@@ -48,7 +50,7 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     for name, attack in result["attacks"].items():
         low, high = attack["interval"]
         table.add_row(
-            name,
+            Text(name),
             f"{attack['accuracy']:.2%}",
             f"{low:.1%} .. {high:.1%}",
             str(attack["attacked"]),
@@ -61,4 +63,6 @@ def evaluation_table(report: dict[str, Any]) -> Table:
 def _text(cell: Cell | None) -> str:
     if cell is None:
         return "-"
+    if cell.value is None:
+        return "not finite"
     return f"{cell.value:.1%}" if cell.share else f"{cell.value:.3f}"

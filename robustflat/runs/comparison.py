@@ -16,7 +16,7 @@ from robustflat.train.folder import RunFolder
 class Cell:
     """A figure, its interval or standard error, and whether it is a share (shown in percent)."""
 
-    value: float
+    value: float | None
     low: float | None = None
     high: float | None = None
     share: bool = True

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau
+
+from robustflat.study.schema import SEED
 
 LEVEL = 0.95
 RESAMPLES = 2000
-# No hyper-parameter, so it is shown beside the average over the axes and is no part of it.
-REPLICATION = "seed"
 Floats = NDArray[np.float64]
 Levels = Mapping[str, Any]
 
@@ -85,6 +84,9 @@ def tau(measure: Sequence[float], target: Sequence[float], *, seed: int = 0) -> 
     Returns:
         Tau with its interval and its p-value.
     """
+    # Here, because it takes a second, which every worker would spend.
+    from scipy.stats import kendalltau
+
     x, y = np.asarray(measure, float), np.asarray(target, float)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Tau(value=None, low=None, high=None, p_value=None, runs=len(x))
@@ -143,7 +145,7 @@ def granulated(
     """
     factors = list(levels[0]) if levels else []
     axes = {f: _axis(f, measure, target, levels, factors, nested or {}) for f in factors}
-    known = [a.tau for f, a in axes.items() if a.tau is not None and f != REPLICATION]
+    known = [a.tau for f, a in axes.items() if a.tau is not None and f != SEED]
     return Granulated(axes=axes, average=math.fsum(known) / len(known) if known else None)
 
 
@@ -182,7 +184,7 @@ def _above(factor: str, nested: Mapping[str, str]) -> list[str]:
 
 
 def _sign(number: float) -> int:
-    return (number > 0) - (number < 0)
+    return int(number > 0) - int(number < 0)
 
 
 def _finite(number: Any) -> float | None:

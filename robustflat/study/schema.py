@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -12,7 +13,7 @@ from robustflat.flatness.measures import find
 Target = Literal["robust_accuracy", "robust_loss", "clean_accuracy", "clean_loss"]
 # Where each weight perturbation keeps its size.
 STRENGTHS = ("weights.gamma", "weights.epsilon", "weights.rho", "weights.radius")
-METHOD, STRENGTH = "method", "strength"
+METHOD, STRENGTH, SEED = "method", "strength", "seed"
 # Given by the study itself.
 _OWN = ("name", "output")
 
@@ -86,7 +87,7 @@ class StudyConfig(Section):
     def factor_paths(self) -> dict[str, tuple[str, ...]]:
         """Each factor, and the key paths at which a run's configuration is asked for its level."""
         if self.factors:
-            return dict(self.factors)
+            return _ordered(self.factors)
         found: dict[str, tuple[str, ...]] = {}
         ends = [key.rpartition(".")[2] for key in self.grid]
         for key, end in zip(self.grid, ends, strict=True):
@@ -96,9 +97,17 @@ class StudyConfig(Section):
             else:
                 unique = ends.count(end) == 1 and end not in ("name", METHOD, STRENGTH)
                 found[end if unique else key] = (key,)
-        return found
+        return _ordered(found)
 
     def nesting(self) -> dict[str, str]:
         """Which factor is nested in which; a strength in its method unless something is said."""
         both = {METHOD, STRENGTH} <= set(self.factor_paths())
         return dict(self.nested) or ({STRENGTH: METHOD} if both else {})
+
+
+def _ordered(factors: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The same order whatever that of the file, for runs are named by their factors and found again
+    by their names: method and strength first, the seed last.
+    """  # noqa: D205
+    rank = {METHOD: 0, STRENGTH: 1, SEED: 3}
+    return {name: factors[name] for name in sorted(factors, key=lambda f: (rank.get(f, 2), f))}

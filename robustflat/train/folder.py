@@ -47,7 +47,7 @@ class RunFolder:
     @property
     def name(self) -> str:
         """The folder's own name."""
-        return self.root.name
+        return self.root.resolve().name
 
     def read_config(self) -> RunConfig:
         """The resolved configuration of the run.
@@ -126,7 +126,7 @@ class RunFolder:
         """Add a row, replacing any of the same or a later epoch (left by an interrupted run)."""
         rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
         text = "".join(json.dumps(json_safe(r), allow_nan=False) + "\n" for r in [*rows, row])
-        _replace_text(self.metrics_file, text)
+        replace_text(self.metrics_file, text)
 
     def _check_same(self, config: RunConfig) -> None:
         old, new = (dict(_flatten(c.model_dump(mode="json"))) for c in (self.read_config(), config))
@@ -165,7 +165,7 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON for programs: whole or not at all, numbers finite or null."""
-    _replace_text(path, json.dumps(json_safe(content), indent=2, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(json_safe(content), indent=2, allow_nan=False) + "\n")
 
 
 def json_safe(value: Any) -> Any:
@@ -179,7 +179,12 @@ def json_safe(value: Any) -> Any:
     return value
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write ``text`` whole or not at all.
+
+    Raises:
+        UserError: if the folder is missing or cannot be written, or the disk is full.
+    """
     aside = path.with_name(path.name + ".tmp")
     try:
         with aside.open("w", encoding="utf-8") as file:

@@ -1,0 +1,1 @@
+"""What people look at: progress, tables, TensorBoard, figures and the page."""

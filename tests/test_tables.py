@@ -1,0 +1,198 @@
+"""What the terminal and TensorBoard show equals what was measured."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from robustflat.flatness import Progress
+from robustflat.report.progress import Counter, ProgressBar
+from robustflat.report.tables import comparison_table, evaluation_table
+from robustflat.report.tensorboard import TensorBoard, scalars
+from robustflat.runs.comparison import Cell, Row, columns
+
+
+def shown(thing: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(thing)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def line(text: str, name: str) -> list[str]:
+    """The cells of the row that a table begins with a name."""
+    (found,) = [row for row in text.splitlines() if name in row]
+    return [cell.strip() for cell in found.strip("│┃").replace("┃", "│").split("│")]
+
+
+def figures(robust: float | None, loss: float = 1.0) -> dict[str, float]:
+    clean = {"clean_accuracy": 0.9, "clean_loss": 0.25}
+    return clean if robust is None else {**clean, "robust_accuracy": robust, "robust_loss": loss}
+
+
+def row(epoch: int = 1, **changes: Any) -> dict[str, Any]:
+    return {
+        "epoch": epoch,
+        "steps": 8 * epoch,
+        "lr": 0.1,
+        "train_loss": 1.5,
+        "gradient_norm": 2.0,
+        "skipped_steps": 0,
+        "seconds": 3.0,
+        "monitor": None,
+        "monitor_average": None,
+        "is_best": False,
+        **changes,
+    }
+
+
+def monitored(train: float | None, validation: float | None) -> dict[str, Any]:
+    return {"train": figures(train, 0.5), "validation": figures(validation, 0.875)}
+
+
+def test_comparison_has_every_column_and_leaves_out_nothing() -> None:
+    rows = [
+        Row("one", "AT", 0, {"clean": Cell(0.9012), "worst_clean": Cell(0.01234, share=False)}),
+        Row("two", "AT + awp(gamma=0.01)", 1, {"clean": Cell(0.5), "best - last": Cell(-0.025)}),
+    ]
+    assert columns(rows) == ["clean", "worst_clean", "best - last"]
+    text = shown(comparison_table(rows))
+    assert line(text, "method") == ["run", "method", "clean", "worst clean", "best - last"]
+    assert line(text, "one") == ["one", "AT", "90.1%", "0.012", "-"]
+    assert line(text, "two") == ["two", "AT + awp(gamma=0.01)", "50.0%", "-", "-2.5%"]
+
+
+def test_evaluation_table_gives_every_attack() -> None:
+    attacks = {
+        name: {
+            "accuracy": accuracy, "interval": [accuracy - 0.01, accuracy + 0.02],
+            "attacked": attacked, "broken": 7, "seconds": 1.26,
+        }
+        for name, accuracy, attacked in (("pgd-20", 0.6543, 180), ("square", 0.6, 131))
+    }  # fmt: skip
+    result = {"clean_accuracy": 0.9, "clean_interval": [0.85, 0.94], "attacks": attacks}
+    text = shown(evaluation_table({"title": "run: best", "result": result}))
+    assert line(text, "none (clean)")[:3] == ["none (clean)", "90.00%", "85.0% .. 94.0%"]
+    assert line(text, "pgd-20") == ["pgd-20", "65.43%", "64.4% .. 67.4%", "180", "7", "1.3"]
+    assert line(text, "square")[3] == "131"
+
+
+@pytest.mark.parametrize("name", ["[red]run", "[/]", "a[b]c", "[link=x]y"])
+def test_names_are_no_markup(name: str) -> None:
+    assert name in shown(comparison_table([Row(name, "AT", 0, {name: Cell(0.5)})]))
+    attack = {"accuracy": 0.5, "interval": [0, 1], "attacked": 1, "broken": 1, "seconds": 0.0}
+    result = {"clean_accuracy": 0.9, "clean_interval": [0, 1], "attacks": {name: attack}}
+    text = shown(evaluation_table({"title": f"{name}: best", "result": result}))
+    assert text.count(name) == 2
+    file = io.StringIO()
+    console = Console(file=file, width=200, force_terminal=True)
+    with Counter(console, name) as counter:
+        counter.on_attack(name, 1, 2, 90)
+        counter.on_measure(Progress(measure=name, done=1.0, total=4.0))
+    assert name in file.getvalue()
+
+
+def test_curves_read_back_from_tensorboard(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.on_start(3, 8, 0)
+    board.on_epoch(row(1, monitor=monitored(0.75, 0.5)))
+    board.on_epoch(row(2, train_loss=None, gradient_norm=None))
+    averaged = {"monitor": monitored(1.0, 0.625), "monitor_average": monitored(0.875, 0.75)}
+    board.on_epoch(row(3, **averaged, flatness={"worst_clean": 0.125}))
+    board.on_step(3, 0)
+    board.on_end()
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+
+    def curve(tag: str) -> list[tuple[int, float]]:
+        return [(event.step, event.value) for event in events.Scalars(tag)]
+
+    # Every number is exact in float32, which TensorBoard stores.
+    assert curve("robust_accuracy/train") == [(1, 0.75), (3, 1.0)]
+    assert curve("robust_accuracy/validation") == [(1, 0.5), (3, 0.625)]
+    assert curve("robust_gap/accuracy") == [(1, 0.25), (3, 0.375)]
+    assert curve("robust_gap/loss") == [(1, 0.375), (3, 0.375)]
+    assert curve("robust_gap/accuracy_average") == [(3, 0.125)]
+    assert curve("clean_loss/validation_average") == [(3, 0.25)]
+    assert curve("optimisation/train_loss") == [(1, 1.5), (3, 1.5)]
+    assert curve("flatness/worst_clean") == [(3, 0.125)]
+    assert len(curve("optimisation/lr")) == 3
+
+
+def test_resuming_replaces_the_points_after_it(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.on_start(3, 8, 0)
+    for epoch in (1, 2, 3):
+        board.on_epoch(row(epoch, train_loss=1.0))
+    board.on_end()
+    again = TensorBoard(tmp_path)
+    again.on_start(3, 8, 1)
+    for epoch in (2, 3):
+        again.on_epoch(row(epoch, train_loss=0.5))
+    again.on_end()
+    # TensorBoard reads the files of a folder in the order of their names: times, then processes.
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("optimisation/train_loss")]
+    assert found == [(1, 1.0), (2, 0.5), (3, 0.5)]
+
+
+def test_what_was_not_measured_has_no_curve(tmp_path: Path) -> None:
+    assert not [tag for tag in scalars(row()) if not tag.startswith("optimisation/")]
+    clean = scalars(row(monitor={"train": figures(None)}))
+    assert "clean_accuracy/train" in clean
+    assert not [tag for tag in clean if "gap" in tag or "robust" in tag]
+    TensorBoard(tmp_path / "unused").on_end()
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_flatness_figure_that_is_not_known_has_no_point(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.on_start(1, 8, 0)
+    board.on_epoch(row(flatness={"hessian_max": None, "worst_clean": 0.25}))
+    board.on_end()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = events.Tags()["scalars"]
+    assert "flatness/worst_clean" in tags
+    assert "flatness/hessian_max" not in tags
+
+
+def epoch_line(measured: dict[str, Any]) -> str:
+    file = io.StringIO()
+    bar = ProgressBar(Console(file=file, width=60), "run")
+    bar.on_start(10, 8, 2)
+    bar.on_step(2, 3)
+    bar.on_epoch(measured)
+    bar.on_end()
+    return file.getvalue()
+
+
+def test_progress_says_how_a_run_fares() -> None:
+    text = epoch_line(row(3, monitor=monitored(0.75, 0.5), is_best=True))
+    (found,) = [part for part in text.splitlines() if "epoch" in part]
+    assert " ".join(found.split()) == (
+        "run epoch 3 loss 1.500 train clean 90.0% robust 75.0% val clean 90.0% robust 50.0% best"
+    )
+    averaged = row(monitor=monitored(1.0, 1.0), monitor_average=monitored(0.25, 0.125))
+    assert "12.5%" in epoch_line(averaged)
+    assert "100.0%" not in epoch_line(averaged)
+    assert "robust" not in epoch_line(row(monitor=monitored(None, None)))
+    assert "epoch" not in epoch_line(row())
+    assert "loss" not in epoch_line(row(monitor=monitored(0.5, 0.5), train_loss=None))
+    assert "nan" in epoch_line(row(monitor=monitored(0.5, 0.5), train_loss=math.nan))
+
+
+def test_counters_show_how_far_they_are() -> None:
+    file = io.StringIO()
+    with Counter(Console(file=file, width=120, force_terminal=True), "run") as counter:
+        counter.on_attack("pgd-20", 1, 4, 90)
+        counter.on_attack("pgd-20", 2, 4, 85)
+        counter.on_measure(Progress(measure="hessian_max", done=1.0, total=4.0))
+    text = file.getvalue()
+    assert "run  pgd-20: 85 standing" in text
+    assert "run  hessian_max" in text

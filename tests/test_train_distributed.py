@@ -1,0 +1,149 @@
+"""Two processes started by torchrun: one model, one run's folder, what one process would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_support import differences, python, rows, saved, trained, write
+
+from robustflat.train.folder import RunFolder
+
+WORLD = 2
+# Where two processes must do exactly what one does with the double batch: no BatchNorm, no random
+# start, no augmentation, every batch full.
+PLAIN: dict[str, Any] = {
+    "data__train_samples": 60,
+    "data__validation_samples": 40,
+    "model": {"name": "small_cnn", "options": {"width": 4, "depth": 2, "batch_norm": False}},
+    "attack": {"name": "pgd", "eps": 0.1, "steps": 3, "start": "zero"},
+    "weights": {"name": "none"},
+    "train__batch_size": 15,
+    "train__epochs": 2,
+}
+# What else must stay equal in both processes, BatchNorm seen twice a step among it.
+OTHERS: dict[str, dict[str, Any]] = {
+    "trades_awp": {
+        "objective": {"name": "trades"},
+        "weights": {"name": "awp", "gamma": 0.05},
+        "model": {"name": "small_cnn", "options": {"width": 4, "depth": 2}},
+        "data__augment": {"crop": 1},
+        "data__mix": {"name": "mixup"},
+    },
+    "mart_gsam": {
+        "objective": {"name": "mart"},
+        "weights": {"name": "gsam", "rho": 0.1, "alpha": 0.2},
+        "model": {"name": "small_cnn", "options": {"width": 4, "depth": 2}},
+        "train__average": {"name": "swa", "start_epoch": 0},
+    },
+    "msam_uneven": {
+        "weights": {"name": "sam", "rho": 0.1, "chunk": 4},
+        "data__train_samples": 50,
+        "train__precision": "bf16",
+    },
+}
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from robustflat.config import check_config, read_config
+from robustflat.train import Trainer, train
+from robustflat.train.processes import join
+
+folder, names = Path(sys.argv[1]), sys.argv[2:]
+whole = Trainer.run
+
+def run(self):
+    finished = whole(self)
+    rank = join().rank
+    state = {"model": dict(self.model.named_parameters()), "average": None}
+    if self.average is not None:
+        state["average"] = dict(self.average.model.named_parameters())
+    torch.save(state, folder / f"{self.config.name}.{rank}.pt")
+    return finished
+
+Trainer.run = run
+for name in names:
+    train(read_config(folder / f"{name}.yaml"))
+"""
+
+
+def torchrun(*arguments: str) -> str:
+    process = python(
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={WORLD}",
+        "--master-addr=127.0.0.1",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        *arguments,
+    )
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    output = tmp_path_factory.mktemp("plain")
+    path = write(output / "c.yaml", **PLAIN)
+    said = torchrun("-m", "robustflat", "train", str(path))
+    assert "trained" in said
+    return RunFolder(output / "run")
+
+
+def test_two_processes_leave_one_whole_run(plain: RunFolder) -> None:
+    found = rows(plain)
+    assert [row["epoch"] for row in found] == [1, 2]
+    assert [row["steps"] for row in found] == [2, 4]  # 60 images by twice 15
+    assert plain.best.is_file()
+    assert plain.last.is_file()
+    assert saved(plain.last)["epoch"] == 2
+    assert all(not key.startswith("module.") for key in saved(plain.last)["model"])
+
+
+def test_two_processes_do_what_one_does_with_the_double_batch(
+    plain: RunFolder, tmp_path: Path
+) -> None:
+    alone = trained(tmp_path, **(PLAIN | {"train__batch_size": 30}))
+    one, two = saved(alone.last), saved(plain.last)
+    begun = trained(
+        tmp_path, name="b", **(PLAIN | {"train__batch_size": 30, "optimizer": {"lr": 1e-20}})
+    )
+    weight = "net.linear.weight"
+    assert not torch.allclose(saved(begun.last)["model"][weight], one["model"][weight], atol=1e-2)
+    for key, value in one["model"].items():
+        torch.testing.assert_close(two["model"][key], value, rtol=1e-5, atol=1e-5)
+    for a, b in zip(rows(alone), rows(plain), strict=True):
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-4)
+        assert b["monitor"]["validation"]["robust_accuracy"] == pytest.approx(
+            a["monitor"]["validation"]["robust_accuracy"], abs=0.026
+        )
+        # The loss of the whole batch, not of the first process's half.
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("others")
+    for name, said in OTHERS.items():
+        write(folder / f"{name}.yaml", name=name, **said)
+    (folder / "script.py").write_text(SCRIPT)
+    torchrun(str(folder / "script.py"), str(folder), *OTHERS)
+    return folder
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_both_processes_end_with_the_same_parameters(others: Path, name: str) -> None:
+    one, two = (saved(others / f"{name}.{rank}.pt") for rank in range(WORLD))
+    assert differences(one, two) == []
+    state = saved(others / name / "checkpoints" / "last.pt")
+    for key, value in one["model"].items():
+        assert torch.equal(value, state["model"][key])
+        assert value.isfinite().all()
+    # They did train.
+    begun = trained(
+        others / "begun" / name, **{**OTHERS[name], "optimizer": {"name": "sgd", "lr": 1e-20}}
+    )
+    assert differences(saved(begun.last)["model"], state["model"])
