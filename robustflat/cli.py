@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from robustflat.errors import UserError
+from robustflat.errors import TrainingDivergedError, UserError
 
-# The library is imported inside the commands: torch takes seconds, and --help should not.
+# What a command needs is imported inside it: TensorBoard, matplotlib and YAML are not for all.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -312,8 +312,6 @@ def compare(
 
 def main() -> None:
     """Run the command line; a user's mistake is printed without a traceback and exits with 2."""
-    from robustflat.train.loop import TrainingDivergedError
-
     try:
         app()
     except UserError as error:
@@ -322,9 +320,10 @@ def main() -> None:
     except TrainingDivergedError as error:
         typer.echo(f"Stopped: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. What was saved is whole; go on with --resume.", err=True)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of an interrupt
+            typer.echo("Interrupted. What was saved is whole; go on with --resume.", err=True)
+        raise
 
 
 def _checkpoints(name: str, both: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""The one exception type that stands for a mistake of the user's, not of the program's."""
+"""What the command line tells without a traceback: a user's mistake, a training that diverged."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(ValueError):
     The message is one or more sentences: what, got, why, what to do. The command line prints it
     without a traceback and exits with code 2.
     """
+
+
+class TrainingDivergedError(RuntimeError):
+    """Loss or gradient stopped being finite; the message names the step and what can be done."""

@@ -143,7 +143,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "killed" / "run")
     die = random.Random(0)
     killed_at = []
-    for attempt in range(3):
+    for attempt in range(2):
         process = python("-m", "robustflat", "train", str(path), *["--resume"] * bool(attempt))
         began = time.monotonic()
         last = folder.last.stat().st_mtime_ns if folder.last.is_file() else None
@@ -162,6 +162,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
         killed_at.append((state["epoch"], state["step"]))
     assert killed_at == sorted(killed_at)
     assert killed_at[0] < (12, 0)
+    time.sleep(1.1)  # event files are ordered by the second in which they were begun
     resumed, finished = train(
         read_config(path), resume=True, listeners=lambda f: [TensorBoard(f.tensorboard)]
     )

@@ -359,9 +359,12 @@ def check_together(
                 "weights.reattack works with one perturbation of the whole batch, not with chunk "
                 "or batches. Use reattack: never"
             )
-    if not isinstance(attack, NoAttackConfig) and built.needs_attack:
+    if not isinstance(attack, NoAttackConfig):
         try:
-            attack.build(built)
+            # What monitors and evaluates the run.
+            pgd(attack.norm, attack.eps)
+            if built.needs_attack:
+                attack.build(built)
         except ValueError as error:
             problems.append(f"attack: {error}".rstrip("."))
     return problems

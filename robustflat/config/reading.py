@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -14,6 +15,10 @@ from robustflat.config.schema import RunConfig
 from robustflat.errors import UserError
 
 Path_ = tuple[str | int, ...]
+
+# References can make a value far larger than its text.
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 2, 80, 80, 80
 
 
 class ConfigError(UserError):
@@ -75,16 +80,7 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 
 def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[Path_, str]]:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        what = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ConfigError(f"{where}: this is not valid YAML: {what}.") from None
-    except RecursionError:
-        raise ConfigError(f"{source}: this YAML is nested too deeply to be read.") from None
+    node, values = _load(text, source)
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise ConfigError(
@@ -92,14 +88,47 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[Path_, str]]:
             f"{found}. See the files in configs/."
         )
     places: dict[Path_, str] = {}
-    repeated = list(_walk(node, (), places, source))
-    if repeated:
-        raise ConfigError("\n".join(repeated))
+    _note_places(node, (), places, source)
     return values, places
 
 
-def _walk(node: yaml.Node, at: Path_, places: dict[Path_, str], source: str) -> Iterator[str]:
-    """Note the place of every key, and yield a sentence for each key that stands twice."""
+def _load(text: str, source: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes and the values of a text."""
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        what = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(f"{where}: this is not valid YAML: {what}.") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: this YAML is nested too deeply to be read.") from None
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        # PyYAML's constructors raise these themselves, for a date such as 2020-13-45.
+        raise ConfigError(
+            f"{source}: a value in this YAML cannot be read: {error}. Quote it if it is text."
+        ) from None
+
+
+def _note_places(node: yaml.Node | None, at: Path_, places: dict[Path_, str], source: str) -> None:
+    problems = [] if node is None else list(_walk(node, at, places, source, {}))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _walk(
+    node: yaml.Node, at: Path_, places: dict[Path_, str], source: str, seen: dict[int, bool]
+) -> Iterator[str]:
+    """Note the place of every key, and yield a sentence for each key that stands twice.
+
+    A node may stand in several places, by reference, and is walked once; ``seen`` says of each
+    whether that is still going on.
+    """
+    if id(node) in seen:
+        if seen[id(node)]:
+            yield f"{places.get(at, source)}: {_dotted(at)} contains itself. Write it out."
+        return
+    seen[id(node)] = True
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*at, key.value)
@@ -110,12 +139,13 @@ def _walk(node: yaml.Node, at: Path_, places: dict[Path_, str], source: str) -> 
                     "would keep only the last. Remove one."
                 )
             places[here] = place
-            yield from _walk(value, here, places, source)
+            yield from _walk(value, here, places, source, seen)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             here, mark = (*at, i), value.start_mark
             places[here] = f"{source}:{mark.line + 1}:{mark.column + 1}"
-            yield from _walk(value, here, places, source)
+            yield from _walk(value, here, places, source, seen)
+    seen[id(node)] = False
 
 
 def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:
@@ -127,23 +157,25 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
             "train.epochs=10 or 'weights={name: sam, rho: 0.1}'."
         )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        node, value = _load(text, override)
+    except ConfigError:
         raise ConfigError(
             f"The value of the override {override!r} is not valid YAML. Quote it for the shell, "
             "and write mappings as '{key: value}'."
         ) from None
+    _note_places(node, keys, {}, f"override {override}")
     target = values
     for depth, key in enumerate(keys[:-1]):
-        inner = target.setdefault(key, {})
+        inner = target.get(key)
         if inner is None:
-            inner = target[key] = {}
+            inner = {}
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"The override {override!r} goes below {'.'.join(keys[: depth + 1])}, which is "
                 f"{inner!r} and has no keys of its own."
             )
-        target = inner
+        # A copy, because another key may refer to the same mapping.
+        target[key] = target = dict(inner)
     target[keys[-1]] = value
     for place in [p for p in places if p[: len(keys)] == keys]:
         del places[place]
@@ -221,5 +253,5 @@ def _dotted(keys: Path_) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

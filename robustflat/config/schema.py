@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from robustflat.config.perturbations import (
     AttackConfig,
     ObjectiveConfig,
+    PgdConfig,
     WeightsConfig,
     check_together,
 )
@@ -21,6 +22,8 @@ from robustflat.config.values import (
     Share,
     Whole,
 )
+
+Decay = Annotated[Share, Field(lt=1)]
 
 
 class AugmentConfig(Section):
@@ -89,13 +92,19 @@ class SgdConfig(Section):
     decay_all: bool = True
     clip: Positive | None = None
 
+    @model_validator(mode="after")
+    def _can_be_built(self) -> SgdConfig:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum above 0. Set momentum, or nesterov: false")
+        return self
+
 
 class AdamWConfig(Section):
     """Adam with decoupled weight decay."""
 
     name: Literal["adamw"]
     lr: Positive = 1e-3
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: NonNegative = 0.01
     decay_all: bool = True
     clip: Positive | None = None
@@ -146,7 +155,7 @@ class EmaConfig(Section):
     """Exponential moving average of the weights."""
 
     name: Literal["ema"]
-    decay: Annotated[Share, Field(lt=1)] = 0.995
+    decay: Decay = 0.995
     start_epoch: Whole = 0
 
 
@@ -246,16 +255,37 @@ class RunConfig(Section):
                     f"{train.epochs}, so the weights would never be perturbed. Lower it, or set "
                     "weights: {name: none}"
                 )
+            elif weights.last_epoch is not None and weights.last_epoch <= weights.warmup_epochs:
+                problems.append(
+                    f"weights.last_epoch is {weights.last_epoch} and weights.warmup_epochs "
+                    f"{weights.warmup_epochs}, so the weights would never be perturbed. Set "
+                    "last_epoch later, or weights: {name: none}"
+                )
             if weights.chunk is not None and weights.chunk > train.batch_size:
                 problems.append(
                     f"weights.chunk is {weights.chunk} but train.batch_size only "
                     f"{train.batch_size}: a chunk is a part of the batch. Choose at most "
                     f"{train.batch_size}"
                 )
-        if isinstance(train.average, SwaConfig) and train.average.start_epoch >= train.epochs:
+        if train.average is not None and train.average.start_epoch >= train.epochs:
             problems.append(
                 f"train.average.start_epoch is {train.average.start_epoch} of train.epochs "
                 f"{train.epochs}, so nothing would be averaged. Start earlier"
+            )
+        warmup = 0 if isinstance(self.schedule, OneCycleConfig) else self.schedule.warmup_epochs
+        if warmup >= train.epochs:
+            problems.append(
+                f"schedule.warmup_epochs is {warmup:g} of train.epochs {train.epochs}, so the base "
+                "learning rate would never be reached. Lower it"
+            )
+        if (
+            isinstance(self.attack, PgdConfig)
+            and self.attack.loss in ("margin", "dlr")
+            and self.data.mix is not None
+        ):
+            problems.append(
+                f"attack.loss {self.attack.loss} is not defined for the mixed labels of data.mix "
+                f"{self.data.mix.name}. Leave data.mix out, or use attack.loss ce or kl"
             )
         if self.objective.name == "mart" and self.data.mix is not None:
             problems.append(

@@ -40,12 +40,12 @@ def read_norm(value: Any) -> Any:
     if value == math.inf:
         return "linf"
     try:
-        p = read_number(value)
-    except ValueError:
-        p = None
-    if not isinstance(p, (int, float)) or not p >= 1:
+        p = float(read_number(value))
+    except (ValueError, TypeError, OverflowError):
+        p = math.nan
+    if not p >= 1:
         raise ValueError("must be linf, l2, l1 or a number p >= 1")
-    return float(p)
+    return p
 
 
 def _not_boolean(value: Any) -> Any:

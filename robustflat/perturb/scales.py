@@ -99,6 +99,7 @@ def asam(eta: float) -> Scale:
     """T = |w| + eta on parameters named "weight", 1 on others (Kwon et al. 2021, released code)."""
 
     def scale(names: list[str], weights: list[Tensor]) -> list[Tensor]:
+        """T = |w| + eta on parameters named "weight", 1 on others (Kwon et al. 2021)."""
         return [
             w.abs() + eta if "weight" in name else w.new_ones(())
             for name, w in zip(names, weights, strict=True)

@@ -187,7 +187,8 @@ def _join(
         if x is not None and y is not None and isinstance(level, (int, float)):
             others = tuple(v for f, v in run.factors.items() if f != by_marker)
             colour = colours[run.factors[by_colour] if by_colour else None]
-            groups[(colour, *others)].append((level, x, _scale(target) * y))
+            group = (colour, *others)
+            groups[group].append((level, x, _scale(target) * y))
     for (colour, *_), points in groups.items():
         _, xs, ys = zip(*sorted(points), strict=True)
         panel.plot(xs, ys, color=colour, linewidth=1, linestyle="--", alpha=0.6, zorder=1)

@@ -36,6 +36,8 @@ class TensorBoard:
         for tag, value in scalars(row).items():
             assert self._writer is not None
             self._writer.add_scalar(tag, value, row["epoch"])
+        assert self._writer is not None
+        self._writer.flush()
 
     def on_end(self) -> None:
         """Close the files."""

@@ -99,15 +99,29 @@ def _row(folder: RunFolder) -> Row:
             f"{folder.root}` first."
         )
     cells: dict[str, Cell] = {}
-    if evaluation is not None:
-        cells |= _evaluation_cells(evaluation)
-    for name, figure in ((flatness or {}).get("measures") or {}).items():
+    for kind, content, read in (
+        ("evaluation", evaluation, _evaluation_cells),
+        ("flatness", flatness, _flatness_cells),
+    ):
+        try:
+            cells |= {} if content is None else read(content)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{getattr(folder, kind)} is not what `robustflat {_COMMANDS[kind]}` writes "
+                f"({type(error).__name__}: {error}). Run it again on {folder.root}."
+            ) from None
+    return Row(folder.name, method_of(config), config.seed, cells)
+
+
+def _flatness_cells(flatness: dict[str, Any]) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for name, figure in flatness["measures"].items():
         if figure["value"] is not None:
             spread = figure["standard_error"]
             low = None if spread is None else figure["value"] - spread
             high = None if spread is None else figure["value"] + spread
             cells[name] = Cell(figure["value"], low, high, share=False)
-    return Row(folder.name, method_of(config), config.seed, cells)
+    return cells
 
 
 def _evaluation_cells(evaluation: dict[str, Any]) -> dict[str, Cell]:
@@ -127,7 +141,8 @@ def _evaluation_cells(evaluation: dict[str, Any]) -> dict[str, Cell]:
     if last is not None:
         cells["robust gap"] = _cell(last["gap"]["gaps"]["train-test"]["robust_accuracy"])
         loss = last["gap"]["gaps"]["train-test"]["robust_loss"]
-        cells["loss gap"] = _cell(loss, share=False)
+        if loss["value"] is not None:  # infinite
+            cells["loss gap"] = _cell(loss, share=False)
     if evaluation["overfitting"] is not None:
         cells["best - last"] = _cell(evaluation["overfitting"]["robust_accuracy"])
     return cells

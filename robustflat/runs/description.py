@@ -15,11 +15,11 @@ from robustflat.config.perturbations import (
 from robustflat.config.schema import Optimizer, Schedule
 from robustflat.flatness import MEASURES
 from robustflat.models import MODELS
-from robustflat.perturb import SCALES, select
+from robustflat.perturb import SCALES
 from robustflat.runs.comparison import method_of
 from robustflat.train.feed import Feed
 from robustflat.train.processes import Processes
-from robustflat.train.setup import build_model, load_data, resolve_device
+from robustflat.train.setup import build_model, load_data, perturbed_parameters, resolve_device
 
 
 def describe(config: RunConfig) -> list[str]:
@@ -44,8 +44,7 @@ def describe(config: RunConfig) -> list[str]:
         f"steps      {config.train.epochs} epochs of {feed.steps_per_epoch}",
     ]
     if isinstance(config.weights, Perturbing):
-        preset = config.weights.preset()
-        chosen = select(model, preset.parameters)
+        chosen = perturbed_parameters(config, model)
         moved = sum(p.numel() for p in chosen.values())
         lines.append(f"perturbed  {len(chosen)} tensors, {moved:,} of the parameters")
     return lines

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from robustflat.errors import UserError
 from robustflat.evaluate import Scores, evaluate, gap, merge, overfitting, scores
+from robustflat.evaluate.outcomes import fingerprint_of
 from robustflat.perturb import pgd
 from robustflat.runs.restore import CheckpointName, Run, WeightsName
 from robustflat.train.folder import write_json
@@ -62,7 +65,17 @@ def evaluate_run(
         trained = run.threat()
         norm, eps = norm or trained[0], trained[1] if eps is None else eps
     limit = config.samples if samples is None else samples
-    attack = pgd(norm, eps, GAP_STEPS)
+    try:
+        attack = pgd(norm, eps, GAP_STEPS)
+    except ValueError as error:
+        raise UserError(f"Norm {norm} and eps {eps} are no threat: {error}") from None
+    missing = [name for name in checkpoints if name not in run.checkpoints()]
+    if missing:
+        use = " or ".join(f"--checkpoint {name}" for name in run.checkpoints())
+        raise UserError(
+            f"The run {run.folder.root} has no {missing[0]} checkpoint: it was trained without "
+            f"validation, or not to the end of an epoch. {f'Use {use}' if use else 'Train it'}."
+        )
     test = run.test_tensors(None)
     splits = {"train": run.train_tensors(config.gap_samples)}
     if run.data.validation is not None:
@@ -74,8 +87,12 @@ def evaluate_run(
     for name in run.checkpoints():
         network = run.network(name, weights)
         entry: dict[str, Any] = {"epoch": network.epoch, "weights": network.weights, "test": None}
+        # Another evaluation, or another state of the run, has a store of its own.
+        kind = (fingerprint_of(network.model), norm, eps, limit, seed, config.batch_size)
+        digest = hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
+        store = run.folder.outcomes / f"{name}-{digest}"
         if name in checkpoints and merged:
-            entry["test"] = merge(run.folder.outcomes / name).to_dict()
+            entry["test"] = merge(store).to_dict()
         elif name in checkpoints:
             result = evaluate(
                 network.model,
@@ -86,7 +103,7 @@ def evaluate_run(
                 seed,
                 batch_size=config.batch_size,
                 device=run.device,
-                store=run.folder.outcomes / name,
+                store=store,
                 samples=limit,
                 shard=shard,
                 precision=precision,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from robustflat.config.perturbations import NoAttackConfig
+from robustflat.errors import UserError
 from robustflat.flatness import Figure, Progress, flatness
+from robustflat.flatness.store import tensors_digest
 from robustflat.runs.restore import CheckpointName, Run, WeightsName
 from robustflat.train.folder import write_json
 
@@ -40,8 +44,15 @@ def measure_run(
     """
     config = run.config.flatness
     network = run.network(checkpoint, weights)
+    if samples is not None and samples < 1:
+        raise UserError(f"The number of samples must be at least 1, got {samples}.")
     x, y = run.train_tensors(samples or config.samples)
-    norm, eps = run.threat()
+    # Without a training attack eps is 0, and the robust loss is the clean one.
+    attacked = not isinstance(run.config.attack, NoAttackConfig)
+    norm, eps = run.threat() if attacked else ("linf", 0.0)
+    # Parts of another measurement, or of another state of the run, have a file of their own.
+    kind = (tensors_digest(network.model.state_dict()), len(y), norm, eps)
+    digest = hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
     found: dict[str, Figure] = flatness(
         network.model,
         (x.to(run.device), y.to(run.device)),
@@ -50,7 +61,7 @@ def measure_run(
         norm,
         run.config.seed,
         batch_size=run.config.evaluate.batch_size,
-        store=run.folder.root / f"flatness-{checkpoint}-{network.weights}.parts.json",
+        store=run.folder.root / f"flatness-{checkpoint}-{digest}.parts.json",
         on_progress=on_progress,
         **{**config.options, **(options or {})},
     )

@@ -19,6 +19,8 @@ from robustflat.study.schema import StudyConfig
 
 Keys = tuple[str | int, ...]
 Places = dict[Keys, str]
+# The index of a value for every key of the grid.
+Chosen = dict[str, int]
 Level = str | int | float | bool | None
 
 
@@ -51,46 +53,39 @@ def expand(study: StudyConfig, places: Places | None = None) -> list[Point]:
     """
     source = f"study {study.name}"
     root = str(Path(study.output) / study.name / "runs")
-    wrong: dict[str, list[str]] = defaultdict(list)
+    wrong: dict[str, list[Chosen]] = defaultdict(list)
     points: list[Point] = []
     combinations = list(_combinations(study))
     for chosen in combinations:
-        title = ", ".join(f"{key}={_short(study.grid[key][i])}" for key, i in chosen.items())
         try:
             values, where = _values(study, chosen, places or {})
             config = check_config({**values, "name": "run", "output": root}, where, source)
         except ConfigError as error:
             for line in _lines(error):
-                wrong[line].append(title)
+                wrong[line].append(chosen)
             continue
         for line in _unmeasurable(study, config):
-            wrong[line].append(title)
+            wrong[line].append(chosen)
         levels = {f: _level(config, paths) for f, paths in study.factor_paths().items()}
         name = _name(levels)
         config = check_config({**config.model_dump(mode="json"), "name": name}, {}, source)
         points.append(Point(name=name, factors=levels, config=config))
-    if not wrong:
-        wrong = _indistinct(study, points)
+    wrong = wrong or _indistinct(study, points, combinations)
     if wrong:
-        lines = [f"{line}{_which(titles, len(combinations))}" for line, titles in wrong.items()]
-        count = len({title for titles in wrong.values() for title in titles})
-        raise ConfigError(
-            "\n".join(
-                [f"{source}: {count} of {len(combinations)} grid points cannot be run:", *lines]
-            )
-        )
+        count = len({tuple(chosen.values()) for found in wrong.values() for chosen in found})
+        head = f"{source}: {count} of {len(combinations)} grid points cannot be run:"
+        lines = [f"{line} [{_which(study, found)}]" for line, found in wrong.items()]
+        raise ConfigError("\n".join([head, *lines]))
     return points
 
 
-def _combinations(study: StudyConfig) -> Iterator[dict[str, int]]:
+def _combinations(study: StudyConfig) -> Iterator[Chosen]:
     """For each point the index of its value for every key of the grid."""
     for indices in product(*(range(len(values)) for values in study.grid.values())):
         yield dict(zip(study.grid, indices, strict=True))
 
 
-def _values(
-    study: StudyConfig, chosen: Mapping[str, int], places: Places
-) -> tuple[dict[str, Any], Places]:
+def _values(study: StudyConfig, chosen: Chosen, places: Places) -> tuple[dict[str, Any], Places]:
     """The base's values with a point's own put in, and where each of them stands."""
     values = {"threads": 1, **copy.deepcopy(study.base)}
     where = {keys[1:]: place for keys, place in places.items() if keys[0] == "base"}
@@ -160,7 +155,7 @@ def _scalar(value: Any) -> Level:
 def _name(levels: Mapping[str, Level]) -> str:
     """Such as awp-strength0.01-seed0: texts stand for themselves, numbers follow their factor."""
     parts = [
-        level if isinstance(level, str) else f"{factor}{plain(level)}"
+        level if isinstance(level, str) else f"{factor}{plain(level).replace('+', '')}"
         for factor, level in levels.items()
         if level is not None
     ]
@@ -173,34 +168,40 @@ def plain(level: Level) -> str:
     return f"{level:.6g}" if isinstance(level, float) else str(level)
 
 
-def _indistinct(study: StudyConfig, points: list[Point]) -> dict[str, list[str]]:
-    by_name: dict[str, list[int]] = defaultdict(list)
-    for i, point in enumerate(points):
-        by_name[point.name].append(i)
-    titles = [
-        ", ".join(f"{key}={_short(study.grid[key][i])}" for key, i in chosen.items())
-        for chosen in _combinations(study)
-    ]
+def _indistinct(
+    study: StudyConfig, points: list[Point], combinations: list[Chosen]
+) -> dict[str, list[Chosen]]:
+    """Factors that no run has; else points that no factor distinguishes."""
+    alike: dict[str, list[Chosen]] = defaultdict(list)
+    for point, chosen in zip(points, combinations, strict=True):
+        alike[point.name].append(chosen)
     unknown = {
-        f"  factors.{factor}: no run has {' or '.join(paths)}. Check the key path.": titles
+        f"  factors.{factor}: no run has {' or '.join(paths)}. Check the key path.": combinations
         for factor, paths in study.factors.items()
         if all(point.factors[factor] is None for point in points)
     }
     return unknown or {
         f"  all factors ({', '.join(study.factor_paths())}) are the same, {name}. Name what "
-        "differs under factors, as in factors: {steps: weights.steps}, or remove one.": [
-            titles[i] for i in alike
-        ]
-        for name, alike in by_name.items()
-        if len(alike) > 1
+        "differs under factors, as in factors: {steps: weights.steps}, or remove one.": found
+        for name, found in alike.items()
+        if len(found) > 1
     }
 
 
-def _which(titles: list[str], total: int) -> str:
-    if len(titles) == total and total > 1:
-        return " [all grid points]"
-    shown = "; ".join(titles[:4]) + (f"; and {len(titles) - 4} more" if len(titles) > 4 else "")
-    return f" [{shown}]"
+def _which(study: StudyConfig, found: list[Chosen]) -> str:
+    """These grid points in words, without the keys whose value does not matter."""
+    kept = list(study.grid)
+    for key in study.grid:
+        rest = [k for k in kept if k != key]
+        fewer = {tuple(chosen[k] for k in rest) for chosen in found}
+        if len({tuple(c[k] for k in kept) for c in found}) == len(fewer) * len(study.grid[key]):
+            kept = rest
+    if not kept:
+        return "all grid points"
+    titles = dict.fromkeys(
+        ", ".join(f"{k}={_short(study.grid[k][chosen[k]])}" for k in kept) for chosen in found
+    )
+    return "; ".join(titles)
 
 
 def _lines(error: ConfigError) -> list[str]:

@@ -1,6 +1,7 @@
 """Training runs: one step, the loop around it, and what a run leaves behind."""
 
-from robustflat.train.loop import Listener, Trainer, TrainingDivergedError
+from robustflat.errors import TrainingDivergedError
+from robustflat.train.loop import Listener, Trainer
 from robustflat.train.run import train
 
 __all__ = ["Listener", "Trainer", "TrainingDivergedError", "train"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import robustflat.data as data
 from robustflat.config import RunConfig
 from robustflat.config.perturbations import Perturbing
+from robustflat.errors import UserError
 from robustflat.train.processes import Processes
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import Batch, TrainStep
@@ -42,16 +44,23 @@ class Feed:
         self._config, self._device, self._rank = config, device, processes.rank
         self._images = dataset.train.to(device)
         self._augment = data.Augment(**config.data.augment.model_dump())
+        self._augment(torch.zeros(1, *dataset.shape), torch.Generator())  # refuses what cannot fit
         self._classes = len(dataset.classes)
         weights = config.weights
         chunk = weights.chunk if isinstance(weights, Perturbing) else None
         self._together = weights.batches if isinstance(weights, Perturbing) else 1
         rest = len(self._images) % (config.train.batch_size * processes.world)
         too_small = 0 < rest < processes.world * max(2, chunk or 0)
+        extra = _extra_images(config, dataset, device)
+        if too_small and len(self._images) == rest and chunk is not None and extra is None:
+            raise UserError(
+                f"weights.chunk is {chunk}, but the {rest} training images make one batch of "
+                f"{rest // processes.world}, and a chunk is a part of it. Choose a smaller one."
+            )
         self._cut: dict[str, Any] = {
             "drop_last": too_small and len(self._images) > rest,
             "world": processes.world,
-            "extra": _extra_images(config, dataset, device),
+            "extra": extra,
         }
         self.steps_per_epoch = data.batch_count(
             len(self._images), config.train.batch_size, **self._cut
@@ -82,16 +91,23 @@ class Feed:
             yield [self._finished(x, y, (epoch, at, i)) for i, (x, y) in enumerate(together)]
 
     def refresh_inputs(self, step: TrainStep, model: nn.Module, epoch: int) -> Iterator[Tensor]:
-        """One epoch of the inputs that the objective trains on, attacked at ``model``."""
+        """One epoch of the inputs that the objective trains on, attacked at ``model``.
+
+        The attack uses the statistics of its batch: the running ones are what is to be computed.
+        """
+        attack = None if step.attack is None else replace(step.attack, mode="batch")
         generator = torch.Generator(self._device)
         generator.manual_seed(derived_seed(self._config.seed, "attack", epoch))
         size = self._config.train.batch_size
         order = derived_seed(self._config.seed, "order", epoch)
-        for x, y in data.batches(self._images, size, device=self._device, order=order):
-            if step.attack is None or step.objective.sees_clean:
+        drop = self._cut["drop_last"]
+        for x, y in data.batches(
+            self._images, size, device=self._device, order=order, drop_last=drop
+        ):
+            if attack is None or step.objective.sees_clean:
                 yield x
-            if step.attack is not None:
-                yield step.attack(model, x, y, generator=generator)
+            if attack is not None:
+                yield attack(model, x, y, generator=generator)
 
     def _finished(self, x: Tensor, y: Tensor, where: tuple[int, ...]) -> Batch:
         mix = self._config.data.mix

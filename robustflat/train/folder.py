@@ -70,6 +70,15 @@ class RunFolder:
             UserError: if the folder is in use and neither ``resume`` nor ``overwrite`` is given,
                 or it belongs to another configuration.
         """
+        try:
+            self.root.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The run folder {str(self.root)!r} cannot be used: {error}. Choose another output "
+                "folder."
+            ) from None
         if resume and self.config_file.is_file():
             self._check_same(config)
             return
@@ -77,7 +86,7 @@ class RunFolder:
             raise UserError(
                 f"{self.root} is a file, and a run needs a folder. Choose another name."
             )
-        if not self.root.is_dir() or not any(self.root.iterdir()):
+        if not self._is_begun():
             return
         if not overwrite:
             raise UserError(
@@ -102,13 +111,16 @@ class RunFolder:
             if self.root.is_dir():
                 self._clear()
             self.last.parent.mkdir(parents=True, exist_ok=True)
-            write_config(config, self.config_file)
+            write_json(self.environment_file, environment())
+            # Last and whole, because it makes this the folder of a run.
+            aside = self.config_file.with_suffix(".tmp")
+            write_config(config, aside)
+            aside.replace(self.config_file)
         except OSError as error:
             raise UserError(
                 f"The run folder {self.root} cannot be written: {error}. Choose another output "
                 "folder."
             ) from None
-        write_json(self.environment_file, environment())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, one for each epoch; a half-written last line is left out."""
@@ -141,9 +153,17 @@ class RunFolder:
                 f"{', '.join(different)}. Resume with {self.config_file}, or choose another name."
             )
 
+    def _is_begun(self) -> bool:
+        """Whether more is here than :meth:`prepare` leaves if it is killed."""
+        if not self.root.is_dir():
+            return False
+        first = {"checkpoints", self.environment_file.name, "config.tmp", "environment.json.tmp"}
+        held = {path.name for path in self.root.iterdir()}
+        return not held <= first or any(self.last.parent.glob("*"))
+
     def _clear(self) -> None:
-        """Remove what runs write, and nothing else."""
-        for path in self.root.iterdir():
+        """Remove what runs write, and nothing else; config.yaml last, in case this is killed."""
+        for path in sorted(self.root.iterdir(), key=lambda path: path == self.config_file):
             if path.is_dir() and path.name in ("checkpoints", "tensorboard", "outcomes"):
                 shutil.rmtree(path)
             elif path.suffix in (".yaml", ".json", ".jsonl", ".html", ".png", ".npz"):

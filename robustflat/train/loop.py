@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from robustflat.config import RunConfig
 from robustflat.config.perturbations import Perturbing
 from robustflat.data import Data
+from robustflat.errors import TrainingDivergedError, UserError
 from robustflat.perturb import WeightPerturbation, msam, no_perturbation
 from robustflat.train.averaging import Average
 from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
@@ -29,10 +30,6 @@ from robustflat.train.randomness import derived_seed, make_deterministic
 from robustflat.train.setup import build_model, build_step
 
 _CHECK_EVERY = 50  # steps between two looks, which wait for the device
-
-
-class TrainingDivergedError(RuntimeError):
-    """Loss or gradient stopped being finite; the message names the step and what can be done."""
 
 
 class Listener(Protocol):
@@ -128,6 +125,17 @@ class Trainer:
         if self.folder is None or not self.folder.last.is_file():
             return False
         saved = load_checkpoint(self.folder.last)
+        try:
+            self._restore(saved)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = str(error).splitlines()[-1].strip().rstrip(".")
+            raise UserError(
+                f"The checkpoint {self.folder.last} does not fit this run: {reason}. It was not "
+                "written by it. Train anew with --overwrite, or put the run's own back."
+            ) from None
+        return True
+
+    def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self._step.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:
@@ -137,7 +145,6 @@ class Trainer:
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
         self._totals = saved["totals"].to(self.device)
         self._seconds = saved["seconds"]
-        return True
 
     def _train_epoch(self) -> bool:
         """Take the remaining steps of the epoch. Returns whether it was finished."""
@@ -201,9 +208,10 @@ class Trainer:
             if row["is_best"]:
                 save_checkpoint(self.folder.best, self._weights_state())
             self.folder.append_metrics(row)
-        self._save_last()
+        # Before the checkpoint: an epoch told and then not saved is told again on resuming.
         for listener in self.listeners:
             listener.on_epoch(row)
+        self._save_last()
         self.processes.wait()
 
     def _measure(self) -> dict[str, Any]:
@@ -251,7 +259,7 @@ class Trainer:
         )
 
     def _row(self) -> dict[str, Any]:
-        loss, norm, count, _ = self._totals.tolist()
+        loss, norm, count, _ = self.processes.mean(self._totals).tolist()
         return {
             "epoch": self.epoch + 1,
             "steps": (self.epoch + 1) * self.steps_per_epoch,
@@ -275,6 +283,7 @@ class Trainer:
         }
 
     def _save_last(self) -> None:
+        self._check_finite()
         if self.folder is None or not self.processes.is_first:
             return
         scaler, average = self._step.scaler, self.average

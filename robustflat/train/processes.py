@@ -30,6 +30,14 @@ class Processes:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return bool(shared)
 
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of ``value`` over all processes."""
+        if self.world == 1:
+            return value
+        shared = value.clone()
+        dist.all_reduce(shared)
+        return shared / self.world
+
     def wait(self) -> None:
         """Wait for all processes."""
         if self.world > 1:

@@ -44,7 +44,6 @@ def train(
     if processes.is_first:
         folder.check(config, resume=resume, overwrite=overwrite)
         dataset = load_data(config)
-        folder.prepare(config, resume=resume)
         processes.wait()
     else:
         # The first process may be downloading what the others then find.
@@ -58,6 +57,10 @@ def train(
         processes=processes,
         listeners=listeners(folder) if processes.is_first else (),
     )
+    # Only now that everything is known to fit is anything written, or an earlier run cleared.
+    if processes.is_first:
+        folder.prepare(config, resume=resume)
+    processes.wait()
     if resume:
         trainer.resume()
     return folder, trainer.run()

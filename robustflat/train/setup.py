@@ -11,6 +11,7 @@ from robustflat.config import RunConfig
 from robustflat.config.perturbations import NoAttackConfig, Perturbing
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
+from robustflat.perturb import select
 from robustflat.train.optim import build_optimizer
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import TrainStep
@@ -88,10 +89,25 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def perturbed_parameters(config: RunConfig, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the run's weight perturbation moves.
+
+    Raises:
+        UserError: if its selection fits none.
+    """
+    if not isinstance(config.weights, Perturbing):
+        return {}
+    try:
+        return select(model, config.weights.preset().parameters)
+    except ValueError as error:
+        raise UserError(f"weights.parameters: {error}") from None
+
+
 def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> TrainStep:
     """What every step of a run does to ``model``."""
     objective, weights = config.objective.build(), config.weights
     attack = None if isinstance(config.attack, NoAttackConfig) else config.attack.build(objective)
+    perturbed_parameters(config, model)
     half = config.train.precision == "fp16"
     return TrainStep(
         attack=attack if objective.needs_attack else None,

@@ -53,8 +53,8 @@ class TrainStep:
         step_at: "centre", or "perturbed" to let the optimizer step before the weights are restored.
         reattack: "never" attacks once, at the centre; "ascent" anew before every ascent step but
             the first; "descent" also before the descent.
-        skip_nonfinite: leave the weights alone where loss or gradient is not finite. Looking waits
-            for the device.
+        skip_nonfinite: leave weights and buffers alone where loss or gradient is not finite.
+            Looking waits for the device.
     """
 
     attack: InputPerturbation | None
@@ -94,6 +94,7 @@ class TrainStep:
             x, y = batches[at]
             return self.objective(seen, x[rows], adversarial[at][rows], y[rows])
 
+        buffers = [b.clone() for b in bare.buffers()] if self.skip_nonfinite else []
         norm: list[Tensor] = []
 
         def finish() -> None:
@@ -115,6 +116,11 @@ class TrainStep:
             )
         if not norm:
             finish()
+        if self.skip_nonfinite and not torch.isfinite(norm[0]):
+            # In BatchNorm's statistics nan would outlast the step, and every later attack see it.
+            with torch.no_grad():
+                for buffer, before in zip(bare.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
         return value, norm[0]
 
     def _attack(
@@ -141,7 +147,8 @@ class TrainStep:
 
         def closure() -> Tensor:
             nonlocal calls
-            again = calls > 0 and (calls < ascents or self.reattack == "descent")
+            descends = calls >= ascents and not weights.is_off
+            again = 0 < calls < ascents or (descends and self.reattack == "descent")
             calls += 1
             if again:
                 adversarial[0] = self._attack(attacked, *batch, generator)
@@ -157,11 +164,10 @@ class TrainStep:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        if self.skip_nonfinite and not torch.isfinite(norm):
-            return norm
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
+        if self.scaler is not None:
+            # It skips by itself, and lowers its scale only if it is told of what it skipped.
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        elif not self.skip_nonfinite or torch.isfinite(norm):
+            self.optimizer.step()
         return norm
