@@ -296,18 +296,45 @@ def compare(
     """Print evaluated runs side by side."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from robustflat.report.tables import comparison_table
     from robustflat.runs.comparison import compare as compare_runs
     from robustflat.train.folder import RunFolder, write_json
 
     rows = compare_runs([RunFolder(root) for root in runs])
-    # Wide enough for every column when the output is no terminal.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(comparison_table(rows))
+    _wide_console().print(comparison_table(rows))
     if json is not None:
         write_json(json, [asdict(row) for row in rows])
+
+
+@app.command()
+def study(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(help="Runs at once, each a process of its own.")] = 1,
+) -> None:
+    """Train a grid of runs and rank their robust gaps by flatness. Repeat it to go on."""
+    from robustflat.report.study_figures import save_plots, save_tables, tables
+    from robustflat.study import Event, read_study, run_study
+    from robustflat.study.folder import StudyFolder
+
+    settings = read_study(config, overrides or [])
+
+    def tell(event: Event) -> None:
+        text = f"[{event.done}/{event.total}] {event.run} {event.state} {event.text}"
+        typer.echo(text.rstrip())
+
+    result = run_study(settings, jobs, tell)
+    console = _wide_console()
+    for table in tables(result):
+        console.print(table)
+    folder = StudyFolder(settings)
+    save_tables(result, folder.table)
+    save_plots(result, folder.plots)
+    typer.echo(f"written: {folder.result}, {folder.table}, {folder.plots}")
+    for failure in result.failed:
+        typer.echo(f"failed: {failure.run}: {failure.error}", err=True)
+    if result.failed:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -322,8 +349,16 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as ended:
         if ended.code == 130:  # what typer makes of an interrupt
-            typer.echo("Interrupted. What was saved is whole; go on with --resume.", err=True)
+            advice = "What was saved is whole: repeat the command to go on, train with --resume."
+            typer.echo(f"Interrupted. {advice}", err=True)
         raise
+
+
+def _wide_console() -> Any:
+    """Wide enough for every column when the output is no terminal."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def _checkpoints(name: str, both: bool = True) -> Any:

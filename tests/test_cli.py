@@ -241,15 +241,8 @@ def test_usage(run: Any) -> None:
         assert run(*wrong).code == 2
 
 
-def test_the_module_starts_and_help_does_not_load_torch() -> None:
-    code = (
-        "import runpy, sys; sys.argv = ['robustflat', '--help']\n"
-        "try: runpy.run_module('robustflat', run_name='__main__', alter_sys=True)\n"
-        "except SystemExit as end: assert not end.code\n"
-        "assert 'torch' not in sys.modules, 'torch was loaded'"
-    )
-    process = python("-c", code)
-    out, err = process.communicate(timeout=60)
+def test_the_module_starts() -> None:
+    out, err = (process := python("-m", "robustflat", "--help")).communicate(timeout=60)
     assert process.returncode == 0, err
     assert "train" in out
 

@@ -6,7 +6,7 @@ import difflib
 import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,7 @@ from robustflat.config.schema import RunConfig
 from robustflat.errors import UserError
 
 Path_ = tuple[str | int, ...]
+Schema = TypeVar("Schema", bound=BaseModel)
 
 # References can make a value far larger than its text.
 _REPR = reprlib.Repr()
@@ -38,18 +39,30 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             key.
     """
     path = Path(path)
+    values, places = parse(read_text(path), str(path))
+    for override in overrides:
+        apply_override(override, values, places)
+    return check_config(values, places, str(path))
+
+
+def read_text(path: Path, what: str = "") -> str:
+    """The text of a configuration.
+
+    Args:
+        path: the file.
+        what: said of it in messages, such as " (the base of x.yaml)".
+
+    Raises:
+        ConfigError: if it is missing or no text.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"There is no configuration file {path}. Check the path.") from None
+        raise ConfigError(f"There is no configuration file {path}{what}. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"The configuration {path} cannot be read as text: {error}. Check the file."
+            f"The configuration {path}{what} cannot be read as text: {error}. Check the file."
         ) from None
-    values, places = _parse(text, str(path))
-    for override in overrides:
-        _apply(override, values, places)
-    return check_config(values, places, str(path))
 
 
 def check_config(
@@ -65,10 +78,25 @@ def check_config(
     Raises:
         ConfigError: naming every problem.
     """
+    return validated(RunConfig, values, places or {}, source)
+
+
+def validated(schema: type[Schema], values: Any, places: dict[Path_, str], source: str) -> Schema:
+    """``values`` as ``schema`` reads them.
+
+    Args:
+        schema: of the whole.
+        values: as YAML gives them.
+        places: where each key path stands, for messages.
+        source: what to call a key whose place is not known.
+
+    Raises:
+        ConfigError: naming every problem, a line each, with its place and the nearest valid key.
+    """
     try:
-        return RunConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, places or {}, source) for problem in error.errors()]
+        lines = [_explain(schema, problem, places, source) for problem in error.errors()]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError("\n".join([f"{source} has {count}:", *lines])) from None
 
@@ -79,7 +107,12 @@ def write_config(config: RunConfig, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[Path_, str]]:
+def parse(text: str, source: str) -> tuple[dict[str, Any], dict[Path_, str]]:
+    """The values of a YAML mapping, and where each key path stands.
+
+    Raises:
+        ConfigError: if it is no YAML, no mapping, or a key stands twice.
+    """
     node, values = _load(text, source)
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         found = "nothing" if values is None else f"a {type(values).__name__}"
@@ -148,7 +181,12 @@ def _walk(
     seen[id(node)] = False
 
 
-def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:
+def apply_override(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:
+    """Put "key.path=value" into ``values``.
+
+    Raises:
+        ConfigError: if it is not of that form, or goes below what is no mapping.
+    """
     name, equals, text = override.partition("=")
     keys = tuple(name.split("."))
     if not equals or not all(keys):
@@ -182,10 +220,10 @@ def _apply(override: str, values: dict[str, Any], places: dict[Path_, str]) -> N
     places[keys] = f"override {override}"
 
 
-def _explain(problem: Any, places: dict[Path_, str], source: str) -> str:
+def _explain(schema: type[BaseModel], problem: Any, places: dict[Path_, str], source: str) -> str:
     """One line: place, key, what is wrong, what was got, and the nearest valid key."""
     location: Path_ = problem["loc"]
-    models, keys = _resolve(location)
+    models, keys = _resolve(schema, location)
     where = source
     for length in range(len(keys), 0, -1):
         if keys[:length] in places:
@@ -215,9 +253,9 @@ def _explain(problem: Any, places: dict[Path_, str], source: str) -> str:
     return f"  {where}: {_dotted(keys)}{separator}{message}{said}."
 
 
-def _resolve(location: Path_) -> tuple[list[type[BaseModel]], Path_]:
+def _resolve(schema: type[BaseModel], location: Path_) -> tuple[list[type[BaseModel]], Path_]:
     """The models that own the last part, and the location without the tags of unions."""
-    models: list[type[BaseModel]] = [RunConfig]
+    models: list[type[BaseModel]] = [schema]
     keys: list[str | int] = []
     owners = models
     for part in location:

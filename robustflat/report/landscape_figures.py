@@ -20,7 +20,6 @@ from robustflat.flatness.grid import Grid, Landscape
 from robustflat.report.charts import COLOURS, KINDS
 
 Quantity = Literal["losses", "accuracies"]
-_COLOURS = COLOURS
 _STYLES = {"clean": "--", "robust": "-", "robust_fixed": ":"}
 
 
@@ -112,7 +111,7 @@ def _lines(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool) -
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, landscape) in enumerate(landscapes.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         for kind, values in _grids(landscape, quantity).items():
             axes.plot(
                 landscape.axes[0],

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustflat.errors import UserError
-from robustflat.report.landscape_figures import _COLOURS as COLOURS
+from robustflat.report.charts import COLOURS
 from robustflat.study.grid import plain
 from robustflat.study.ranking import LEVEL
 from robustflat.study.result import Ranking, RunResult, StudyResult
