@@ -84,7 +84,7 @@ def list_(
     for kind in [what] if what else list(kinds):
         typer.echo(f"{kind}:")
         for name, summary in kinds[kind].items():
-            typer.echo(f"  {name:<18} {summary}".rstrip())
+            typer.echo(f"  {name:<24} {summary}".rstrip())
 
 
 @app.command()

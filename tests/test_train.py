@@ -34,6 +34,7 @@ from robustflat.report.tensorboard import TensorBoard
 from robustflat.train import Trainer, TrainingDivergedError, train
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder, json_safe
+from robustflat.train.monitor import Monitor
 from robustflat.train.setup import build_model, load_data
 from robustflat.train.step import Batch
 
@@ -193,12 +194,16 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(plain: RunFolder, tmp_pat
 def test_watching_changes_no_bit(tmp_path: Path) -> None:
     said: dict[str, Any] = {"model": SMALL_CNN, "train__average": {"name": "ema"}}
     quiet = trained(tmp_path, name="quiet", monitor__every=0, **said)
-    watched = config(tmp_path, name="watched", train__tensorboard=True, **said)
+    often = {"monitor__flatness_every": 1, "monitor__flatness": ["ascent_robust", "average_clean"]}
+    watched = config(tmp_path, name="watched", train__tensorboard=True, **often, **said)
     folder, _ = train(watched, listeners=lambda f: [TensorBoard(f.tensorboard)])
     one, two = saved(quiet.last), saved(folder.last)
     for key in ("model", "optimizer", "average", "average_model", "epoch", "step"):
         assert differences(one[key], two[key]) == [], key
     assert [r["train_loss"] for r in rows(quiet)] == [r["train_loss"] for r in rows(folder)]
+    for row in rows(folder):
+        assert set(row["flatness"]) == {"ascent_robust", "average_clean"}
+        assert all(math.isfinite(value) for value in row["flatness"].values())
 
 
 def test_tensorboard_says_what_the_metrics_say(tmp_path: Path) -> None:
@@ -248,6 +253,22 @@ def test_each_epoch_is_on_disk_before_the_next_begins(tmp_path: Path) -> None:
     settings = config(tmp_path, train__epochs=3)
     train(settings, listeners=lambda f: [TensorBoard(f.tensorboard), Look(f)])
     assert seen == [0, 1, 2]
+
+
+def test_flatness_is_watched_on_images_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a folder of images has them: sorted by class.
+    y = torch.arange(60) // 6
+    x = torch.rand(60, 1, 8, 8)
+    seen: list[Tensor] = []
+
+    def measured(model: nn.Module, data: tuple[Tensor, Tensor], *_: Any, **__: Any) -> Any:
+        seen.append(data[1])
+        return {}
+
+    monkeypatch.setattr("robustflat.train.monitor.flatness", measured)
+    monitor = Monitor(config(monitor__flatness_samples=20), {"train": (x, y)}, CPU)
+    monitor.flatness(nn.Linear(1, 1))
+    assert torch.bincount(seen[0], minlength=10).tolist() == [2] * 10
 
 
 # --- every method and every kind of data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from robustflat.config.perturbations import (
     AttackConfig,
@@ -213,10 +213,24 @@ class FlatnessConfig(Section):
     options: dict[str, Number | int | str | bool] = Field(default_factory=dict)
 
 
-Optimizer = Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")]
+def _sgd_if_unnamed(value: Any) -> Any:
+    return {"name": "sgd", **value} if isinstance(value, dict) else value
+
+
+def _piecewise_if_unnamed(value: Any) -> Any:
+    return {"name": "piecewise", **value} if isinstance(value, dict) else value
+
+
+Optimizer = Annotated[
+    Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")],
+    BeforeValidator(_sgd_if_unnamed),
+]
 Schedule = Annotated[
-    ConstantConfig | PiecewiseConfig | CosineConfig | LinearConfig | OneCycleConfig,
-    Field(discriminator="name"),
+    Annotated[
+        ConstantConfig | PiecewiseConfig | CosineConfig | LinearConfig | OneCycleConfig,
+        Field(discriminator="name"),
+    ],
+    BeforeValidator(_piecewise_if_unnamed),
 ]
 
 

@@ -30,6 +30,10 @@ from robustflat.perturb import InputPerturbation, displaced, kept, pgd
 
 Directions = Literal["filter", "eigenvectors"]
 _SPANS: dict[str, float] = {"filter": 1.0, "eigenvectors": 0.05}
+_NAMES = {
+    "filter": "filter-normalised random direction",
+    "eigenvectors": "eigenvector of the Hessian",
+}
 _log = logging.getLogger("robustflat.flatness")
 # Sets the model to a point of the grid.
 _Place = Callable[[tuple[float, ...]], None]
@@ -113,7 +117,7 @@ def landscape(
             ways = filter_normalised(scene.subject, named, dimensions)
         else:
             ways = eigenvectors(scene.subject, scene.options, named, hessian, dimensions)
-        names = tuple(f"{directions} direction {i + 1}" for i in range(dimensions))
+        names = tuple(f"{_NAMES[directions]} {i + 1}" for i in range(dimensions))
         with displaced(named.values()) as move:
             return scene.draw(
                 lambda at: move(_combine(ways, at)), names, {"model": (0.0,) * dimensions}

@@ -31,9 +31,10 @@ def comparison_table(rows: Sequence[Row]) -> Table:
         table.add_row(Text(row.run), Text(row.method), *cells)
     table.caption_justify = "left"
     table.caption = (
-        "clean, attacks: test images, best checkpoint. robust gap: train - test, last checkpoint. "
-        "best - last: robust test accuracy. loss gap: test - train. The other columns: increase "
-        "of the training loss around the last weights; lower is flatter."
+        "clean, attacks: test images, best checkpoint (last if only that was attacked). "
+        "robust gap: train - test, last checkpoint. best - last: robust test accuracy. loss gap: "
+        "test - train. The other columns: increase of the training loss around the last weights; "
+        "lower is flatter."
     )
     return table
 

