@@ -7,7 +7,8 @@ A forward pass counts 1, a pass that also reaches the images 2, one that also re
 Adversarial training with K-step PGD then needs at least 2 K + 3 units, and 2 K + 6 with a weight
 perturbation of one ascent step. The units are timed as bare passes of the same network on the same
 batch; ``over`` says how much longer a step takes than its units. Rounds are interleaved, so that a
-machine whose speed drifts slows all of them alike; medians are shown.
+machine whose speed drifts slows all of them alike; ratios are taken within a round, and their
+medians shown.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def main() -> None:
         ),
     }
     times = _interleaved({**bare, **steps, **layouts}, args.rounds, device)
-    times["AT + sam, every 2nd step"] /= 2
+    times["AT + sam, every 2nd step"] = [t / 2 for t in times["AT + sam, every 2nd step"]]
 
     console = Console()
     console.print(
@@ -109,17 +110,20 @@ def main() -> None:
     table = Table()
     for heading in ("step", "units", "seconds", "over bare passes", "over AT"):
         table.add_column(heading, justify="left" if heading == "step" else "right")
-    attack = args.pgd_steps * times["input pass"]
     for name in [*steps, *layouts]:
         extra = 1.5 if name.endswith("2nd step") else methods.get(name, (None, 3.0))[1]
         units = 2 * args.pgd_steps + 3 + extra
-        passes = attack + (3 + extra) / 3 * times["full pass"]
+        full = (3 + extra) / 3
+        bare_passes = [
+            args.pgd_steps * attack + full * descent
+            for attack, descent in zip(times["input pass"], times["full pass"], strict=True)
+        ]
         table.add_row(
             name,
             f"{units:g}",
-            f"{times[name]:.3f}",
-            f"{times[name] / passes - 1:+.1%}",
-            f"{times[name] / times['AT']:.3f}",
+            f"{statistics.median(times[name]):.3f}",
+            f"{_ratio(times[name], bare_passes) - 1:+.1%}",
+            f"{_ratio(times[name], times['AT']):.3f}",
         )
     console.print(table)
 
@@ -165,18 +169,27 @@ def _full_pass(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def _interleaved(
     jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each job; every round runs each once, after one round of warm-up."""
+) -> dict[str, list[float]]:
+    """Seconds of each job in every round; a round runs each once, after one of warm-up.
+
+    Every other round runs backwards, so that no job always follows the same one.
+    """
     taken: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
-        for name, job in jobs.items():
+        order = list(jobs.items())[:: 1 if number % 2 else -1]
+        for name, job in order:
             began = time.perf_counter()
             job()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if number:
                 taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return taken
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over the rounds of the ratio within a round, so that drift cancels."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 if __name__ == "__main__":

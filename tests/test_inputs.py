@@ -137,6 +137,8 @@ def test_follows_the_released_trades_attack(corners: bool) -> None:
     y = torch.zeros(len(x), dtype=torch.long)
     got = attack(model, x, y, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    given = attack(model, x, y, start=0.001 * noise)
+    torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

@@ -101,7 +101,8 @@ def maximise(
         ascent: steps, step size, start, direction and what to keep.
         like: tensors that give shapes, dtypes and devices of ``u``.
         generator: source of randomness for the start, on the same device.
-        initial: a start to use instead of ``ascent.start``; projected like every iterate.
+        initial: a start to use instead of drawing one; made feasible like every iterate, unless
+            ``ascent.start`` is "normal", whose starts are taken as they are.
         constrain: a further constraint, applied after each projection (the image box).
 
     Returns:
@@ -110,10 +111,13 @@ def maximise(
     feasible = _feasible_set(ball, constrain, ascent.stays_inside and initial is None)
     if initial is None:
         u = _start(ascent.start, ball, like, generator)
-        # TRADES' normal start is neither projected nor clipped before the first step.
-        u = u if ascent.start in ("zero", "normal") or constrain is None else constrain(u)
     else:
-        u = feasible([t.detach().clone() for t in initial])
+        u = [t.detach().clone() for t in initial]
+    # TRADES' normal start is neither projected nor clipped before the first step.
+    if ascent.start != "normal" and initial is not None:
+        u = feasible(u)
+    elif ascent.start in ("uniform", "sphere") and constrain is not None:
+        u = constrain(u)
     best = _Best() if ascent.keep == "best" else None
     length = ascent.step_size * (ball.radius if ascent.direction == "steepest" else 1.0)
     for _ in range(ascent.steps):

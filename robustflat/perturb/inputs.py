@@ -125,7 +125,8 @@ class InputPerturbation:
             x: images ``[N, ...]``.
             y: labels ``[N]`` (soft ``[N, C]`` for "ce"); not used by "kl".
             generator: source of randomness, on the device of ``x``.
-            start: a first perturbation of the shape of ``x`` in place of the configured start.
+            start: a first perturbation of the shape of ``x`` in place of a drawn one; brought into
+                ball and box first, unless the configured start is "normal".
 
         Returns:
             Adversarial images, detached, of the shape of ``x``.

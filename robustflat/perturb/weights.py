@@ -138,20 +138,15 @@ class WeightPerturbation:
                 step()
         return value.detach()
 
+    @contextmanager
     def perturbed(
         self, loss: Loss, model: nn.Module, *, generator: torch.Generator | None = None
-    ) -> AbstractContextManager[None]:
+    ) -> Iterator[None]:
         """Hold the weights at their worst while the context lasts; see :meth:`backward`.
 
         Run forward *and* backward inside. On exit, whatever happened, every weight is restored bit
         for bit.
         """
-        return self._perturbed(loss, model, generator)
-
-    @contextmanager
-    def _perturbed(
-        self, loss: Loss, model: nn.Module, generator: torch.Generator | None
-    ) -> Iterator[None]:
         with self._ascended(loss, model, generator, None, carry=False):
             yield
 
