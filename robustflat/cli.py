@@ -122,8 +122,6 @@ def evaluate(
     ] = Path("evaluation.json"),
 ) -> None:
     """Attack runs, or any model, on test images; of runs also measure the robust gap."""
-    from rich.console import Console
-
     from robustflat.report.progress import Counter
     from robustflat.report.tables import evaluation_table
     from robustflat.runs.elsewhere import evaluate_elsewhere
@@ -131,7 +129,7 @@ def evaluate(
     from robustflat.runs.restore import Run
 
     names = _checkpoints(checkpoint)
-    console = Console()
+    console = _wide_console()
     if len(targets) == 1 and (data is not None or model is not None):
         with Counter(console, targets[0]) as counter:
             found = evaluate_elsewhere(

@@ -166,7 +166,7 @@ def _program(path: Path, trust: bool) -> nn.Module:
         raise UserError(
             f"{path} is a program ({'TorchScript' if kind == 'script' else 'torch.export'}), and "
             "loading or running one can run any code. If you trust where it comes from, say so: "
-            "trust=True."
+            "trust=True, or --trust on the command line."
         )
     try:
         with warnings.catch_warnings():
