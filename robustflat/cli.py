@@ -294,9 +294,10 @@ def compare(
     """Print evaluated runs side by side."""
     from dataclasses import asdict
 
+    from robustflat.files import write_json
     from robustflat.report.tables import comparison_table
     from robustflat.runs.comparison import compare as compare_runs
-    from robustflat.train.folder import RunFolder, write_json
+    from robustflat.train.folder import RunFolder
 
     rows = compare_runs([RunFolder(root) for root in runs])
     _wide_console().print(comparison_table(rows))

@@ -20,11 +20,12 @@ from train_support import config
 
 from robustflat.config import write_config
 from robustflat.errors import UserError
+from robustflat.files import write_json
 from robustflat.flatness import Landscape
 from robustflat.report.charts import Line, line_chart, log_ticks, number, plane, ticks
 from robustflat.report.markup import Html, node
 from robustflat.report.page import write_page
-from robustflat.train.folder import RunFolder, write_json
+from robustflat.train.folder import RunFolder
 
 VOID = {"meta", "input", "br"}
 

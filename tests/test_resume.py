@@ -244,7 +244,7 @@ def test_death_while_the_folder_is_made(tmp_path: Path, monkeypatch: Any) -> Non
         raise Death
 
     def die_halfway(value: Any, path: Path) -> None:
-        path.write_text("name: ru")
+        path.with_name(path.name + ".tmp").write_text("name: ru")
         raise Death
 
     for i, (name, deed) in enumerate(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from robustflat.config.schema import RunConfig
 from robustflat.errors import UserError
+from robustflat.files import write_whole
 
 Path_ = tuple[str | int, ...]
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -104,7 +105,7 @@ def validated(schema: type[Schema], values: Any, places: dict[Path_, str], sourc
 def write_config(config: RunConfig, path: Path) -> None:
     """Write every key, defaults included, so that the file says all that the run used."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def parse(text: str, source: str) -> tuple[dict[str, Any], dict[Path_, str]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.models import Normalized, build, load_state
+from robustflat.models.files import read_tensors
 
 Kind = Literal["script", "export", "weights"]
 
@@ -116,21 +117,9 @@ def read_weights(path: str | Path) -> Mapping[str, Any]:
         UserError: If there is no such file, or it is damaged, foreign or holds anything else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no file {path}.")
-    if _kind(path) != "weights":
+    if path.is_file() and _kind(path) != "weights":
         raise UserError(f"{path} is a program, not weights: give it as the model itself.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch.load raises whatever its parts raise; none of it is the reader's business.
-        raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged, was not "
-            "written by torch.save, or holds more than tensors, which could run code. Save "
-            "model.state_dict() again with torch.save."
-        ) from error
+    content = read_tensors(path)
     if not isinstance(content, Mapping):
         raise UserError(
             f"{path} holds {type(content).__name__}, not a state dict. Save model.state_dict()."

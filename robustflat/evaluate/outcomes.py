@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.evaluate.gather import parse_shard
+from robustflat.files import write_whole
 
 STANDING, MISCLASSIFIED = -1, -2
 FORMAT = "robustflat-outcomes-1"
@@ -116,14 +116,9 @@ class Record:
             "warnings": self.warnings,
             "outcomes": self.outcomes.tolist(),
         }
-        aside = self.path.with_name(self.path.name + ".partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("w") as file:
-                json.dump(content, file, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.path)
+            write_whole(self.path, json.dumps(content, allow_nan=False))
         except OSError as error:
             raise UserError(
                 f"The outcomes cannot be saved to {self.path}: {error.strerror}. What was saved "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from robustflat.files import json_safe
 
 # In forward passes: a matrix product has two in its backward pass (one if only the input's gradient
 # is wanted), and a Hessian-vector product differentiates those three once more.
@@ -37,17 +38,6 @@ class Figure:
             }
         )
         return safe
-
-
-def json_safe(value: Any) -> Any:
-    """``value`` with tuples as lists, keys as text, and null for numbers JSON does not know."""
-    if isinstance(value, Mapping):
-        return {str(key): json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustflat.errors import UserError
-from robustflat.flatness.figure import json_safe
+from robustflat.files import json_safe
 
 FORMAT = "robustflat-landscape/1"
 Grid = NDArray[np.float64]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.files import write_whole
 
 FORMAT = "robustflat-flatness-parts/1"
 
@@ -48,11 +49,9 @@ class Store:
         if self._path is None:
             return
         content = {"format": FORMAT, "fingerprint": self._fingerprint, "parts": self._parts}
-        aside = self._path.with_name(self._path.name + ".part")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(content, allow_nan=False))
-            os.replace(aside, self._path)
+            write_whole(self._path, json.dumps(content, allow_nan=False))
         except OSError as error:
             raise UserError(
                 f"The measurement's parts cannot be kept in {self._path}: {error}."

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import robustflat
 from robustflat.errors import UserError
+from robustflat.files import write_whole
 from robustflat.report import page_figures as figures
 from robustflat.report import page_tables as tables
 from robustflat.report import page_text as text
@@ -192,14 +193,9 @@ def _foot() -> Html:
 
 def _write(output: Path, page: str) -> None:
     """The whole page or, if that fails, what was there before."""
-    aside = output.with_name(f".{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(page, encoding="utf-8")
-            aside.replace(output)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_whole(output, page)
     except OSError as error:
         raise UserError(
             f"The report cannot be written to {output}: {error}. Choose another --output."

@@ -9,7 +9,7 @@ from typing import Any
 import robustflat.data as data
 from robustflat.errors import UserError
 from robustflat.evaluate import evaluate, load_model
-from robustflat.train.folder import write_json
+from robustflat.files import write_json
 from robustflat.train.setup import resolve_device
 
 

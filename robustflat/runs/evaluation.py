@@ -9,9 +9,9 @@ from typing import Any, Literal
 from robustflat.errors import UserError
 from robustflat.evaluate import Scores, evaluate, gap, merge, overfitting, scores
 from robustflat.evaluate.outcomes import fingerprint_of
+from robustflat.files import write_json
 from robustflat.perturb import pgd
 from robustflat.runs.restore import CheckpointName, Run, WeightsName
-from robustflat.train.folder import write_json
 
 GAP_STEPS = 20
 Progress = Callable[[str, int, int, int], None]

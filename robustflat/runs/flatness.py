@@ -8,10 +8,10 @@ from typing import Any
 
 from robustflat.config.perturbations import NoAttackConfig
 from robustflat.errors import UserError
+from robustflat.files import write_json
 from robustflat.flatness import Figure, Progress, flatness
 from robustflat.flatness.store import tensors_digest
 from robustflat.runs.restore import CheckpointName, Run, WeightsName
-from robustflat.train.folder import write_json
 
 
 def measure_run(

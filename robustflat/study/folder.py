@@ -11,8 +11,9 @@ import yaml
 
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
+from robustflat.files import write_json, write_whole
 from robustflat.study.schema import StudyConfig
-from robustflat.train.folder import RunFolder, write_json
+from robustflat.train.folder import RunFolder
 
 
 class RunFiles:
@@ -84,11 +85,9 @@ class StudyFolder:
                 f"{self.config_file.name}). Choose another name or output."
             )
         text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        aside = self.config_file.with_suffix(".tmp")
         try:
             self.runs.mkdir(parents=True, exist_ok=True)
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(self.config_file)
+            write_whole(self.config_file, text)
         except OSError as error:
             raise UserError(
                 f"The study's folder {self.root} cannot be written: {error}. Choose another output."

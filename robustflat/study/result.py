@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from robustflat.files import write_json
 from robustflat.study.folder import StudyFolder
 from robustflat.study.grid import Level, Point
 from robustflat.study.ranking import Granulated, Tau, granulated, tau
 from robustflat.study.schema import StudyConfig
-from robustflat.train.folder import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

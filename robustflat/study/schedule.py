@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 
+from robustflat.files import write_json
 from robustflat.study.claims import clear, holder, void
 from robustflat.study.ending import CLAIMED, DONE, explain
 from robustflat.study.folder import RunFiles, StudyFolder
 from robustflat.study.grid import Point
 from robustflat.study.schema import StudyConfig
-from robustflat.train.folder import write_json
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 30.0

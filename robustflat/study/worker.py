@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from robustflat.config import RunConfig, check_config
 from robustflat.errors import UserError
+from robustflat.files import write_json
 from robustflat.runs.evaluation import evaluate_run
 from robustflat.runs.flatness import measure_run
 from robustflat.runs.restore import Run
@@ -24,7 +25,6 @@ from robustflat.study.claims import Heartbeat, release, take
 from robustflat.study.ending import CLAIMED, DONE, FAILED, STOPPED
 from robustflat.study.folder import RunFiles, begun, read_json
 from robustflat.train import TrainingDivergedError, train
-from robustflat.train.folder import write_json
 
 
 def work(job: Path) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import platform
 import shutil
 import subprocess
@@ -18,6 +16,7 @@ import torch
 
 from robustflat.config import RunConfig, read_config, write_config
 from robustflat.errors import UserError
+from robustflat.files import json_safe, write_json, write_whole
 
 _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
 # What changes neither the weights nor the figures of a run.
@@ -113,9 +112,7 @@ class RunFolder:
             self.last.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.environment_file, environment())
             # Last and whole, because it makes this the folder of a run.
-            aside = self.config_file.with_suffix(".tmp")
-            write_config(config, aside)
-            aside.replace(self.config_file)
+            write_config(config, self.config_file)
         except OSError as error:
             raise UserError(
                 f"The run folder {self.root} cannot be written: {error}. Choose another output "
@@ -138,7 +135,13 @@ class RunFolder:
         """Add a row, replacing any of the same or a later epoch (left by an interrupted run)."""
         rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
         text = "".join(json.dumps(json_safe(r), allow_nan=False) + "\n" for r in [*rows, row])
-        replace_text(self.metrics_file, text)
+        try:
+            write_whole(self.metrics_file, text)
+        except OSError as error:
+            raise UserError(
+                f"{self.metrics_file} could not be written: {error}. Free some space, then go on "
+                "with --resume."
+            ) from None
 
     def _check_same(self, config: RunConfig) -> None:
         old, new = (dict(_flatten(c.model_dump(mode="json"))) for c in (self.read_config(), config))
@@ -157,7 +160,12 @@ class RunFolder:
         """Whether more is here than :meth:`prepare` leaves if it is killed."""
         if not self.root.is_dir():
             return False
-        first = {"checkpoints", self.environment_file.name, "config.tmp", "environment.json.tmp"}
+        first = {
+            "checkpoints",
+            self.environment_file.name,
+            "config.yaml.tmp",
+            "environment.json.tmp",
+        }
         held = {path.name for path in self.root.iterdir()}
         return not held <= first or any(self.last.parent.glob("*"))
 
@@ -183,41 +191,6 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "command": sys.argv,
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON for programs: whole or not at all, numbers finite or null."""
-    replace_text(path, json.dumps(json_safe(content), indent=2, allow_nan=False) + "\n")
-
-
-def json_safe(value: Any) -> Any:
-    """``value`` with every number that JSON has no name for replaced by null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): json_safe(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_safe(inner) for inner in value]
-    return value
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write ``text`` whole or not at all.
-
-    Raises:
-        UserError: if the folder is missing or cannot be written, or the disk is full.
-    """
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written: {error}. Free some space or choose another folder."
-        ) from None
 
 
 def _flatten(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
