@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -206,6 +207,7 @@ def flatness(
     from robustflat.runs.restore import Run
 
     (name,) = _checkpoints(checkpoint, both=False)
+    _say_costs()
     console = Console()
     for root in runs:
         run = Run(root, device)
@@ -254,6 +256,7 @@ def landscape(
     from robustflat.runs.restore import Run
 
     (name,) = _checkpoints(checkpoint, both=False)
+    _say_costs()
     opened = [Run(root, device) for root in runs]
     common: dict[str, Any] = {"points": points, "seed": seed, "losses": loss or ["clean", "robust"]}
     common |= {"checkpoint": name, "weights": _weights(weights), "samples": samples}
@@ -351,6 +354,12 @@ def main() -> None:
             advice = "What was saved is whole: repeat the command to go on, train with --resume."
             typer.echo(f"Interrupted. {advice}", err=True)
         raise
+
+
+def _say_costs() -> None:
+    """Let the measurements say, on stderr, how many passes they will take before they start."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("robustflat.flatness").setLevel(logging.INFO)
 
 
 def _wide_console() -> Any:
