@@ -213,24 +213,21 @@ class FlatnessConfig(Section):
     options: dict[str, Number | int | str | bool] = Field(default_factory=dict)
 
 
-def _sgd_if_unnamed(value: Any) -> Any:
-    return {"name": "sgd", **value} if isinstance(value, dict) else value
-
-
-def _piecewise_if_unnamed(value: Any) -> Any:
-    return {"name": "piecewise", **value} if isinstance(value, dict) else value
+def _named_by_default(name: str) -> BeforeValidator:
+    """A section of several kinds is of this one where its keys do not say."""
+    return BeforeValidator(lambda v: {"name": name, **v} if isinstance(v, dict) else v)
 
 
 Optimizer = Annotated[
     Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")],
-    BeforeValidator(_sgd_if_unnamed),
+    _named_by_default("sgd"),
 ]
 Schedule = Annotated[
     Annotated[
         ConstantConfig | PiecewiseConfig | CosineConfig | LinearConfig | OneCycleConfig,
         Field(discriminator="name"),
     ],
-    BeforeValidator(_piecewise_if_unnamed),
+    _named_by_default("piecewise"),
 ]
 
 
