@@ -22,6 +22,22 @@ def conv_bn(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     return net.to(dtype).train()
 
 
+def group_layer(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """GroupNorm and LayerNorm inside a Sequential, so that no name says "norm"; images of 1x4x4."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Sequential(nn.LayerNorm(64), nn.Linear(64, CLASSES)),
+    )
+    for p in net.parameters():
+        if p.dim() == 1:  # Neither all ones nor all zeros.
+            nn.init.uniform_(p, 0.5, 1.5)
+    return net.to(dtype).train()
+
+
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Two linear layers without normalisation, for images of 1x4x4."""
     torch.manual_seed(seed)
