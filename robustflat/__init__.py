@@ -3,7 +3,7 @@
 from robustflat.errors import UserError
 from robustflat.evaluate import evaluate
 from robustflat.flatness import flatness, landscape
-from robustflat.objectives import adversarial, mart, standard, trades
+from robustflat.objectives import adversarial, gkl, ikl, mart, mlcat, rebat, standard, trades
 from robustflat.perturb import (
     Ascent,
     Ball,
@@ -39,14 +39,18 @@ __all__ = [
     "evaluate",
     "fgsm",
     "flatness",
+    "gkl",
     "gsam",
+    "ikl",
     "landscape",
     "mart",
+    "mlcat",
     "msam",
     "no_perturbation",
     "nsam",
     "pgd",
     "random_weights",
+    "rebat",
     "sam",
     "standard",
     "trades",

@@ -102,7 +102,7 @@ def test_objectives_that_reduce_to_cross_entropy() -> None:
     x, y = images(dtype=torch.float32)
     x_adv = (x + 0.2).clamp(max=1)
     model = mlp()
-    ce = lambda z: F.cross_entropy(model(z), y)  # noqa: E731
+    ce = lambda z: F.cross_entropy(model(z), y, reduction="none").mean()  # noqa: E731
     same_loss(rf.trades(0.0)(model, x, x_adv, y), ce(x), model)
     same_loss(rf.standard(label_smoothing=0.0)(model, x, x_adv, y), ce(x), model)
     same_loss(rf.adversarial(label_smoothing=0.0)(model, x, x_adv, y), ce(x_adv), model)

@@ -26,7 +26,7 @@ def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
 
 def step(model: nn.Module, objective: Any = None, **said: Any) -> TrainStep:
     objective = objective or rf.adversarial()
-    kl = objective.attack_loss == "kl"
+    kl = objective.attack_options["loss"] == "kl"
     attack = rf.pgd("linf", 0.1, 3, 0.05, "normal", loss="kl") if kl else ATTACK
     return TrainStep(**({"attack": attack, "objective": objective, "optimizer": sgd(model)} | said))
 

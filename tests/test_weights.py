@@ -363,7 +363,7 @@ def test_every_method_with_every_objective_and_attack(
     model = conv_bn(dtype=torch.float32)
     x, y = images(4, dtype=torch.float32)
     weights = methods()[method]
-    attack = rf.pgd(norm, 0.2, 2, start="normal", loss=objective.attack_loss)
+    attack = rf.pgd(norm, 0.2, 2, start="normal", loss=objective.attack_options["loss"])
     x_adv = attack(model, x, y)
     whole = lambda: objective(model, x, x_adv, y)  # noqa: E731
     loss: Any = whole

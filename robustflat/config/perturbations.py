@@ -64,9 +64,9 @@ class PgdConfig(Section):
 
     def build(self, objective: objectives.Objective) -> InputPerturbation:
         """The attack, with ``auto`` filled in for ``objective``."""
-        loss = objective.attack_loss if self.loss == "auto" else self.loss
-        paper_start = "uniform" if isinstance(objective, objectives.adversarial) else "normal"
-        start: Any = paper_start if self.start == "auto" else self.start
+        options = objective.attack_options
+        loss = options["loss"] if self.loss == "auto" else self.loss
+        start: Any = options["start"] if self.start == "auto" else self.start
         return pgd(
             self.norm,
             self.eps,
@@ -90,7 +90,7 @@ class FgsmConfig(Section):
 
     def build(self, objective: objectives.Objective) -> InputPerturbation:
         """The attack, on the objective's own loss."""
-        return fgsm(self.norm, self.eps, loss=objective.attack_loss, mode=self.mode)
+        return fgsm(self.norm, self.eps, loss=objective.attack_options["loss"], mode=self.mode)
 
 
 AttackConfig = Annotated[NoAttackConfig | PgdConfig | FgsmConfig, Field(discriminator="name")]

@@ -1,0 +1,17 @@
+"""The training objectives of the literature."""
+
+from robustflat.objectives.base import Objective
+from robustflat.objectives.plain import adversarial, mart, mlcat, standard, trades
+from robustflat.objectives.remembering import gkl, ikl, rebat
+
+__all__ = [
+    "Objective",
+    "adversarial",
+    "gkl",
+    "ikl",
+    "mart",
+    "mlcat",
+    "rebat",
+    "standard",
+    "trades",
+]
