@@ -146,12 +146,14 @@ class Esam(Method):
         descend(model, optimizer, self.perturbed(model, second, v))
 
     def taken(self, rise: Tensor) -> list[int]:
-        """Which rows descend; none at all would be a mean of nothing, and is an error here."""
-        if self.gamma >= 0.99:
-            return list(range(len(rise)))
+        """Which rows descend.
+
+        Where none is left (k is 0 or 1, or all rise alike, as they do when no tensor climbs) the
+        released code stops or takes the mean of nothing; here all descend.
+        """
         k = int(len(rise) * self.gamma)
-        assert k > 0, "the k-th largest of no example"
+        if self.gamma >= 0.99 or k == 0:
+            return list(range(len(rise)))
         kth = sorted(rise.tolist(), reverse=True)[k - 1]
         take = [i for i in range(len(rise)) if float(rise[i]) > kth]
-        assert take, "no example rises more than the k-th largest rise"
-        return take
+        return take or list(range(len(rise)))
