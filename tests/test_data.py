@@ -413,7 +413,7 @@ def test_incomplete_trees_are_refused(tree, tmp_path_factory):
 
 
 def test_a_tree_too_large_for_memory_is_refused(tree, monkeypatch):
-    monkeypatch.setattr("robustflat.data.images._physical_memory", lambda: 100)
+    monkeypatch.setattr("robustflat.data.images.physical_memory", lambda: 100)
     with pytest.raises(UserError, match=r"data.cache: false"):
         rd.load("image_folder", root=tree)
     assert rd.load("image_folder", root=tree, cache=False).train.streamed

@@ -38,6 +38,8 @@ def test_npz_files_are_read(tmp_path, arrays):
     (pixels, labels) = arrays
     np.savez(tmp_path / "a.npz", image=pixels, label=labels.astype(np.int32))
     check(read(tmp_path / "a.npz"), pixels, labels)
+    np.savez_compressed(tmp_path / "b.npz", image=pixels, label=labels.astype(np.int32))
+    check(read(tmp_path / "b.npz"), pixels, labels)
     some = read(tmp_path / "a.npz", samples=6, seed=1)
     assert torch.bincount(some.labels).tolist() == [2, 2, 2]
 

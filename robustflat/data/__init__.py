@@ -10,6 +10,7 @@ from robustflat.data.load import NAMES, Data, load, statistics
 from robustflat.data.mix import cutmix, mixup
 from robustflat.data.noise import LabelNoise
 from robustflat.data.seeding import generator_for
+from robustflat.data.shards import ShardImages, StoredArray
 from robustflat.data.split import balanced, proportional
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Images",
     "LabelNoise",
     "MemoryImages",
+    "ShardImages",
+    "StoredArray",
     "balanced",
     "batch_count",
     "batches",

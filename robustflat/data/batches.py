@@ -220,7 +220,7 @@ class _Plan:
             mixed = torch.randperm(self.batch_size, generator=generator).to(x.device)
             x = torch.cat([x, other.fetch(drawn).to(x.device)])[mixed]
             more = other.labels[drawn.to(other.labels.device)]
-            y = torch.cat([y, more.to(y.device)])[mixed.to(y.device)]
+            y = torch.cat([y, more.to(y)])[mixed.to(y.device)]
         if self.device.type == "cuda" and x.device.type == "cpu":
             x, y = x.pin_memory(), y.pin_memory()
         return x, y, generator

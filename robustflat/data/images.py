@@ -22,9 +22,9 @@ class Images(ABC):
     """Labelled images of one size. Never changed in place: every method returns a new object.
 
     Attributes:
-        labels: int64, [N].
+        labels: Whole numbers, [N]: int64, or a smaller type where there are millions.
         shape: Channels, height, width.
-        streamed: Whether `fetch` decodes files, so that fetching ahead in a thread pays.
+        streamed: Whether `fetch` reads files, so that fetching ahead in a thread pays.
     """
 
     labels: Tensor
@@ -92,7 +92,7 @@ class Images(ABC):
         else:
             # Sorted files would make "the first `limit`" one single class.
             indices = proportional(self.labels.cpu(), limit, seed=0).to(self.labels.device)
-        return to_float(self.fetch(indices)), self.labels[indices]
+        return to_float(self.fetch(indices)), self.labels[indices].long()
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class FileImages(Images):
             UserError: If they need more than the machine's memory, or a file is unreadable.
         """
         needed = len(self) * self.shape[0] * self.shape[1] * self.shape[2]
-        available = _physical_memory()
+        available = physical_memory()
         if available is not None and needed > available:
             raise UserError(
                 f"Decoding {len(self)} images of {self.shape[1]}x{self.shape[2]} needs "
@@ -306,7 +306,7 @@ def _resized(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _physical_memory() -> int | None:
+def physical_memory() -> int | None:
     """Bytes of memory in the machine, where the system tells."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
