@@ -27,7 +27,12 @@ Overrides = Annotated[
 ]
 Runs = Annotated[list[Path], typer.Argument(help="Folders that `robustflat train` wrote.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Weights = Annotated[str, typer.Option(help="raw, average, or auto: the average if there is one.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Of a run: raw, average, or auto: the average if there is one."),
+]
+Norm = Annotated[str | None, typer.Option(help="linf, l2 or l1, with --eps; else the run's.")]
+Eps = Annotated[str | None, typer.Option(help="Radius in that norm, such as 8/255.")]
 
 
 @app.command()
@@ -101,86 +106,97 @@ def evaluate(
         list[str] | None,
         typer.Option(help="autoattack, autoattack:fast, pgd-20, pgd-50-10, torchattacks:CW, ..."),
     ] = None,
-    checkpoint: Annotated[str, typer.Option(help="best, last or both.")] = "best",
-    weights: Weights = "auto",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of a run: best (if left out), last or both.")
+    ] = None,
+    weights: Weights = None,
     samples: Annotated[
         int | None, typer.Option(help="A fixed class-balanced subset of the test images.")
     ] = None,
+    gap_samples: Annotated[
+        int | None,
+        typer.Option(help="Images of each split for the gap; 0: none, as for models."),
+    ] = None,
+    no_gap: Annotated[bool, typer.Option("--no-gap", help="Measure no gap.")] = False,
     shard: Annotated[str | None, typer.Option(help="i/n: attack every n-th image only.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
-    norm: Annotated[str | None, typer.Option(help="linf, l2 or l1; the run's if left out.")] = None,
-    eps: Annotated[str | None, typer.Option(help="Radius, such as 8/255; the run's.")] = None,
+    norm: Norm = None,
+    eps: Eps = None,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
     device: Device = "auto",
-    model: Annotated[str | None, typer.Option(help="Architecture of a bare state_dict.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="name=value of the model.")] = None,
-    data: Annotated[str | None, typer.Option(help="For a model: its test images.")] = None,
-    root: Annotated[Path, typer.Option(help="For a model: where the data are.")] = Path("data"),
-    trust: Annotated[bool, typer.Option(help="Load a program, which can run any code.")] = False,
     output: Annotated[
-        Path, typer.Option(help="For a model: the JSON to write; outcomes are kept beside it.")
-    ] = Path("evaluation.json"),
+        Path | None,
+        typer.Option(help="Folder for the results; the run's own, or evaluations/NAME."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model of a file of weights.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="name=value of the model.")] = None,
+    normalise: Annotated[
+        str | None,
+        typer.Option(help="Of a model, what is in front of it: none, data or MEAN/STD."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Of a model: its test images.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Of a model: where the data are.")] = None,
+    trust: Annotated[bool, typer.Option(help="Load a program, which can run any code.")] = False,
 ) -> None:
-    """Attack runs, or any model, on test images; of runs also measure the robust gap."""
+    """Attack runs or any models on test images; of runs also measure the robust gap."""
+    from robustflat.elsewhere import Elsewhere
     from robustflat.report.progress import Counter
     from robustflat.report.tables import evaluation_table
-    from robustflat.runs.elsewhere import evaluate_elsewhere
-    from robustflat.runs.evaluation import evaluate_run
-    from robustflat.runs.restore import Run
+    from robustflat.runs.evaluation import Wanted, check, evaluate_subject
+    from robustflat.subject import open_subject
 
-    names = _checkpoints(checkpoint)
+    if no_gap and gap_samples:
+        raise UserError("--no-gap and --gap-samples contradict each other: give one of them.")
+    if output is not None and len(targets) > 1:
+        raise UserError(f"--output is the home of one subject, and {len(targets)} are named.")
+    wanted = Wanted(
+        attacks=attack,
+        checkpoints=_checkpoints(checkpoint),
+        weights=weights,
+        samples=samples,
+        gap_samples=0 if no_gap else gap_samples,
+        seed=seed,
+        shard=shard,
+        merge=merge,
+        precision=_one_of("--precision", precision, ("fp32", "bf16")),
+    )
+    elsewhere = Elsewhere(
+        model=model,
+        option=_options(option),
+        data=data,
+        root=root,
+        normalise=normalise,
+        trust=trust,
+    )
+    # All of them first: no attack is paid before every target is known to be there.
+    subjects = [
+        open_subject(
+            target,
+            norm=norm,
+            eps=_number("--eps", eps),
+            device=device,
+            output=output,
+            elsewhere=elsewhere,
+        )
+        for target in targets
+    ]
+    for subject in subjects:
+        check(subject, wanted)
     console = _wide_console()
-    if len(targets) == 1 and (data is not None or model is not None):
-        with Counter(console, targets[0]) as counter:
-            found = evaluate_elsewhere(
-                targets[0],
-                output,
-                architecture=model,
-                options=_options(option),
-                data_name=data,
-                data_root=root,
-                trust=trust,
-                attacks=attack,
-                samples=samples,
-                shard=shard,
-                norm=norm,
-                eps=_number("--eps", eps),
-                seed=seed,
-                device=device,
-                on_progress=counter.on_attack,
-            )
-        console.print(evaluation_table({"title": targets[0], "result": found}))
-        for warning in found["warnings"]:
-            console.print(f"note: {warning}", style="yellow", markup=False)
-        typer.echo(f"written: {output}")
-        return
-    for target in targets:
-        run = Run(target, device)
-        with Counter(console, run.name) as counter:
-            report = evaluate_run(
-                run,
-                attack,
-                checkpoints=names,
-                weights=_weights(weights),
-                samples=samples,
-                seed=seed,
-                shard=shard,
-                merged=merge,
-                norm=norm,
-                eps=_number("--eps", eps),
-                precision=_one_of("--precision", precision, ("fp32", "bf16")),
-                on_progress=counter.on_attack,
-            )
+    for subject in subjects:
+        with Counter(console, subject.name) as counter:
+            report = evaluate_subject(subject, wanted, counter.on_attack)
         for name, entry in report["checkpoints"].items():
             if entry["test"] is None:
                 continue
-            title = f"{run.name}: {name} checkpoint (epoch {entry['epoch']}, {entry['weights']})"
+            state = f"{name} checkpoint (epoch {entry['epoch']}, {entry['weights']})"
+            title = f"{subject.name}: {state}" if subject.is_run else subject.name
             console.print(evaluation_table({"title": title, "result": entry["test"]}))
             for warning in entry["test"]["warnings"]:
                 console.print(f"note: {warning}", style="yellow", markup=False)
         if shard is None:
-            typer.echo(f"written: {run.folder.evaluation}")
+            typer.echo(f"written: {subject.home.evaluation}")
         else:
             typer.echo(f"shard {shard} is done; when all are, join them with --merge.")
 
@@ -191,32 +207,31 @@ def flatness(
     measure: Annotated[
         list[str] | None, typer.Option(help="See `robustflat list measures`.")
     ] = None,
-    checkpoint: Annotated[str, typer.Option(help="last or best.")] = "last",
-    weights: Weights = "auto",
+    checkpoint: Annotated[str | None, typer.Option(help="last (if left out) or best.")] = None,
+    weights: Weights = None,
     samples: Annotated[int | None, typer.Option(help="Training images to measure on.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="name=value, such as radius=0.01 or ball=adaptive.")
     ] = None,
+    norm: Norm = None,
+    eps: Eps = None,
     device: Device = "auto",
 ) -> None:
     """Measure how flat the loss is around the weights of runs."""
     from rich.console import Console
 
     from robustflat.report.progress import Counter
-    from robustflat.runs.flatness import measure_run
-    from robustflat.runs.restore import Run
+    from robustflat.runs.flatness import measure_subject
 
-    (name,) = _checkpoints(checkpoint, both=False)
     _say_costs()
     console = Console()
-    for root in runs:
-        run = Run(root, device)
-        with Counter(console, run.name) as counter:
-            report = measure_run(
-                run,
+    for subject in _runs(runs, norm, eps, device):
+        with Counter(console, subject.name) as counter:
+            report = measure_subject(
+                subject,
                 measure,
-                checkpoint=name,
-                weights=_weights(weights),
+                checkpoint=checkpoint,
+                weights=weights,
                 samples=samples,
                 options=_options(option),
                 on_progress=counter.on_measure,
@@ -225,8 +240,8 @@ def flatness(
             error = figure["standard_error"]
             spread = "" if error is None else f" +- {error:.2g}"
             value = "not finite" if figure["value"] is None else f"{figure['value']:.4g}"
-            typer.echo(f"{run.name}  {key:<24} {value}{spread}")
-        typer.echo(f"written: {run.folder.flatness}")
+            typer.echo(f"{subject.name}  {key:<24} {value}{spread}")
+        typer.echo(f"written: {subject.home.flatness}")
 
 
 @app.command()
@@ -241,10 +256,12 @@ def landscape(
     points: Annotated[int | None, typer.Option(help="Along each axis, odd.")] = None,
     span: Annotated[float | None, typer.Option(help="Reach, in norms of the weights.")] = None,
     loss: Annotated[list[str] | None, typer.Option(help="clean, robust, robust_fixed.")] = None,
-    checkpoint: Annotated[str, typer.Option(help="last or best.")] = "last",
-    weights: Weights = "auto",
+    checkpoint: Annotated[str | None, typer.Option(help="last (if left out) or best.")] = None,
+    weights: Weights = None,
     samples: Annotated[int | None, typer.Option(help="Training images to measure on.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
+    norm: Norm = None,
+    eps: Eps = None,
     device: Device = "auto",
 ) -> None:
     """Draw the loss around the weights of runs, all on one axis, or between them."""
@@ -252,22 +269,22 @@ def landscape(
 
     from robustflat.report.landscape_figures import save_html, save_png
     from robustflat.report.progress import Counter
-    from robustflat.runs.landscapes import draw_between, draw_run
-    from robustflat.runs.restore import Run
+    from robustflat.runs.landscapes import draw_between, draw_subject
+    from robustflat.subject import distinct_names
 
-    (name,) = _checkpoints(checkpoint, both=False)
+    opened = _runs(runs, norm, eps, device)
     _say_costs()
-    opened = [Run(root, device) for root in runs]
     common: dict[str, Any] = {"points": points, "seed": seed, "losses": loss or ["clean", "robust"]}
-    common |= {"checkpoint": name, "weights": _weights(weights), "samples": samples}
+    common |= {"checkpoint": checkpoint, "weights": weights, "samples": samples}
     around: dict[str, Any] = {"dimensions": dimensions, "directions": directions, "span": span}
     with Counter(Console(), "landscape") as counter:
         if between:
             found = {"": draw_between(opened, on_progress=counter.on_measure, **common)}
         else:
+            names = distinct_names([subject.home.root for subject in opened])
             found = {
-                run.name: draw_run(run, on_progress=counter.on_measure, **common, **around)
-                for run in opened
+                name: draw_subject(subject, on_progress=counter.on_measure, **common, **around)
+                for name, subject in zip(names, opened, strict=True)
             }
     if output.suffix == ".html":
         save_html(found, output)
@@ -369,15 +386,20 @@ def _wide_console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
-def _checkpoints(name: str, both: bool = True) -> Any:
-    valid = {"best": ("best",), "last": ("last",)} | ({"both": ("best", "last")} if both else {})
-    if name not in valid:
-        raise UserError(f"--checkpoint must be one of {', '.join(valid)}, got {name!r}.")
-    return valid[name]
+def _runs(roots: list[Path], norm: str | None, eps: str | None, device: str) -> list[Any]:
+    """The subjects of runs; all are looked at before any is measured."""
+    from robustflat.subject import open_subject
+    from robustflat.train.folder import RunFolder
+
+    for root in roots:
+        RunFolder(root).read_config()
+    number = _number("--eps", eps)
+    return [open_subject(root, norm=norm, eps=number, device=device) for root in roots]
 
 
-def _weights(name: str) -> Any:
-    return _one_of("--weights", name, ("auto", "raw", "average"))
+def _checkpoints(name: str | None) -> tuple[str, ...] | None:
+    both = ("best", "last")
+    return None if name is None else both if name == "both" else (name,)
 
 
 def _one_of(option: str, name: str, valid: tuple[str, ...]) -> Any:

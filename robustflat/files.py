@@ -1,15 +1,22 @@
-"""Files that are always whole, and JSON that every program can read."""
+"""Files that are always whole, by one process at a time, and JSON that every program can read."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from robustflat.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -18,9 +25,10 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: if it cannot be written; what stood there before is then intact.
     """
-    aside = path.with_name(path.name + ".tmp")
+    # A name of its own: another process may be writing the same file.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with aside.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -41,6 +49,61 @@ def write_json(path: Path, content: Any) -> None:
         raise UserError(
             f"{path} could not be written: {error}. Free some space or choose another folder."
         ) from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}. Remove it, and run the command that wrote it again."
+        ) from None
+
+
+def update_json(path: Path, change: Callable[[Any], Any]) -> Any:
+    """Replace what a JSON file holds (None if there is none) by what ``change`` makes of it.
+
+    No other process's change is lost meanwhile.
+
+    Raises:
+        UserError: if the file is damaged or cannot be written; it is then as it was.
+    """
+    with locked(path):
+        content = json_safe(change(read_json(path)))
+        write_json(path, content)
+    return content
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes out of ``path`` meanwhile; wait for one that is at it already.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.info("Waiting for another process that is at work on %s.", path)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error}. Free some space or choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def json_safe(value: Any) -> Any:

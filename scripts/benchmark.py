@@ -53,7 +53,12 @@ def main() -> None:
         torch.manual_seed(0)
         mean, std = (0.5,) * 3, (0.25,) * 3
         made = models.build(
-            args.model, num_classes=10, in_channels=3, mean=mean, std=std, width=args.width
+            args.model,
+            num_classes=10,
+            in_channels=3,
+            mean=mean,
+            std=std,
+            options={"width": args.width},
         )
         return made.to(device)
 

@@ -269,7 +269,7 @@ def test_evaluate_writes_what_it_says(run: Any, evaluated: RunFolder) -> None:
         assert 0 <= test["robust_accuracy"] <= test["clean_accuracy"] <= 1
         assert test["attacks"]["pgd-5"]["attacked"] == round(40 * test["clean_accuracy"])
         assert set(entry["gap"]["gaps"]) == {"train-validation", "train-test"}
-        assert entry["gap"]["counts"] == {"train": 30, "validation": 40, "test": 30}
+        assert entry["gap"]["counts"] == {"train": 30, "validation": 30, "test": 30}
         gaps = entry["gap"]["gaps"]["train-test"]["robust_accuracy"]
         splits = entry["gap"]["splits"]
         assert gaps["value"] == pytest.approx(
@@ -288,7 +288,7 @@ def test_the_evaluated_accuracy_is_that_of_the_weights(run: Any, evaluated: RunF
     for which, key in (("raw", "model"), ("average", "average_model")):
         assert (
             run("evaluate", evaluated.root, "--checkpoint", "last", "--weights", which,
-                "--samples", 30, "--attack", "pgd-2", "--eps", "1/100").code == 0
+                "--samples", 30, "--attack", "pgd-2", "--norm", "linf", "--eps", "1/100").code == 0
         )  # fmt: skip
         report = json.loads(evaluated.evaluation.read_text())
         entry = report["checkpoints"]["last"]
@@ -308,11 +308,24 @@ BAD_EVALUATE: dict[str, tuple[list[str], str]] = {
     "attack": (["--attack", "pdg-5"], "pdg-5"),
     "checkpoint": (["--checkpoint", "first"], "best"),
     "weights": (["--weights", "mean"], "average"),
-    "eps": (["--eps", "eight"], "--eps"),
-    "eps nan": (["--eps", "nan"], "--eps"),
-    "eps over zero": (["--eps", "8/0"], "--eps"),
-    "negative eps": (["--eps=-0.1"], "eps"),
-    "norm": (["--norm", "l7"], "norm"),
+    "eps": (["--norm", "linf", "--eps", "eight"], "--eps"),
+    "eps nan": (["--norm", "linf", "--eps", "nan"], "--eps"),
+    "eps over zero": (["--norm", "linf", "--eps", "8/0"], "--eps"),
+    "negative eps": (["--norm", "linf", "--eps=-0.1"], "eps"),
+    "norm": (["--norm", "l7", "--eps", "1"], "norm"),
+    "norm without eps": (["--norm", "l2"], "both, or neither"),
+    "eps without norm": (["--eps", "1"], "both, or neither"),
+    "data": (["--data", "digits"], "leave --data out"),
+    "root": (["--root", "data"], "leave --root out"),
+    "trust": (["--trust"], "leave --trust out"),
+    "model": (["--model", "mlp"], "leave --model out"),
+    "option": (["--option", "mean=0"], "leave --option out"),
+    "normalise": (["--normalise", "none"], "leave --normalise out"),
+    "merge and shard": (["--merge", "--shard", "1/2"], "leave --shard out"),
+    "merge of nothing": (["--merge"], "no shards"),
+    "no gap of some": (["--no-gap", "--gap-samples", "3"], "contradict"),
+    "negative gap": (["--gap-samples=-3"], "gap-samples"),
+    "precision": (["--precision", "fp8"], "fp32, bf16"),
     "shard": (["--shard", "3/2"], "shard"),
     "no shard": (["--shard", "half"], "shard"),
     "samples": (["--samples", "0"], "samples"),

@@ -183,7 +183,7 @@ def test_a_recipe_names_the_published_network(path: Path) -> None:
             mean=(0.5, 0.5, 0.5),
             std=(0.2, 0.2, 0.2),
             image_size=(32, 32),
-            **config.model.options,
+            options=config.model.options,
         )
     assert all(p.is_meta for p in model.parameters())
     count = sum(p.numel() for p in model.parameters())

@@ -14,7 +14,8 @@ from torch import nn
 
 from robustflat import models
 from robustflat.errors import UserError
-from robustflat.evaluate import evaluate, load_model, read_weights
+from robustflat.evaluate import evaluate
+from robustflat.models import load_model, read_weights
 
 
 def small():
@@ -32,13 +33,17 @@ def test_weights_of_a_named_model_with_and_without_its_normalisation(tmp_path):
     whole = load_model("small_cnn", tmp_path / "whole.pt", **NAMED)
     assert torch.equal(whole(x), model(x))
     assert not whole.training
-    with pytest.raises(UserError, match="without its normalisation"):
+    with pytest.raises(UserError, match="holds its own normalisation"):
+        load_model("small_cnn", tmp_path / "whole.pt", **NAMED, normalise="none")
+    with pytest.raises(UserError, match=r"--normalise none if it does.*--normalise data"):
         load_model("small_cnn", tmp_path / "net.pt", **NAMED)
-    net = load_model("small_cnn", tmp_path / "net.pt", **NAMED, mean=(0.3,), std=(0.4,))
+    net = load_model("small_cnn", tmp_path / "net.pt", **NAMED, normalise=((0.3,), (0.4,)))
     assert torch.equal(net(x), model(x))
+    bare = load_model("small_cnn", tmp_path / "net.pt", **NAMED, normalise="none")
+    assert torch.equal(bare(x), model.net(x))
     with pytest.raises(UserError, match="do not fit the model"):
         load_model("mlp", tmp_path / "whole.pt", **NAMED, image_size=(8, 8))
-    with pytest.raises(UserError, match="no weights to evaluate"):
+    with pytest.raises(UserError, match="has no weights"):
         load_model("small_cnn", **NAMED)
     with pytest.raises(UserError, match="needs num_classes"):
         load_model("small_cnn", tmp_path / "whole.pt")
@@ -55,11 +60,11 @@ def test_a_factory_of_ones_own_as_robustbench_models_are(tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    model = load_model("mymodels:zoo", num_classes=10)
+    model = load_model("mymodels:zoo", num_classes=10, normalise="none")
     result = evaluate(model, held_out(8), ["fgsm"], sanity=0)
     assert result.count == 8
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    again = load_model("mymodels:zoo", tmp_path / "w.pt", num_classes=10)
+    again = load_model("mymodels:zoo", tmp_path / "w.pt", num_classes=10, normalise="none")
     x, _ = held_out(3)
     assert torch.equal(again(x), model(x))
     sys.modules.pop("mymodels", None)
@@ -70,9 +75,7 @@ def test_timm_by_name(tmp_path):
     name = "timm:test_resnet"
     made = models.build(name, num_classes=3, in_channels=3, mean=(0.5,) * 3, std=(0.2,) * 3).eval()
     torch.save(made.net.state_dict(), tmp_path / "w.pt")
-    model = load_model(
-        name, tmp_path / "w.pt", num_classes=3, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
-    )
+    model = load_model(name, tmp_path / "w.pt", num_classes=3, normalise=((0.5,) * 3, (0.2,) * 3))
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(model(x), made(x))
 
@@ -89,7 +92,7 @@ def test_programs_are_evaluated_like_the_model_they_were_made_of(kind, tmp_path)
         _quiet(program.save, str(path))
     with pytest.raises(UserError, match="trust=True"):
         load_model(str(path))
-    program = load_model(str(path), trust=True)
+    program = load_model(str(path), trust=True, normalise="none")
     torch.testing.assert_close(program(x), model(x))
     attacks = ["pgd-3", "torchattacks:FGSM"]
     wanted = evaluate(model, (x, y), attacks, eps=0.3, batch_size=6, sanity=0)
@@ -155,7 +158,7 @@ def test_a_damaged_program_is_one_sentence(tmp_path):
 
 
 def test_a_program_for_one_batch_size_takes_any():
-    from robustflat.evaluate.loading import FixedBatch
+    from robustflat.models.loading import FixedBatch
 
     class OnlyFour(nn.Module):
         def forward(self, x):

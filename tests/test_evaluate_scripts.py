@@ -30,21 +30,20 @@ def test_autoattack_evaluates_a_checkpoint_and_a_robustbench_entry_is_made_of_it
     )
     torch.save(model.state_dict(), tmp_path / "w.pt")
     out = tmp_path / "e.json"
-    given = ("mlp", "--weights", tmp_path / "w.pt", "--data", "digits", "--eps", "8/255")
-    code = call(
-        monkeypatch, "autoattack.py", *given, "--version", "fast", "--samples", 20, "--out", out
-    )
+    given = (tmp_path / "w.pt", "--model", "mlp", "--data", "digits", "--norm", "linf")
+    given = (*given, "--eps", "8/255", "--samples", 20)
+    code = call(monkeypatch, "autoattack.py", "--version", "fast", *given, "--output", out)
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    content = json.loads(out.read_text())
+    assert "robustflat evaluate --attack autoattack:fast" in printed.err
+    content = json.loads(out.read_text())["checkpoints"]["given"]["test"]
     assert content["count"] == 20
     assert content["settings"]["eps"] == 8 / 255
     assert list(content["attacks"]) == ["apgd-ce", "apgd-t"]
     assert f"{content['robust_accuracy']:.2%}" in printed.out
-    assert call(monkeypatch, "autoattack.py", *given, "--out", out) == 2
-    assert "exists" in capsys.readouterr().err
-    assert call(monkeypatch, "autoattack.py", "mpl", *given[1:]) == 2
+    assert call(monkeypatch, "autoattack.py", given[0], "--model", "mpl", *given[3:]) == 2
     assert "Did you mean mlp" in capsys.readouterr().err
+    out.write_text(json.dumps(content))
 
     about = ["--link", "l", "--name", "n", "--authors", "a", "--dataset", "cifar10"]
     about += ["--venue", "v", "--architecture", "MLP", "--out", tmp_path / "entry.json"]

@@ -14,14 +14,15 @@ from robustflat.errors import UserError
 STATS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
-def make(name, num_classes=10, channels=3, **options):
+def make(name, num_classes=10, channels=3, image_size=None, **options):
     return rm.build(
         name,
         num_classes=num_classes,
         in_channels=channels,
         mean=STATS["mean"][:channels],
         std=STATS["std"][:channels],
-        **options,
+        image_size=image_size,
+        options=options,
     )
 
 
@@ -258,8 +259,18 @@ def test_a_factory_in_the_current_directory_gets_what_it_accepts(tmp_path, monke
     wrapped = make("my_models:both", 4, normalize=True)
     assert isinstance(wrapped, rm.Normalized)
     assert wrapped.net.weight.shape == (4, 3, 1, 1)
+    # What **options would take is not known: torchvision's fail on in_channels.
     everything = make("my_models:everything", 4, extra=1)
-    assert everything.options == {"num_classes": 4, "in_channels": 3, "extra": 1}
+    assert everything.options == {"extra": 1}
+    told = {"num_classes": 7}
+    given = {"num_classes": 4, "in_channels": 1, "mean": (0.5,), "std": (0.5,), "options": told}
+    assert rm.build("my_models:everything", **given).options == told
+    assert rm.build("my_models:plain", **given).weight.shape == (7, 3)
+    # Of the package's own models the images decide that; no key may end in a traceback.
+    for key in ("num_classes", "in_channels", "image_size", "mean", "std", "name", "options"):
+        for name in ("small_cnn", "mlp", "preact_resnet18", "wide_resnet"):
+            with pytest.raises(UserError, match=f"no option '{key}'"):
+                rm.build(name, **given | {"options": {key: 0}})
     for name, options, message in (
         ("my_models:plain", {"hiden": 5}, "no option 'hiden'.*hidden"),
         ("my_models:broken", {}, "RuntimeError: no weights here"),
@@ -281,6 +292,16 @@ def test_timm_models():
         make("timm:resnet10tt")
     with pytest.raises(UserError, match="timm:resnet10t could not be made"):
         make("timm:resnet10t", no_such_option=3)
+    for key in ("num_classes", "in_chans", "model_name"):
+        with pytest.raises(UserError, match=r"no option|could not be made"):
+            rm.build(
+                "timm:resnet10t",
+                num_classes=5,
+                in_channels=1,
+                mean=(0.5,),
+                std=(0.5,),
+                options={key: 3},
+            )
 
 
 def test_timm_missing_says_what_to_install(monkeypatch):

@@ -15,9 +15,9 @@ from robustflat.errors import UserError
 from robustflat.report.tables import comparison_table
 from robustflat.runs.comparison import Cell, columns, compare, method_of
 from robustflat.runs.description import catalogue, describe
-from robustflat.runs.evaluation import evaluate_run
-from robustflat.runs.flatness import measure_run
-from robustflat.runs.restore import Run
+from robustflat.runs.evaluation import Wanted, evaluate_subject
+from robustflat.runs.flatness import measure_subject
+from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
 from robustflat.train.setup import load_data
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.mark.parametrize("checkpoint", ["best", "last"])
 def test_the_network_has_the_weights_of_the_checkpoint(folder: RunFolder, checkpoint: Any) -> None:
-    run = Run(folder.root, "cpu")
+    run = open_subject(folder.root, device="cpu")
     state = saved(folder.best if checkpoint == "best" else folder.last)
     for which in ("raw", "average", "auto"):
         if which == "average" and state["average_model"] is None:
@@ -57,45 +57,47 @@ def test_the_network_has_the_weights_of_the_checkpoint(folder: RunFolder, checkp
 
 
 def test_the_images_are_those_of_the_training(folder: RunFolder) -> None:
-    run, dataset = Run(folder.root, "cpu"), load_data(config())
-    for mine, theirs in (
-        (run.train_tensors(10**6), dataset.train.tensors()),
-        (run.test_tensors(None), dataset.test.tensors()),
-        (run.test_tensors(10**6), dataset.test.tensors()),
-        (run.test_tensors(20), dataset.test.tensors(20)),
-    ):
+    subject, dataset = open_subject(folder.root, device="cpu"), load_data(config())
+    assert dataset.validation is not None
+    whole, part = subject.splits(None), subject.splits(20)
+    pairs = [
+        (subject.train_tensors(10**6), dataset.train.tensors()),
+        (subject.train_tensors(20), dataset.train.tensors(20)),
+        (whole["train"].tensors(), dataset.train.tensors()),
+        (whole["validation"].tensors(), dataset.validation.tensors()),
+        (whole["test"].tensors(), dataset.test.tensors()),
+        (part["train"].tensors(), dataset.train.tensors(20)),
+        (part["test"].tensors(), dataset.test.tensors(20)),
+    ]
+    for mine, theirs in pairs:
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-    # Without augmentation, and the same each time.
-    assert torch.equal(run.train_tensors(20)[0], run.train_tensors(20)[0])
     # No image is in two splits.
-    assert run.data.validation is not None
-    seen = [run.data.train, run.data.validation, run.data.test]
-    prints = [{x.numpy().tobytes() for x in images.tensors()[0]} for images in seen]
+    prints = [{x.numpy().tobytes() for x in images.tensors()[0]} for images in whole.values()]
     assert len(set().union(*prints)) == sum(len(p) for p in prints)
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        Run(tmp_path / "none")
+        open_subject(tmp_path / "none")
     with pytest.raises(UserError, match="not the folder of a run"):
-        Run(tmp_path)
+        open_subject(tmp_path)
 
 
 def test_a_checkpoint_of_another_network(folder: RunFolder, tmp_path: Path) -> None:
     other = trained(tmp_path)
     other.best.write_bytes(folder.best.read_bytes())
     with pytest.raises(UserError, match="does not fit the model"):
-        Run(other.root, "cpu").network("best")
+        open_subject(other.root, device="cpu").network("best")
 
 
 # --- evaluating
 
 
 def test_evaluating_again_gives_the_same_and_keeps_what_was_done(folder: RunFolder) -> None:
-    run = Run(folder.root, "cpu")
+    run = open_subject(folder.root, device="cpu")
 
     def figures() -> dict[str, Any]:
-        report = evaluate_run(run, checkpoints=("best", "last"))
+        report = evaluate_subject(run, Wanted(checkpoints=("best", "last")))
         text = json.loads(folder.evaluation.read_text())
         assert text == json.loads(json.dumps(report))
         return text
@@ -112,23 +114,23 @@ def test_evaluating_again_gives_the_same_and_keeps_what_was_done(folder: RunFold
 def test_a_new_training_does_not_inherit_old_outcomes(tmp_path: Path) -> None:
     said: dict[str, Any] = {"evaluate": {"attacks": ["pgd-3"], "gap_samples": 20}}
     one = trained(tmp_path, **said)
-    evaluate_run(Run(one.root, "cpu"))
+    evaluate_subject(open_subject(one.root, device="cpu"))
     from robustflat.train import train
 
     train(config(tmp_path, seed=5, train__epochs=4, **said), overwrite=True)
-    report = evaluate_run(Run(one.root, "cpu"))
-    network = Run(one.root, "cpu").network("best").model
+    report = evaluate_subject(open_subject(one.root, device="cpu"))
+    network = open_subject(one.root, device="cpu").network("best").model
     x, y = load_data(config()).test.tensors()
     right = float((network(x).argmax(1) == y).float().mean())
     assert report["checkpoints"]["best"]["test"]["clean_accuracy"] == pytest.approx(right)
 
 
 def test_measuring_is_repeatable_and_leaves_the_network_alone(folder: RunFolder) -> None:
-    run = Run(folder.root, "cpu")
+    run = open_subject(folder.root, device="cpu")
     before = folder.last.read_bytes()
     kept = {k: v.clone() for k, v in run.network("last").model.state_dict().items()}
-    one = measure_run(run, ["average_clean", "ascent_clean"], samples=20)
-    two = measure_run(run, ["average_clean", "ascent_clean"], samples=20)
+    one = measure_subject(run, ["average_clean", "ascent_clean"], samples=20)
+    two = measure_subject(run, ["average_clean", "ascent_clean"], samples=20)
     assert {k: v["value"] for k, v in one["measures"].items()} == {
         k: v["value"] for k, v in two["measures"].items()
     }
@@ -140,7 +142,7 @@ def test_measuring_is_repeatable_and_leaves_the_network_alone(folder: RunFolder)
 def test_flatness_of_a_run_without_an_attack(tmp_path: Path) -> None:
     # The clean measures need no threat.
     plain = trained(tmp_path, attack={"name": "none"}, objective={"name": "standard"})
-    report = measure_run(Run(plain.root, "cpu"), ["average_clean"], samples=20)
+    report = measure_subject(open_subject(plain.root, device="cpu"), ["average_clean"], samples=20)
     assert report["measures"]["average_clean"]["value"] is not None
 
 

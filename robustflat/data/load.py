@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,8 +32,6 @@ class Data:
         test: The images to test on.
         classes: Names of the classes.
         shape: Channels, height, width.
-        mean: Mean of each channel over `train`, in [0, 1] units.
-        std: Standard deviation likewise; 1 for a channel that never varies.
         true_labels: The labels of `train` before noise, int64 [N].
     """
 
@@ -41,9 +40,22 @@ class Data:
     test: Images
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     true_labels: Tensor
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel over `train`, in [0, 1] units."""
+        return self._statistics[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation likewise; 1 for a channel that never varies."""
+        return self._statistics[1]
+
+    @cached_property
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        # Taken when they are asked for: images that stay on the disk have to be decoded for it.
+        return statistics(self.train)
 
 
 def load(
@@ -134,15 +146,12 @@ def load(
     true_labels = train.labels
     if noise is not None:
         train = train.relabelled(noise.apply(true_labels, classes))
-    (mean, std) = statistics(train)
     return Data(
         train=train,
         validation=validation,
         test=test,
         classes=classes,
         shape=train.shape,
-        mean=mean,
-        std=std,
         true_labels=true_labels,
     )
 

@@ -3,7 +3,6 @@
 from robustflat.evaluate.accuracy import Metrics, measure
 from robustflat.evaluate.gap import Figure, Gap, Scores, gap, overfitting, scores
 from robustflat.evaluate.intervals import wilson
-from robustflat.evaluate.loading import load_model, read_weights
 from robustflat.evaluate.result import AttackResult, Evaluation, merge
 from robustflat.evaluate.run import evaluate
 from robustflat.evaluate.verify import Verdict, judge
@@ -19,11 +18,9 @@ __all__ = [
     "evaluate",
     "gap",
     "judge",
-    "load_model",
     "measure",
     "merge",
     "overfitting",
-    "read_weights",
     "scores",
     "wilson",
 ]

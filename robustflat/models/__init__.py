@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from robustflat.models.build import MODELS, build
+from robustflat.models.loading import load_model, read_weights
 from robustflat.models.normalized import Normalize, Normalized
 from robustflat.models.resnet import preact_resnet18, wide_resnet
 from robustflat.models.small import mlp, small_cnn
@@ -13,9 +14,11 @@ __all__ = [
     "Normalize",
     "Normalized",
     "build",
+    "load_model",
     "load_state",
     "mlp",
     "preact_resnet18",
+    "read_weights",
     "small_cnn",
     "wide_resnet",
 ]

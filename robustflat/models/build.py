@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+# What the images decide, where a factory's signature names it.
+_OFFERED = ("num_classes", "in_channels", "image_size")
+
+
 def build(
     name: str,
     *,
@@ -33,7 +37,7 @@ def build(
     mean: Sequence[float],
     std: Sequence[float],
     image_size: tuple[int, int] | None = None,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Make a model that takes images in [0, 1].
 
@@ -41,13 +45,15 @@ def build(
 
     Args:
         name: A key of `MODELS`; `timm:NAME`; or `package.module:factory`, looked up with the
-            current directory importable.
+            current directory importable. A factory is called with `options`, and with
+            `num_classes`, `in_channels` and `image_size` where its signature names them; what it
+            takes through **kwargs it is given only if `options` say so.
         num_classes: Number of logits.
         in_channels: Channels of the images.
         mean: Mean per channel in [0, 1] units, for the normalisation.
         std: Standard deviation per channel, likewise.
         image_size: Height and width of the images, for the models that depend on them (`mlp`).
-        **options: The model's own options. A factory's `normalize` (default false) says whether
+        options: The model's own options. A factory's `normalize` (default false) says whether
             its result is put behind a normalisation; everything else is passed on. With timm's
             `pretrained: true` the pretrained network's own mean and std are used.
 
@@ -63,6 +69,7 @@ def build(
         raise UserError(
             f"The normalisation has {len(mean)} channels but the images have {in_channels}."
         )
+    options = dict(options or {})
     offered: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     if image_size is not None:
         offered["image_size"] = image_size
@@ -92,13 +99,10 @@ def _call(
     accepted = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     catch_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     required = {p.name for p in parameters if p.default is p.empty and p.name in accepted}
-    unknown = [] if catch_all else [key for key in options if key not in accepted]
-    if unknown:
-        valid = ", ".join(sorted(accepted - set(offered))) or "none"
-        raise UserError(
-            f"The model {name} has no option {', '.join(map(repr, unknown))}. Its options: {valid}."
-        )
-    given = {k: v for k, v in offered.items() if catch_all or k in accepted} | options
+    # Of the built-in ones the images decide these; a factory may be told otherwise.
+    free = accepted if ":" in name else accepted - set(_OFFERED)
+    _refuse_options(name, [] if catch_all else [k for k in options if k not in free], free)
+    given = {k: v for k, v in offered.items() if k in accepted} | options
     missing = sorted(required - set(given))
     if missing:
         raise UserError(f"The model {name} needs the option {', '.join(missing)}.")
@@ -115,6 +119,14 @@ def _call(
             f"The model factory {name} must return a torch.nn.Module, got {type(model).__name__}."
         )
     return model
+
+
+def _refuse_options(name: str, unknown: list[str], valid: Iterable[str]) -> None:
+    if unknown:
+        raise UserError(
+            f"The model {name} has no option {', '.join(map(repr, unknown))}. Its options: "
+            f"{', '.join(sorted(valid)) or 'none'}."
+        )
 
 
 def _factory(name: str) -> Callable[..., object]:
@@ -169,10 +181,10 @@ def _timm(
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join('timm:' + n for n in near)}?" if near else ""
         raise UserError(f"timm has no model {name!r}.{hint}")
+    fixed: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
+    _refuse_options(f"timm:{name}", [k for k in options if k in fixed], ("pretrained", "..."))
     try:
-        net: nn.Module = timm.create_model(
-            name, num_classes=num_classes, in_chans=in_channels, **options
-        )
+        net: nn.Module = timm.create_model(name, **fixed, **options)
     except Exception as error:
         raise UserError(
             f"The model timm:{name} could not be made: {type(error).__name__}: {error}"

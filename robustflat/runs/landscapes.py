@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from robustflat.errors import UserError
 from robustflat.flatness import Landscape, Progress, between, landscape
-from robustflat.runs.restore import CheckpointName, Run, WeightsName
+from robustflat.subject import Network, Subject, distinct_names
 
 
-def draw_run(
-    run: Run,
+def draw_subject(
+    subject: Subject,
     *,
-    checkpoint: CheckpointName = "last",
-    weights: WeightsName = "auto",
+    checkpoint: str | None = None,
+    weights: str | None = None,
     samples: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **settings: Any,
 ) -> Landscape:
-    """The loss around a run's weights, on fixed un-augmented training images.
+    """The loss around a subject's weights, on fixed un-augmented training images.
 
     Args:
-        run: the run.
-        checkpoint: "last" or "best".
+        subject: what is drawn.
+        checkpoint: "last" (also None, of a run) or "best".
         weights: raw, averaged, or the average if there is one.
         samples: training images to use; the configuration's for flatness if None.
         on_progress: told how far it has come.
@@ -33,27 +35,24 @@ def draw_run(
     Returns:
         The landscape; a copy is saved as ``landscape.npz`` and ``.json`` in the run's folder.
     """
-    network = run.network(checkpoint, weights)
-    x, y = run.train_tensors(samples or run.config.flatness.samples)
-    norm, eps = run.threat()
+    network = _network(subject, checkpoint, weights)
     found = landscape(
         network.model,
-        (x.to(run.device), y.to(run.device)),
-        eps=eps,
-        norm=norm,
-        batch_size=run.config.evaluate.batch_size,
+        _images(subject, samples),
+        **_attack(subject, settings),
+        batch_size=subject.evaluation.batch_size,
         on_progress=on_progress,
         **settings,
     )
-    found.save(run.folder.landscape)
+    found.save(subject.home.landscape)
     return found
 
 
 def draw_between(
-    runs: Sequence[Run],
+    subjects: Sequence[Subject],
     *,
-    checkpoint: CheckpointName = "last",
-    weights: WeightsName = "auto",
+    checkpoint: str | None = None,
+    weights: str | None = None,
     samples: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **settings: Any,
@@ -61,31 +60,49 @@ def draw_between(
     """The loss on the line through two runs' weights, or the plane through three.
 
     Args:
-        runs: two or three runs of one architecture and data set.
-        checkpoint: "last" or "best".
+        subjects: two or three of one architecture and data set.
+        checkpoint: "last" (also None, of a run) or "best".
         weights: raw, averaged, or the average if there is one.
-        samples: training images of the first run to use.
+        samples: training images of the first one to use.
         on_progress: told how far it has come.
         **settings: of :func:`robustflat.flatness.between`.
 
     Raises:
-        UserError: if there are not two or three runs, or their networks differ.
+        UserError: if there are not two or three of them, or their networks differ.
     """
-    if len(runs) not in (2, 3):
+    if len(subjects) not in (2, 3):
         raise UserError(
-            f"A landscape between runs goes through two or three of them, got {len(runs)}."
+            f"A landscape between runs goes through two or three of them, got {len(subjects)}."
         )
-    first = runs[0]
-    networks = {run.name: run.network(checkpoint, weights).model for run in runs}
-    x, y = first.train_tensors(samples or first.config.flatness.samples)
-    norm, eps = first.threat()
+    first = subjects[0]
+    names = distinct_names([subject.home.root for subject in subjects])
+    networks = {
+        name: _network(subject, checkpoint, weights).model
+        for name, subject in zip(names, subjects, strict=True)
+    }
     return between(
-        first.network(checkpoint, weights).model,
+        _network(first, checkpoint, weights).model,
         networks,
-        (x.to(first.device), y.to(first.device)),
-        eps=eps,
-        norm=norm,
-        batch_size=first.config.evaluate.batch_size,
+        _images(first, samples),
+        **_attack(first, settings),
+        batch_size=first.evaluation.batch_size,
         on_progress=on_progress,
         **settings,
     )
+
+
+def _network(subject: Subject, checkpoint: str | None, weights: str | None) -> Network:
+    return subject.network(checkpoint or ("last" if subject.is_run else None), weights)
+
+
+def _images(subject: Subject, samples: int | None) -> tuple[Tensor, Tensor]:
+    x, y = subject.train_tensors(subject.flatness.samples if samples is None else samples)
+    return x.to(subject.device), y.to(subject.device)
+
+
+def _attack(subject: Subject, settings: dict[str, Any]) -> dict[str, Any]:
+    """Norm and eps of the robust losses; of clean ones alone, nothing asks for a threat."""
+    if subject.threat is None and set(settings.get("losses", ("robust",))) == {"clean"}:
+        return {}
+    threat = subject.the_threat()
+    return {"norm": threat.norm_name, "eps": threat.eps}

@@ -13,17 +13,17 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 from robustflat.config import RunConfig, check_config
 from robustflat.errors import UserError
 from robustflat.files import write_json
-from robustflat.runs.evaluation import evaluate_run
-from robustflat.runs.flatness import measure_run
-from robustflat.runs.restore import Run
+from robustflat.runs.evaluation import Wanted, evaluate_subject
+from robustflat.runs.flatness import measure_subject
 from robustflat.study.claims import Heartbeat, release, take
 from robustflat.study.ending import CLAIMED, DONE, FAILED, STOPPED
 from robustflat.study.folder import RunFiles, begun, read_json
+from robustflat.subject import open_subject
 from robustflat.train import TrainingDivergedError, train
 
 
@@ -66,12 +66,12 @@ def _run(files: RunFiles) -> bool:
     if not finished:
         _say("stopped and saved")
         return False
-    run = Run(files.folder.root, config.device)
-    where: Literal["best", "last"] = "best" if "best" in run.checkpoints() else "last"
+    subject = open_subject(files.folder.root, device=config.device)
     _say(f"attacking with {', '.join(job['attacks'])}")
-    evaluation = evaluate_run(run, job["attacks"], checkpoints=(where,))
+    wanted = Wanted(attacks=job["attacks"], checkpoints=subject.checkpoints[:1])
+    evaluation = evaluate_subject(subject, wanted)
     _say(f"measuring {', '.join(job['measures'])}")
-    flatness = measure_run(run, job["measures"], checkpoint="last")
+    flatness = measure_subject(subject, job["measures"])
     write_json(files.measured, _summary(job, evaluation, flatness, time.monotonic() - began))
     _say("done")
     return True

@@ -160,13 +160,9 @@ class RunFolder:
         """Whether more is here than :meth:`prepare` leaves if it is killed."""
         if not self.root.is_dir():
             return False
-        first = {
-            "checkpoints",
-            self.environment_file.name,
-            "config.yaml.tmp",
-            "environment.json.tmp",
-        }
-        held = {path.name for path in self.root.iterdir()}
+        first = {"checkpoints", self.environment_file.name}
+        # What was being written aside when it was killed counts for nothing.
+        held = {path.name for path in self.root.iterdir() if path.suffix != ".tmp"}
         return not held <= first or any(self.last.parent.glob("*"))
 
     def _clear(self) -> None:

@@ -56,7 +56,7 @@ def build_model(config: RunConfig, dataset: data.Data, device: torch.device) -> 
             mean=dataset.mean,
             std=dataset.std,
             image_size=dataset.shape[1:],
-            **config.model.options,
+            options=config.model.options,
         )
     if config.model.weights is not None:
         models.load_state(model, read_tensors(config.model.weights))

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.models import Normalized, build, load_state
+from robustflat.models.build import build
 from robustflat.models.files import read_tensors
+from robustflat.models.normalized import Normalize, Normalized
+from robustflat.models.state import load_state
 
 Kind = Literal["script", "export", "weights"]
+Statistics = tuple[Sequence[float], Sequence[float]]
+
+_SUFFIXES = (".pt", ".pth", ".pt2", ".ts", ".ckpt")
 
 
 class FixedBatch(nn.Module):
@@ -42,14 +47,13 @@ def load_model(
     spec: str,
     weights: str | Path | None = None,
     *,
+    normalise: Literal["none"] | Statistics | None = None,
     num_classes: int | None = None,
     in_channels: int = 3,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
     image_size: tuple[int, int] | None = None,
+    options: Mapping[str, Any] | None = None,
     trust: bool = False,
     device: torch.device | str = "cpu",
-    **options: Any,
 ) -> nn.Module:
     """A model that takes images in [0, 1], from a name or a file.
 
@@ -57,22 +61,23 @@ def load_model(
         spec: A name that `robustflat.models.build` knows (a built-in model, "timm:NAME",
             "package.module:factory"), or the file of a TorchScript or exported program.
         weights: File of a state dict for a model given by name.
+        normalise: "none" if the network takes images in [0, 1] itself, else the mean and std per
+            channel, in [0, 1] units, that it is to be put behind. Only where weights or model
+            hold their normalisation in a form that this package knows can it be left out.
         num_classes: Number of logits; needed for names.
         in_channels: Channels of the images.
-        mean: The normalisation's mean per channel, in [0, 1] units. Not needed where the weights
-            hold it, nor for a factory, which normalises by itself.
-        std: Standard deviation likewise.
         image_size: Height and width, for the models that depend on them.
+        options: The named model's own.
         trust: Whether programs may be loaded. A TorchScript or exported program is code, and
             loading or running one can do anything that a program of yours can.
         device: Where to put it.
-        **options: The named model's own.
 
     Returns:
         The model, in eval mode if it has modes.
 
     Raises:
-        UserError: If there is no such model, or a file cannot be used.
+        UserError: If there is no such model, a file cannot be used, the model would have random
+            weights, or its normalisation is not known.
     """
     path = Path(spec)
     if path.is_file():
@@ -80,34 +85,79 @@ def load_model(
             raise UserError(
                 f"{spec} is a file; to load the weights {weights}, name a model instead of it."
             )
-        return _program(path, trust).to(device)
-    if path.suffix in (".pt", ".pth", ".pt2", ".ts", ".ckpt"):
+        net = _program(path, trust)
+    elif path.suffix in _SUFFIXES:
         raise UserError(f"There is no file {spec}.")
-    if num_classes is None:
-        raise UserError(f"The model {spec} needs num_classes, the number of its classes.")
-    given = mean is not None and std is not None
-    model = build(
-        spec,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        mean=mean or (0.0,) * in_channels,
-        std=std or (1.0,) * in_channels,
-        image_size=image_size,
-        **options,
-    )
-    if weights is not None:
-        part = load_state(model, read_weights(weights))
-        if part == "net" and isinstance(model, Normalized) and not given:
+    else:
+        net = _named(spec, weights, num_classes, in_channels, image_size, dict(options or {}))
+    if any(isinstance(module, Normalize) for module in net.modules()):
+        if normalise is not None:
             raise UserError(
-                f"{weights} holds a network without its normalisation. Give mean and std, per "
-                "channel in [0, 1] units; 0 and 1 if the network takes images in [0, 1] itself."
+                f"{weights or spec} holds its own normalisation: leave normalise (--normalise) out."
             )
-    elif not given and isinstance(model, Normalized) and not options.get("pretrained"):
+    elif normalise is None:
         raise UserError(
-            f"The model {spec} has no weights to evaluate: name a weights file (or pretrained=True "
-            "for timm)."
+            f"It cannot be read off {weights or spec} whether the network takes images in [0, 1]: "
+            "say --normalise none if it does (a normalisation of its own is inside), --normalise "
+            "data for the data set's mean and std in front of it, or MEAN/STD, such as "
+            "0.485,0.456,0.406/0.229,0.224,0.225."
         )
-    return model.to(device).eval()
+    elif normalise != "none":
+        net = Normalized(net, *normalise)
+    for module in net.modules():
+        # Not net.eval(), which exported programs refuse.
+        module.training = False
+    return net.to(device)
+
+
+def _named(
+    name: str,
+    weights: str | Path | None,
+    num_classes: int | None,
+    in_channels: int,
+    image_size: tuple[int, int] | None,
+    options: dict[str, Any],
+) -> nn.Module:
+    """A model by name with its weights; behind a normalisation only if it came with one."""
+    if num_classes is None:
+        raise UserError(f"The model {name} needs num_classes, the number of its classes.")
+    pretrained = name.startswith("timm:") and bool(options.get("pretrained"))
+    # A factory may load weights itself; what the others make without a file is random.
+    if weights is None and not pretrained and (":" not in name or name.startswith("timm:")):
+        raise UserError(
+            f"The model {name} has no weights, and random ones are not worth measuring: name a "
+            "file of them (on the command line the file, with --model), or for timm say "
+            "pretrained=true."
+        )
+    with torch.random.fork_rng(devices=[]):
+        # The same model each time, whatever of it is not in the file.
+        torch.manual_seed(0)
+        model = build(
+            name,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            mean=(0.0,) * in_channels,
+            std=(1.0,) * in_channels,
+            image_size=image_size,
+            options=options | ({"pretrained": False} if pretrained and weights else {}),
+        )
+    if weights is None:
+        known = pretrained and _is_whole(name, model, num_classes, in_channels)
+    else:
+        known = load_state(model, read_weights(weights)) == "whole"
+    # The normalisation that `build` put in front is a stand-in unless it came with the weights.
+    return model.net if isinstance(model, Normalized) and not known else model
+
+
+def _is_whole(name: str, model: nn.Module, classes: int, channels: int) -> bool:
+    """Whether timm's pretrained model brings its normalisation; its head must be pretrained."""
+    config = getattr(model.net, "pretrained_cfg", {})
+    if config.get("num_classes", classes) != classes:
+        raise UserError(
+            f"The pretrained model {name} has {config['num_classes']} classes and the data "
+            f"{classes}, so its last layer would be random. Name a file of weights for these data."
+        )
+    return len(config.get("mean", ())) == channels
 
 
 def read_weights(path: str | Path) -> Mapping[str, Any]:
@@ -117,7 +167,7 @@ def read_weights(path: str | Path) -> Mapping[str, Any]:
         UserError: If there is no such file, or it is damaged, foreign or holds anything else.
     """
     path = Path(path)
-    if path.is_file() and _kind(path) != "weights":
+    if path.is_file() and file_kind(path) != "weights":
         raise UserError(f"{path} is a program, not weights: give it as the model itself.")
     content = read_tensors(path)
     if not isinstance(content, Mapping):
@@ -127,7 +177,7 @@ def read_weights(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
-def _kind(path: Path) -> Kind:
+def file_kind(path: Path) -> Kind:
     """What a file holds, by the names in its archive; nothing of it is loaded."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -145,7 +195,7 @@ def _kind(path: Path) -> Kind:
 
 
 def _program(path: Path, trust: bool) -> nn.Module:
-    kind = _kind(path)
+    kind = file_kind(path)
     if kind == "weights":
         raise UserError(
             f"{path} is no TorchScript or exported program. If it holds weights, name their model "
