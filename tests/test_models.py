@@ -37,6 +37,9 @@ TINY = [
     ("preact_resnet18", {"width": 4, "blocks": [1, 1]}),
     ("preact_resnet18", {"width": 2}),
     ("wide_resnet", {"depth": 10, "widen": 1, "dropout": 0.3}),
+    ("wide_resnet", {"depth": 10, "widen": 1, "activation": "silu"}),
+    ("wide_resnet_silu", {"depth": 10, "widen": 1}),
+    ("wrn-16-2-silu", {"widen": 1}),
 ]
 
 
@@ -48,6 +51,13 @@ TINY = [
         # WRN-28-10: 36.48 million at 10 classes in Zagoruyko & Komodakis (36.5M, table 5).
         ("wide_resnet", {"depth": 28}, 10, 36_479_194),
         ("wide_resnet", {"depth": 16, "widen": 4}, 10, 2_748_890),
+        ("wrn-34-10", {}, 10, 46_160_474),
+        ("wrn-16-4", {}, 10, 2_748_890),
+        ("wrn-34-10", {"depth": 16, "widen": 4}, 10, 2_748_890),
+        ("wide_resnet_silu", {}, 10, 36_479_194),
+        ("wrn-28-10-silu", {}, 10, 36_479_194),
+        # Gowal et al. 2020 give 267 million for WRN-70-16.
+        ("wrn-70-16-silu", {}, 10, 266_796_506),
         # kuangliu's PreActResNet18 has 11,171,146; Rice et al. add a last BatchNorm of 2 x 512.
         ("preact_resnet18", {}, 10, 11_171_146 + 2 * 512),
         ("preact_resnet18", {}, 100, 11_171_146 + 2 * 512 + 90 * 513),
@@ -191,6 +201,93 @@ def test_blocks_follow_their_formula():
         assert torch.allclose(net(x), h @ head.weight.T + head.bias, atol=1e-10)
 
 
+def gowal_state(seed: int) -> dict[str, torch.Tensor]:
+    """A WRN-16-2 under the names of the public checkpoints of Gowal et al. and their successors."""
+    g = torch.Generator().manual_seed(seed)
+    state: dict[str, torch.Tensor] = {}
+
+    def norm(name: str, channels: int) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}.{part}"] = torch.rand(channels, generator=g) + 0.5
+
+    def conv(name: str, *shape: int) -> None:
+        state[f"{name}.weight"] = torch.randn(shape, generator=g) / 5
+
+    conv("init_conv", 16, 3, 3, 3)
+    channels = 16
+    for group, out in enumerate((32, 64, 128)):
+        for block in range(2):
+            at = f"layer.{group}.block.{block}"
+            norm(f"{at}.batchnorm_0", channels)
+            conv(f"{at}.conv_0", out, channels, 3, 3)
+            norm(f"{at}.batchnorm_1", out)
+            conv(f"{at}.conv_1", out, out, 3, 3)
+            if channels != out:
+                conv(f"{at}.shortcut", out, channels, 1, 1)
+            channels = out
+    norm("batchnorm", channels)
+    state["logits.weight"] = torch.randn(10, channels, generator=g)
+    state["logits.bias"] = torch.randn(10, generator=g)
+    return state
+
+
+def gowal_forward(p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Their forward pass, written with functions: "SAME" padding pads after where it must."""
+    functional = nn.functional
+
+    def norm(name, h):
+        mean, var, w, b = (
+            p[f"{name}.{k}"][:, None, None]
+            for k in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (h - mean) / (var + 1e-5).sqrt() * w + b
+
+    def swish(h):
+        return h * torch.sigmoid(h)
+
+    h = functional.conv2d(x, p["init_conv.weight"], padding=1)
+    for group in range(3):
+        for block in range(2):
+            at = f"layer.{group}.block.{block}"
+            a = swish(norm(f"{at}.batchnorm_0", h))
+            stride = 2 if group and not block else 1
+            side = h
+            if f"{at}.shortcut.weight" in p:
+                side = functional.conv2d(a, p[f"{at}.shortcut.weight"], stride=stride)
+            a = functional.pad(a, (0, 1, 0, 1) if stride == 2 else (1, 1, 1, 1))
+            a = functional.conv2d(a, p[f"{at}.conv_0.weight"], stride=stride)
+            a = swish(norm(f"{at}.batchnorm_1", a))
+            h = functional.conv2d(a, p[f"{at}.conv_1.weight"], padding=1) + side
+    h = swish(norm("batchnorm", h)).mean((2, 3))
+    return h @ p["logits.weight"].T + p["logits.bias"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_public_silu_networks_are_loaded_and_computed_alike(prefix):
+    state = gowal_state(0)
+    saved = {prefix + k: v for k, v in state.items()}
+    model = make("wrn-16-2-silu")
+    assert rm.load_state(model, {"model_state_dict": saved, "unaveraged_model_state_dict": {}})
+    model.double().eval()
+    x = torch.rand(3, 3, 16, 16).double()
+    normalised = (x - model.normalize.mean) / model.normalize.std
+    theirs = gowal_forward({k: v.double() for k, v in state.items()}, normalised)
+    torch.testing.assert_close(model(x), theirs, rtol=1e-10, atol=1e-10)
+    # Padding on both sides is another function of the same parameters.
+    other = make("wrn-16-2", activation="silu")
+    rm.load_state(other, saved)
+    assert not torch.allclose(other.double().eval()(x), theirs, atol=1e-3)
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.01}
+    assert {m.momentum for m in other.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_silu_is_trained_through():
+    model = make("wrn-10-1-silu")
+    x = torch.rand(2, 3, 8, 8)
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_dropout_acts_in_training_only():
     model = make("wide_resnet", depth=10, widen=1, dropout=0.5)
     x = torch.rand(4, 3, 8, 8)
@@ -218,6 +315,11 @@ def test_dropout_acts_in_training_only():
         ("preact_resnet18", {"blocks": []}, "list the number of blocks"),
         ("wide_resnet", {"depth": 30}, "6 n \\+ 4"),
         ("wide_resnet", {"dropout": 1.0}, "below 1"),
+        ("wide_resnet", {"activation": "swish"}, "relu or silu, got 'swish'"),
+        ("wrn-27-10", {}, "wide_resnet: the option depth must be 6 n"),
+        ("wrn-27-10-silu", {}, "wide_resnet_silu: the option depth must be 6 n"),
+        ("wide_resnet_silu", {"widen": 0}, "wide_resnet_silu.*widen"),
+        ("wrn-28-10-swish", {}, "Unknown model 'wrn-28-10-swish'"),
         (":factory", {}, "package.module:factory"),
         ("no_such_module:factory", {}, "no_such_module, which could not be imported"),
         ("torch.nn:Linea", {}, "no 'Linea'. Did you mean.*Linear"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from robustflat.models.build import MODELS, build
 from robustflat.models.loading import load_model, read_weights
 from robustflat.models.normalized import Normalize, Normalized
-from robustflat.models.resnet import preact_resnet18, wide_resnet
+from robustflat.models.resnet import preact_resnet18
 from robustflat.models.small import mlp, small_cnn
 from robustflat.models.state import load_state
+from robustflat.models.wide import wide_resnet, wide_resnet_silu
 
 __all__ = [
     "MODELS",
@@ -21,4 +22,5 @@ __all__ = [
     "read_weights",
     "small_cnn",
     "wide_resnet",
+    "wide_resnet_silu",
 ]

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,15 +15,19 @@ from torch import nn
 
 from robustflat.errors import UserError
 from robustflat.models.normalized import Normalized
-from robustflat.models.resnet import preact_resnet18, wide_resnet
+from robustflat.models.resnet import preact_resnet18
 from robustflat.models.small import mlp, small_cnn
+from robustflat.models.wide import wide_resnet, wide_resnet_silu
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
     "mlp": mlp,
     "preact_resnet18": preact_resnet18,
     "wide_resnet": wide_resnet,
+    "wide_resnet_silu": wide_resnet_silu,
 }
+# The names of the field: WRN-28-10 is a WideResNet of 28 layers, 10 times as wide.
+_WRN = re.compile(r"wrn-(\d+)-(\d+)(-silu)?")
 
 
 # What the images decide, where a factory's signature names it.
@@ -44,8 +49,8 @@ def build(
     Weights are initialised from torch's global generator: seed it first.
 
     Args:
-        name: A key of `MODELS`; `timm:NAME`; or `package.module:factory`, looked up with the
-            current directory importable. A factory is called with `options`, and with
+        name: A key of `MODELS`; `wrn-DEPTH-WIDEN` or `wrn-DEPTH-WIDEN-silu`; `timm:NAME`; or
+            `package.module:factory`, looked up with the current directory importable. A factory is called with `options`, and with
             `num_classes`, `in_channels` and `image_size` where its signature names them; what it
             takes through **kwargs it is given only if `options` say so.
         num_classes: Number of logits.
@@ -79,6 +84,9 @@ def build(
         normalize = options.pop("normalize", False)
         net = _call(name, _factory(name), offered, options)
         return Normalized(net, mean, std) if normalize else net
+    if wide := _WRN.fullmatch(name):
+        name = "wide_resnet_silu" if wide[3] else "wide_resnet"
+        options = {"depth": int(wide[1]), "widen": int(wide[2])} | options
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
         raise UserError(

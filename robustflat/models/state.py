@@ -23,7 +23,8 @@ def load_state(model: nn.Module, state_dict: Mapping[str, Any]) -> Literal["whol
     `{"net": ...}` around it; the prefixes of DataParallel and torch.compile; the keys of the whole
     model or of the network behind its normalisation; BatchNorm counters that are absent, as in
     files of old versions of torch (the model's own are kept); parameters that released code
-    registers but never uses (`unused_keys` of the network).
+    registers but never uses (`unused_keys` of the network), and other public names of the same
+    parameters (its `public_keys`).
 
     Args:
         model: The model to fill.
@@ -37,13 +38,15 @@ def load_state(model: nn.Module, state_dict: Mapping[str, Any]) -> Literal["whol
         UserError: If the keys or shapes do not match. The model is then unchanged.
     """
     state = _strip(_unwrap(state_dict))
+    owner = model.net if isinstance(model, Normalized) else model
+    for public, ours in getattr(owner, "public_keys", ()):
+        state = {k.replace(public, ours): v for k, v in state.items()}
     target, kind = model, "whole"
     if isinstance(model, Normalized):
         inner = model.net.state_dict().keys()
         whole = model.state_dict().keys()
         if len(inner & state.keys()) > len(whole & state.keys()):
             target, kind = model.net, "net"
-    owner = model.net if isinstance(model, Normalized) else model
     unused = tuple(getattr(owner, "unused_keys", ()))
     if unused:
         inside = tuple(f"net.{key}" for key in unused)
