@@ -50,9 +50,10 @@ def build(
 
     Args:
         name: A key of `MODELS`; `wrn-DEPTH-WIDEN` or `wrn-DEPTH-WIDEN-silu`; `timm:NAME`; or
-            `package.module:factory`, looked up with the current directory importable. A factory is called with `options`, and with
-            `num_classes`, `in_channels` and `image_size` where its signature names them; what it
-            takes through **kwargs it is given only if `options` say so.
+            `package.module:factory`, looked up with the current directory importable. A factory is
+            called with `options`, and with `num_classes`, `in_channels` and `image_size` where its
+            signature names them; what it takes through **kwargs it is given only if `options` say
+            so.
         num_classes: Number of logits.
         in_channels: Channels of the images.
         mean: Mean per channel in [0, 1] units, for the normalisation.
