@@ -198,7 +198,8 @@ def test_adaptive_sharpness_is_unchanged_by_rescaling_layers_and_others_are_not(
 )
 def test_no_value_depends_on_the_batch_size(name):
     model, data = mlp((6, 5, 4)), examples(13, (6,), 4)
-    options = {"eps": 0.05, "probes": 3, "samples": 3, "steps": 3}
+    initial = {k: v + 1 for k, v in model.state_dict().items()}
+    options = {"eps": 0.5, "probes": 3, "samples": 3, "steps": 3, "initial": initial}
     values = [
         flatness(model, data, [name], batch_size=size, **options)[name].value for size in (13, 5, 1)
     ]
@@ -281,6 +282,7 @@ def test_the_passes_stated_beforehand_are_those_made(name, restarts):
     model, data = mlp((6, 8, 4)), examples(10, (6,), 4)
     options = {"steps": 3, "samples": 2, "probes": 4, "attack": rf.pgd(eps=0.05, steps=3, restarts=restarts)}  # noqa: E501  # fmt: skip
     stated = cost([name], 10, **options)
+    options["initial"] = model.state_dict()
     spent = flatness(model, data, [name], batch_size=4, **options)[name].details["passes"]
     assert spent == pytest.approx(stated.measures[name].to_dict())
 

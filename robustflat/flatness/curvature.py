@@ -87,7 +87,7 @@ def trace(subject: Subject, options: Options, loss: LossKind, name: str) -> Figu
         ]
         value, error = mean_and_error(runs)
         return Figure(value=value, standard_error=error, details=_about(hessian, options, loss))
-    probes = _probes(subject, options, loss)
+    probes = hessian_probes(subject, options, loss)
     layers = {
         layer: dict(zip(("value", "standard_error"), column, strict=True))
         for layer, column in (
@@ -105,7 +105,7 @@ def trace(subject: Subject, options: Options, loss: LossKind, name: str) -> Figu
 
 def frobenius(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The Frobenius norm, the root of the mean of ||H z||^2 over the trace's own probes."""
-    square, error = mean_and_error([p["square"] for p in _probes(subject, options, loss)])
+    square, error = mean_and_error([p["square"] for p in hessian_probes(subject, options, loss)])
     value = math.sqrt(square)
     # The root's error to first order.
     root_error = None if error is None else error / (2 * value) if value > 0 else 0.0
@@ -205,7 +205,7 @@ def _eigenvalues(subject: Subject, name: str, loss: LossKind, compute: Any) -> F
     return Figure(value=found["eigenvalues"][0], details={"loss": loss, **found})
 
 
-def _probes(subject: Subject, options: Options, loss: LossKind) -> list[dict[str, Any]]:
+def hessian_probes(subject: Subject, options: Options, loss: LossKind) -> list[dict[str, Any]]:
     """z_l . (H z)_l of every layer and ||H z||^2, for each probe z; exact for few weights."""
     hessian = hessian_of(subject, options, loss)
     if hessian.size <= DENSE:

@@ -12,6 +12,7 @@ from torch import nn
 from robustflat.errors import UserError
 from robustflat.flatness import curvature, inputs, mechanism, sharpness
 from robustflat.flatness.closure import attack_cost
+from robustflat.flatness.complexity import COMPLEXITY, Complexity
 from robustflat.flatness.figure import Figure, Passes
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
@@ -194,6 +195,24 @@ def _once(name: str, passes: Callable[[Options, LossKind], Passes]) -> Jobs:
     return lambda options, examples: {name: passes(options, "clean")}
 
 
+def _complexity(row: Complexity) -> Measure:
+    # Measures that take the Hessian share its probes with the trace.
+    loss: LossKind = "robust" if row.curvature and row.loss != "clean" else row.loss
+    key = f"probes hutchinson/{loss}" if row.curvature else row.name
+
+    def jobs(options: Options, examples: int) -> dict[str, Passes]:
+        return _with_examples(row.loss, {key: row.passes(options)}, options)
+
+    return Measure(
+        name=row.name,
+        summary=(row.compute.__doc__ or "").splitlines()[0],
+        loss=loss,
+        compute=row.compute,
+        jobs=jobs,
+        curvature=row.curvature,
+    )
+
+
 _CURVATURE: tuple[tuple[str, str, Compute, Callable[..., dict[str, Passes]]], ...] = (
     ("hessian_max", "largest Hessian eigenvalue", curvature.maximum, _top),
     ("hessian_min", "smallest Hessian eigenvalue", curvature.minimum, _ends),
@@ -316,7 +335,8 @@ def _all() -> dict[str, Measure]:
             jobs=_once("local_linearity", inputs.linearity_passes),
         ),
     ]
-    return {m.name: m for m in (*sharp, *curved, *others, *PRESETS)}
+    complex_ = [_complexity(row) for row in COMPLEXITY]
+    return {m.name: m for m in (*sharp, *curved, *others, *complex_, *PRESETS)}
 
 
 MEASURES: dict[str, Measure] = _all()

@@ -39,6 +39,7 @@ def flatness(
     *,
     batch_size: int = 128,
     attack: InputPerturbation | None = None,
+    initial: Mapping[str, Tensor] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     store: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -58,6 +59,7 @@ def flatness(
         seed: of all random directions, probes and attack starts.
         batch_size: examples in a pass; only memory and speed depend on it.
         attack: of the robust loss, ``rf.pgd(norm, eps, steps=10)`` if None.
+        initial: the state_dict before training, for the measures of the distance from it.
         on_progress: told how far the measurement has come; may raise to stop it.
         store: a JSON file that keeps finished parts (restarts, directions, probes, eigenvalues);
             called again with it, an interrupted measurement goes on and ends with the same values.
@@ -80,7 +82,9 @@ def flatness(
     with undisturbed(model):
         limits = [s.examples for s in settings.values()]
         x, y = read_examples(data, max(limits) if all(limits) else None)  # type: ignore[type-var]
-        subjects = _Subjects(model, x, y, batch_size, seed, chosen, settings, on_progress, store)
+        subjects = _Subjects(
+            model, x, y, batch_size, seed, chosen, settings, on_progress, store, initial
+        )
         _log.info("%s", subjects.cost)
         check_model(model, x[:batch_size], y[:batch_size])
         return {measure.name: subjects.measure(measure) for measure in chosen}
@@ -221,6 +225,7 @@ class _Subjects:
         settings: Mapping[str, Options],
         on_progress: Callable[[Progress], None] | None,
         store: str | os.PathLike[str] | None,
+        initial: Mapping[str, Tensor] | None,
     ) -> None:
         self._examples = len(x)
         self._settings = settings
@@ -243,6 +248,7 @@ class _Subjects:
                 prefix=_digest(options),
                 cache=caches[options.examples],
                 count=self._count,
+                initial=initial,
             )
             for options in settings.values()
         }

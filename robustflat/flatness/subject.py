@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -32,6 +32,7 @@ class Subject:
         prefix: of this subject's keys in the store.
         cache: what measures share in memory; by keys that tell everything it depends on.
         count: told of every pass.
+        initial: the weights before training, by name, where they are known.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Subject:
         prefix: str = "",
         cache: dict[Any, Any] | None = None,
         count: Callable[[Kind, int], None] | None = None,
+        initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.x = x
         self.y = y
         self.batch_size = batch_size
         self.seed = seed
+        self.initial = initial
         self._store = Store(None, "") if store is None else store
         self._count = (lambda kind, examples: None) if count is None else count
         self._prefix = prefix
