@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robustflat.errors import TrainingDivergedError, UserError
+from robustflat.errors import ProcessLostError, TrainingDivergedError, UserError
 
 # What a command needs is imported inside it: TensorBoard, matplotlib and YAML are not for all.
 
@@ -51,6 +51,7 @@ def train(
     from robustflat.train import train as train_run
     from robustflat.train.folder import RunFolder
     from robustflat.train.loop import Listener
+    from robustflat.train.parallel import speaks
 
     settings = read_config(config, overrides or [])
 
@@ -61,6 +62,8 @@ def train(
         return told
 
     folder, finished = train_run(settings, resume=resume, overwrite=overwrite, listeners=listeners)
+    if not speaks():
+        return
     if finished:
         typer.echo(f"{folder.root}: trained. Next: robustflat evaluate {folder.root}")
     else:
@@ -363,7 +366,7 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
-    except TrainingDivergedError as error:
+    except (TrainingDivergedError, ProcessLostError) as error:
         typer.echo(f"Stopped: {error}", err=True)
         sys.exit(1)
     except SystemExit as ended:

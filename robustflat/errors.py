@@ -1,4 +1,4 @@
-"""What the command line tells without a traceback: a user's mistake, a training that diverged."""
+"""What the command line tells without a traceback: a user's mistake, a training that broke off."""
 
 from __future__ import annotations
 
@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class TrainingDivergedError(RuntimeError):
     """Loss or gradient stopped being finite; the message names the step and what can be done."""
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of the same training ended or cannot be reached."""

@@ -82,11 +82,17 @@ def update_json(path: Path, change: Callable[[Any], Any]) -> Any:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, patience: float | None = None) -> Iterator[None]:
     """Keep other processes out of ``path`` meanwhile; wait for one that is at it already.
 
+    A lock ends with the process that holds it, however that ends.
+
+    Args:
+        path: what is worked on; the lock's file lies beside it.
+        patience: seconds to wait at most; None waits as long as it takes.
+
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the folder cannot be written, or patience is at its end.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
@@ -95,7 +101,12 @@ def locked(path: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             _log.info("Waiting for another process that is at work on %s.", path)
-            lock.acquire()
+            lock.acquire(timeout=-1 if patience is None else patience)
+    except Timeout:
+        raise UserError(
+            f"Another process is at work on {path}. Wait until it ends, or end it first: two would "
+            "spoil each other's files."
+        ) from None
     except OSError as error:
         raise UserError(
             f"{path} could not be written: {error}. Free some space or choose another folder."

@@ -19,7 +19,7 @@ from robustflat.perturb import WeightPerturbation, msam, no_perturbation
 from robustflat.perturb.scales import select
 from robustflat.train.feed import Feed
 from robustflat.train.optim import lr_factor
-from robustflat.train.processes import Processes
+from robustflat.train.parallel import Processes
 from robustflat.train.setup import build_model, build_step, load_data
 
 ROOT = Path(__file__).parents[1]

@@ -37,8 +37,8 @@ def labels(images, batch_size, **options):
     order=st.sampled_from([None, 0, 7]),
 )
 def test_processes_partition_the_epoch(n, size, world, drop, order):
-    images = numbered(n)
-    if drop and n < size * world:
+    images, size = numbered(n), size * world
+    if drop and n < size:
         with pytest.raises(UserError, match="not one full batch"):
             rd.batch_count(n, size, drop_last=True, world=world)
         return
@@ -50,25 +50,32 @@ def test_processes_partition_the_epoch(n, size, world, drop, order):
     for k in range(count):
         sizes = [len(batches[k]) for batches in per_rank]
         assert min(sizes) >= 1
-        assert max(sizes) <= size
+        assert max(sizes) <= size // world
         assert max(sizes) - min(sizes) <= 1
         if k < count - 1 or drop:
-            assert sizes == [size] * world
+            assert sizes == [size // world] * world
+        shares = [rd.share(n, size, k, rank=r, world=world) for r in range(world)]
+        assert shares == pytest.approx([world * s / sum(sizes) for s in sizes])
     seen = sorted(itertools.chain.from_iterable(itertools.chain.from_iterable(per_rank)))
     if drop:
-        assert len(seen) == len(set(seen)) == n // (size * world) * size * world
+        assert len(seen) == len(set(seen)) == n // size * size
     else:
-        last = n - (count - 1) * size * world
+        last = n - (count - 1) * size
         assert set(seen) == set(range(n))
         assert len(seen) - n == max(0, world - last)
 
 
-def test_processes_together_see_the_larger_batch():
+def test_processes_together_see_the_batch_of_one():
     images = numbered(23)
     one = labels(images, 6, order=3)
-    three = [labels(images, 2, order=3, rank=r, world=3) for r in range(3)]
+    three = [labels(images, 6, order=3, rank=r, world=3) for r in range(3)]
     for k, batch in enumerate(one):
         assert sorted(batch) == sorted(itertools.chain.from_iterable(b[k] for b in three))
+
+
+def test_a_batch_size_that_the_processes_cannot_share():
+    with pytest.raises(UserError, match=r"batch size 10 .* 4 cannot .* such as 8"):
+        rd.batch_count(50, 10, world=4)
 
 
 def test_images_stay_with_their_labels():

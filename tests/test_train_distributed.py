@@ -20,7 +20,7 @@ PLAIN: dict[str, Any] = {
     "model": {"name": "small_cnn", "options": {"width": 4, "depth": 2, "batch_norm": False}},
     "attack": {"name": "pgd", "eps": 0.1, "steps": 3, "start": "zero"},
     "weights": {"name": "none"},
-    "train__batch_size": 15,
+    "train__batch_size": 30,
     "train__epochs": 2,
 }
 # What else must stay equal in both processes, BatchNorm seen twice a step among it.
@@ -49,7 +49,7 @@ import sys, torch
 from pathlib import Path
 from robustflat.config import check_config, read_config
 from robustflat.train import Trainer, train
-from robustflat.train.processes import join
+from robustflat.train.parallel import started_by_torchrun
 
 folder, names = Path(sys.argv[1]), sys.argv[2:]
 whole = Trainer.run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robustflat.data.augment import Augment
-from robustflat.data.batches import Extra, batch_count, batches
+from robustflat.data.batches import Extra, batch_count, batches, share
 from robustflat.data.extra import load_extra
 from robustflat.data.images import FileImages, Images, MemoryImages
 from robustflat.data.load import NAMES, Data, load, statistics
@@ -33,5 +33,6 @@ __all__ = [
     "load_extra",
     "mixup",
     "proportional",
+    "share",
     "statistics",
 ]

@@ -81,9 +81,9 @@ def batch_count(
 
     Args:
         size: Number of (labelled) images.
-        batch_size: Images per batch and process.
+        batch_size: Images per batch, of all processes together.
         drop_last: Whether an incomplete last batch is left out.
-        world: Number of processes.
+        world: Number of processes, which divides the batch size.
         extra: Extra images in the batches.
 
     Returns:
@@ -94,16 +94,47 @@ def batch_count(
     """
     if batch_size < 1:
         raise UserError(f"The batch size must be at least 1, got {batch_size}.")
+    if batch_size % world:
+        near = max(round(batch_size / world), 1) * world
+        raise UserError(
+            f"The batch size {batch_size} is that of all processes together, and {world} cannot "
+            f"share it evenly. Take a multiple of {world}, such as {near}."
+        )
     if extra is not None:
         extra.labelled_size(batch_size)
-    together = batch_size * world
-    count = size // together if drop_last else -(-size // together)
+    count = size // batch_size if drop_last else -(-size // batch_size)
     if count < 1:
         raise UserError(
-            f"There is not one full batch: {size} images for {world} process(es) with batches of "
-            f"{batch_size}. Take a smaller batch size."
+            f"There is not one full batch: {size} images with batches of {batch_size}. Take a "
+            "smaller batch size."
         )
     return count
+
+
+def share(
+    size: int,
+    batch_size: int,
+    k: int,
+    *,
+    rank: int,
+    world: int,
+    extra: Extra | None = None,
+) -> float:
+    """What the mean over this process's rows of batch k counts in the mean of all processes' means.
+
+    Args:
+        size: Number of (labelled) images.
+        batch_size: Images per batch, of all processes together.
+        k: The batch.
+        rank: This process.
+        world: Number of processes.
+        extra: Extra images in the batches, which fill every one up.
+
+    Returns:
+        ``world`` times this process's part of the rows; 1 where all have equally many.
+    """
+    together = batch_size if extra else max(min(size - k * batch_size, batch_size), world)
+    return world * len(range(rank, together, world)) / together
 
 
 def batches(
@@ -125,22 +156,22 @@ def batches(
     an epoch resumed with `skip` continues exactly, and skipped batches are not decoded. All
     choices are drawn on the CPU: they are the same on every device.
 
-    With several processes, consecutive runs of `batch_size * world` images of the epoch's order
-    are dealt out in turn, so together the processes see what one process with the larger batch
-    would. Every process gets equally many batches: the images of an incomplete last run are dealt
-    out as evenly as they go (sizes differ by one at most); only if there are fewer of them than
-    processes are the first of the epoch's order used again, one for each process left empty.
+    With several processes, every batch is dealt out among them in turn, so that together they see
+    what one process would (:func:`share` weights their means). Every process gets equally many
+    batches: the images of an incomplete last one are dealt out as evenly as they go (sizes differ
+    by one at most); only if there are fewer of them than processes are the first of the epoch's
+    order used again, one for each process left empty.
 
     Args:
         images: The images.
-        batch_size: Images per batch and process.
+        batch_size: Images per batch, of all processes together.
         device: Where the batches shall be.
         order: Seed of the shuffling (and of augmentation and extra images): pass another one each
             epoch. None keeps the images in their order (and draws as seed 0 does).
         augment: Random changes of the images.
         drop_last: Whether an incomplete last batch is left out.
         rank: This process, 0 to world - 1.
-        world: Number of processes.
+        world: Number of processes, which divides the batch size.
         skip: Number of leading batches to leave out.
         extra: Extra images in each batch, which then is shuffled, so that any slice of it is mixed.
 
@@ -178,7 +209,7 @@ class _Plan:
         extra: Extra | None,
     ) -> None:
         self.images = images
-        self.batch_size = batch_size
+        self.own_size = batch_size // world
         self.labelled = batch_size if extra is None else extra.labelled_size(batch_size)
         self.device = device
         self.seed = 0 if order is None else order
@@ -198,8 +229,7 @@ class _Plan:
 
     def indices(self, k: int) -> Tensor:
         """The labelled images of batch k on this process."""
-        together = self.labelled * self.world
-        run = self.sequence[k * together : (k + 1) * together]
+        run = self.sequence[k * self.labelled : (k + 1) * self.labelled]
         if len(run) < self.world:
             # More processes than images may need several rounds of the order.
             again = self.sequence.repeat(-(-self.world // len(self.sequence)))
@@ -214,10 +244,8 @@ class _Plan:
         y = self.images.labels[indices.to(self.images.labels.device)]
         if self.extra is not None:
             other = self.extra.images
-            drawn = torch.randint(
-                len(other), (self.batch_size - len(indices),), generator=generator
-            )
-            mixed = torch.randperm(self.batch_size, generator=generator).to(x.device)
+            drawn = torch.randint(len(other), (self.own_size - len(indices),), generator=generator)
+            mixed = torch.randperm(self.own_size, generator=generator).to(x.device)
             x = torch.cat([x, other.fetch(drawn).to(x.device)])[mixed]
             more = other.labels[drawn.to(other.labels.device)]
             y = torch.cat([y, more.to(y)])[mixed.to(y.device)]

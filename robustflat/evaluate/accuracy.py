@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,13 +72,28 @@ def measure(
             correct.append(right(logits, y))
     if not losses:
         raise UserError("There is no example to measure: the batches are empty.")
-    all_losses, all_correct = torch.cat(losses).cpu(), torch.cat(correct).cpu()
+    return _metrics(torch.cat(losses).cpu(), torch.cat(correct).cpu())
+
+
+def joined(parts: Sequence[Metrics]) -> Metrics:
+    """What :func:`measure` would have found on all batches at once.
+
+    Args:
+        parts: what it found on some of them each, in their order.
+
+    Returns:
+        The figures of all.
+    """
+    return _metrics(torch.cat([p.losses for p in parts]), torch.cat([p.correct for p in parts]))
+
+
+def _metrics(losses: Tensor, correct: Tensor) -> Metrics:
     return Metrics(
-        loss=float(all_losses.double().mean()),
-        accuracy=float(all_correct.double().mean()),
-        count=len(all_losses),
-        correct=all_correct,
-        losses=all_losses,
+        loss=float(losses.double().mean()),
+        accuracy=float(correct.double().mean()),
+        count=len(losses),
+        correct=correct,
+        losses=losses,
     )
 
 

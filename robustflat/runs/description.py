@@ -18,7 +18,7 @@ from robustflat.models import MODELS
 from robustflat.perturb import SCALES
 from robustflat.runs.comparison import method_of
 from robustflat.train.feed import Feed
-from robustflat.train.processes import Processes
+from robustflat.train.parallel import Processes
 from robustflat.train.setup import build_model, load_data, perturbed_parameters, resolve_device
 
 _DATA = {

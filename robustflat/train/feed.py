@@ -13,7 +13,7 @@ import robustflat.data as data
 from robustflat.config import RunConfig
 from robustflat.config.perturbations import Perturbing
 from robustflat.errors import UserError
-from robustflat.train.processes import Processes
+from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import Batch, TrainStep
 
@@ -49,7 +49,7 @@ class Feed:
         weights = config.weights
         chunk = weights.chunk if isinstance(weights, Perturbing) else None
         self._together = weights.batches if isinstance(weights, Perturbing) else 1
-        rest = len(self._images) % (config.train.batch_size * processes.world)
+        rest = len(self._images) % config.train.batch_size
         too_small = 0 < rest < processes.world * max(2, chunk or 0)
         extra = _extra_images(config, dataset, device)
         if too_small and len(self._images) == rest and chunk is not None and extra is None:

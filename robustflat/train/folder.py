@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 
 from robustflat.config import RunConfig, read_config, write_config
 from robustflat.errors import UserError
-from robustflat.files import json_safe, write_json, write_whole
+from robustflat.files import json_safe, locked, write_json, write_whole
 
 _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
 # What changes neither the weights nor the figures of a run.
@@ -98,8 +100,30 @@ class RunFolder:
                 "leaves it alone. Choose another name or empty it yourself."
             )
 
-    def prepare(self, config: RunConfig, *, resume: bool) -> None:
+    @contextmanager
+    def written_by_one(self) -> Iterator[None]:
+        """Hold the folder, which is made if need be, against every other process that writes.
+
+        Raises:
+            UserError: if another one holds it, or it cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        # A process that was just killed may need a moment to let go.
+        with locked(self.root / "training", patience=2.0):
+            yield
+
+    def prepare(
+        self, config: RunConfig, *, resume: bool, machines: Sequence[dict[str, Any]] = ()
+    ) -> None:
         """Make the folder ready, after :meth:`check`; unless ``resume``, clear an earlier run.
+
+        Args:
+            config: the run.
+            resume: leave what an earlier run left.
+            machines: :func:`machine` of every process, for environment.json.
 
         Raises:
             UserError: if the folder cannot be written.
@@ -110,14 +134,11 @@ class RunFolder:
             if self.root.is_dir():
                 self._clear()
             self.last.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.environment_file, environment())
+            write_json(self.environment_file, environment(machines or [machine("cpu")]))
             # Last and whole, because it makes this the folder of a run.
             write_config(config, self.config_file)
         except OSError as error:
-            raise UserError(
-                f"The run folder {self.root} cannot be written: {error}. Choose another output "
-                "folder."
-            ) from None
+            raise self._unwritable(error) from None
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, one for each epoch; a half-written last line is left out."""
@@ -143,6 +164,11 @@ class RunFolder:
                 "with --resume."
             ) from None
 
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"The run folder {self.root} cannot be written: {error}. Choose another output folder."
+        )
+
     def _check_same(self, config: RunConfig) -> None:
         old, new = (dict(_flatten(c.model_dump(mode="json"))) for c in (self.read_config(), config))
         different = sorted(
@@ -162,7 +188,7 @@ class RunFolder:
             return False
         first = {"checkpoints", self.environment_file.name}
         # What was being written aside when it was killed counts for nothing.
-        held = {path.name for path in self.root.iterdir() if path.suffix != ".tmp"}
+        held = {p.name for p in self.root.iterdir() if p.suffix not in (".tmp", ".lock")}
         return not held <= first or any(self.last.parent.glob("*"))
 
     def _clear(self) -> None:
@@ -176,14 +202,29 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
 
-def environment() -> dict[str, Any]:
-    """What a result may depend on beside the configuration."""
+def machine(device: str) -> dict[str, Any]:
+    """What a process computes on: its host, and the name of its GPU if ``device`` is one."""
+    on_gpu = device.startswith("cuda")
+    return {
+        "host": socket.gethostname(),
+        "device": device,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+    }
+
+
+def environment(machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a result may depend on beside the configuration.
+
+    Args:
+        machines: :func:`machine` of every process that trains together, by rank.
+    """
     return {
         "versions": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": next((m["gpu"] for m in machines if m["gpu"]), None),
+        "processes": list(machines),
         "commit": _commit(),
         "command": sys.argv,
     }

@@ -25,7 +25,7 @@ from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor, score
 from robustflat.train.optim import lr_factor
-from robustflat.train.processes import Processes
+from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed, make_deterministic
 from robustflat.train.setup import build_model, build_step
 
@@ -73,7 +73,7 @@ class Trainer:
         self.config, self.device, self.folder = config, device, folder
         self.processes = processes or Processes()
         self.listeners = listeners if self.processes.is_first else ()
-        self.stop_requested = False
+        self.stop_requested = self.requeue_requested = False
         if config.train.deterministic:
             make_deterministic()
 
@@ -81,7 +81,9 @@ class Trainer:
         self._replica: nn.Module = self.model
         if self.processes.world > 1:
             ids = [device.index] if device.type == "cuda" else None
-            self._replica = DistributedDataParallel(self.model, device_ids=ids)
+            self._replica = DistributedDataParallel(
+                self.model, device_ids=ids, broadcast_buffers=False
+            )
         self._step = build_step(config, self.model, device)
         self._weights = config.weights.build()
         average = config.train.average
@@ -93,7 +95,7 @@ class Trainer:
         splits = {"train": dataset.train.tensors(seen)}
         if dataset.validation is not None:
             splits["validation"] = dataset.validation.tensors()
-        self._monitor = Monitor(config, splits, device)
+        self._monitor = Monitor(config, splits, device, self.processes)
 
         self.epoch, self.step = 0, 0
         self.best: dict[str, Any] | None = None
@@ -101,7 +103,7 @@ class Trainer:
         self._seconds = 0.0
 
     def run(self) -> bool:
-        """Train to the end, or until a SIGTERM. Returns whether the end was reached.
+        """Train to the end, or until a SIGTERM or SIGUSR1. Returns whether the end was reached.
 
         Raises:
             TrainingDivergedError: if loss or gradient is not finite and the policy is to stop.
@@ -109,7 +111,7 @@ class Trainer:
         for listener in self.listeners:
             listener.on_start(self.config.train.epochs, self.steps_per_epoch, self.epoch)
         try:
-            with self._stop_on_sigterm():
+            with self._stop_on_signals():
                 while self.epoch < self.config.train.epochs:
                     if not self._train_epoch():
                         self._save_last()
@@ -122,18 +124,39 @@ class Trainer:
 
     def resume(self) -> bool:
         """Go on from the last checkpoint, if there is one. Returns whether there was."""
-        if self.folder is None or not self.folder.last.is_file():
+        if self.folder is None:
             return False
-        saved = load_checkpoint(self.folder.last)
+        saved: dict[str, Any] | None = None
+        with self.processes.together():
+            if self.processes.is_first and self.folder.last.is_file():
+                saved = load_checkpoint(self.folder.last)
+        # One checkpoint for all, whatever the disks of other hosts hold.
+        saved = self.processes.from_first(saved)
+        if saved is None:
+            return False
+        with self.processes.together():
+            self._go_on_from(saved, self.folder)
+        return True
+
+    def _go_on_from(self, saved: dict[str, Any], folder: RunFolder) -> None:
         try:
-            self._restore(saved)
+            world = saved["world"]
+            if world == self.processes.world:
+                self._restore(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise UserError(
-                f"The checkpoint {self.folder.last} does not fit this run: {reason}. It was not "
+                f"The checkpoint {folder.last} does not fit this run: {reason}. It was not "
                 "written by it. Train anew with --overwrite, or put the run's own back."
             ) from None
-        return True
+        if world != self.processes.world:
+            raise UserError(
+                f"The run {folder.root} was begun by {world} process(es) and cannot go on with "
+                f"{self.processes.world}: each draws its own random starts and normalises its own "
+                "rows, so the figures would be another run's. Resume it with "
+                f"{'torchrun --nproc-per-node=' + str(world) if world > 1 else 'one process'}, or "
+                "train anew with --overwrite."
+            )
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
@@ -162,17 +185,19 @@ class Trainer:
             for group in self._step.optimizer.param_groups:
                 group["lr"] = config.optimizer.lr * factor
             weights = self._weights_now(factor)
+            if weights.is_off:  # n-SAM's further batches are climbed only
+                batches = batches[:1]
             value, norm = self._step(self._replica, batches, weights, generator)
+            self.processes.share_buffers(self.model)
             self._account(value, norm)
             if self.average is not None:
                 self.average.after_step(self.model, self.epoch)
             for listener in self.listeners:
                 listener.on_step(self.epoch, self.step)
             self.step += 1
-            look = self.step % _CHECK_EVERY == 0 or self.step == self.steps_per_epoch
-            if look:
+            if self.step % _CHECK_EVERY == 0 or self.step == self.steps_per_epoch:
                 self._check_finite()
-            if (look or self.processes.world == 1) and self._should_stop():
+            if self._should_stop():
                 self._seconds += time.monotonic() - began
                 return False
             if time.monotonic() - saved_at > 60 * config.train.checkpoint_minutes:
@@ -291,6 +316,7 @@ class Trainer:
             self.folder.last,
             self._weights_state()
             | {
+                "world": self.processes.world,
                 "step": self.step,
                 "optimizer": self._step.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
@@ -302,22 +328,30 @@ class Trainer:
         )
 
     def _should_stop(self) -> bool:
-        return self.processes.any(self.stop_requested, self.device)
+        """Whether any process was asked to; all find out after the same step."""
+        wish = self.processes.greatest(self.stop_requested + self.requeue_requested)
+        self.stop_requested, self.requeue_requested = wish > 0, wish > 1
+        return self.stop_requested
 
     @contextmanager
-    def _stop_on_sigterm(self) -> Iterator[None]:
+    def _stop_on_signals(self) -> Iterator[None]:
         def request(signum: int, frame: FrameType | None) -> None:
             self.stop_requested = True
+            # Slurm's warning that the time is nearly over.
+            self.requeue_requested |= signum == signal.SIGUSR1
 
+        before = {}
         try:
-            before = signal.signal(signal.SIGTERM, request)
+            for which in (signal.SIGTERM, signal.SIGUSR1):
+                before[which] = signal.signal(which, request)
         except ValueError:  # not in the main thread, where signals are somebody else's
             yield
             return
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for which, handler in before.items():
+                signal.signal(which, handler)
 
 
 def _with_radius(method: WeightPerturbation | msam, factor: float) -> WeightPerturbation | msam:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,19 +10,24 @@ from torch import Tensor, nn
 from robustflat.config import RunConfig
 from robustflat.config.perturbations import NoAttackConfig
 from robustflat.data.split import proportional
-from robustflat.evaluate.accuracy import measure
+from robustflat.evaluate.accuracy import Metrics, joined, measure
 from robustflat.flatness import flatness
 from robustflat.perturb import InputPerturbation, evaluating, pgd
+from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed
 
 
 class Monitor:
     """Clean and robust loss and accuracy on fixed images, in eval mode, at the centre weights.
 
+    Several processes share the batches (and the flatness measures) among them; the figures are
+    those of one process, and every process gets them.
+
     Args:
         config: of the run; the attack has its norm and eps and ``monitor.steps`` steps.
         splits: images and labels of each split, ``[N, C, H, W]`` in [0, 1] and ``[N]``.
         device: where to compute.
+        processes: this process among those that train together.
     """
 
     def __init__(
@@ -31,8 +35,10 @@ class Monitor:
         config: RunConfig,
         splits: dict[str, tuple[Tensor, Tensor]],
         device: torch.device,
+        processes: Processes,
     ) -> None:
         self._splits = splits
+        self._processes = processes
         self._device = device
         self._seed = config.seed
         self._config = config.monitor
@@ -41,7 +47,23 @@ class Monitor:
 
     def __call__(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Measure every split, always with the same random starts."""
-        return {name: self._measure(model, *split) for name, split in self._splits.items()}
+        size, world = self._batch_size, self._processes.world
+        batches = [(s, at) for s, (_, y) in self._splits.items() for at in range(0, len(y), size)]
+        own = {
+            (split, at): self._measure(model, split, slice(at, at + size))
+            for split, at in batches[self._processes.rank :: world]
+        }
+        found = {key: pair for part in self._processes.gather(own) for key, pair in part.items()}
+        measured: dict[str, dict[str, float]] = {}
+        for split in self._splits:
+            parts = [found[key] for key in batches if key[0] == split]
+            clean = joined([pair[0] for pair in parts])
+            measured[split] = {"clean_accuracy": clean.accuracy, "clean_loss": clean.loss}
+            if self.attack is not None:
+                robust = joined([pair[1] for pair in parts])
+                measured[split]["robust_accuracy"] = robust.accuracy
+                measured[split]["robust_loss"] = robust.loss
+        return measured
 
     def flatness(self, model: nn.Module) -> dict[str, float | None]:
         """The configured flatness measures, on training images; no bit of the training changes."""
@@ -52,31 +74,29 @@ class Monitor:
         x, y = x[chosen].to(self._device), y[chosen].to(self._device)
         # Without a training attack eps is 0, and the robust loss is the clean one.
         attack = self.attack or pgd("linf", 0.0)
+        own = self._config.flatness[self._processes.rank :: self._processes.world]
         with evaluating(model):
-            found = flatness(
+            figures = own and flatness(
                 model,
                 (x, y),
-                self._config.flatness,
+                own,
                 seed=self._seed,
                 batch_size=self._batch_size,
                 attack=attack,
             )
-        return {name: figure.value for name, figure in found.items()}
+        values = {name: figure.value for name, figure in figures.items()} if own else {}
+        found = {name: v for part in self._processes.gather(values) for name, v in part.items()}
+        return {name: found[name] for name in self._config.flatness}
 
-    def _measure(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for rows in range(0, len(y), self._batch_size):
-                part = slice(rows, rows + self._batch_size)
-                yield x[part].to(self._device), y[part].to(self._device)
-
-        clean = measure(model, batches())
-        found = {"clean_accuracy": clean.accuracy, "clean_loss": clean.loss}
-        if self.attack is not None:
-            generator = torch.Generator(self._device)
-            generator.manual_seed(derived_seed(self._seed, "monitor"))
-            robust = measure(model, batches(), attack=self.attack, generator=generator)
-            found |= {"robust_accuracy": robust.accuracy, "robust_loss": robust.loss}
-        return found
+    def _measure(self, model: nn.Module, split: str, rows: slice) -> list[Metrics]:
+        """What the clean images of a batch give, and the attacked ones if there is an attack."""
+        x, y = (t[rows].to(self._device) for t in self._splits[split])
+        clean = measure(model, [(x, y)])
+        if self.attack is None:
+            return [clean]
+        generator = torch.Generator(self._device)
+        generator.manual_seed(derived_seed(self._seed, "monitor", rows.start))
+        return [clean, measure(model, [(x, y)], self.attack, generator)]
 
 
 def monitoring_attack(config: RunConfig, steps: int) -> InputPerturbation | None:

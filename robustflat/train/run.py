@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from robustflat.config import RunConfig
-from robustflat.train.folder import RunFolder
+from robustflat.data import Data
+from robustflat.errors import UserError
+from robustflat.train.folder import RunFolder, machine
 from robustflat.train.loop import Listener, Trainer
-from robustflat.train.processes import join
-from robustflat.train.setup import load_data, resolve_device, use_threads
+from robustflat.train.parallel import Processes, joined, was_restarted
+from robustflat.train.setup import load_data, use_threads
 
 
 def train(
@@ -22,7 +27,7 @@ def train(
     """Train a run in the folder ``output/name``.
 
     Started by torchrun, all processes train one model with DistributedDataParallel and the first
-    writes.
+    writes. Started again by torchrun (``--max-restarts``) or Slurm, the run is resumed.
 
     Args:
         config: the run.
@@ -31,36 +36,71 @@ def train(
         listeners: makes those who are told of steps and epochs.
 
     Returns:
-        The folder, and whether the training reached its end (it does not after a SIGTERM).
+        The folder, and whether the training reached its end (it does not after a SIGTERM, nor
+        after a SIGUSR1, which under Slurm also has the job requeued).
 
     Raises:
         UserError: if anything named in ``config`` cannot be used, or the folder is in use.
         TrainingDivergedError: if loss or gradient is not finite and the policy is to stop.
+        ProcessLostError: if another process ended or cannot be reached.
     """
+    resume = resume or was_restarted()
+    overwrite = overwrite and not resume
     use_threads(config)
-    processes = join()
     folder = RunFolder(Path(config.output) / config.name)
-    device = resolve_device(config.device, processes.local_rank)
-    if processes.is_first:
-        folder.check(config, resume=resume, overwrite=overwrite)
-        dataset = load_data(config)
-        processes.wait()
-    else:
-        # The first process may be downloading what the others then find.
-        processes.wait()
-        dataset = load_data(config)
-    trainer = Trainer(
-        config,
-        dataset,
-        device,
-        folder=folder,
-        processes=processes,
-        listeners=listeners(folder) if processes.is_first else (),
-    )
-    # Only now that everything is known to fit is anything written, or an earlier run cleared.
-    if processes.is_first:
-        folder.prepare(config, resume=resume)
-    processes.wait()
-    if resume:
-        trainer.resume()
-    return folder, trainer.run()
+    with joined(config.device) as (processes, device):
+        with processes.together():
+            if processes.is_first:
+                folder.check(config, resume=resume, overwrite=overwrite)
+        dataset = _load_once(config, processes)
+        with processes.together():
+            trainer = Trainer(
+                config,
+                dataset,
+                device,
+                folder=folder,
+                processes=processes,
+                listeners=listeners(folder) if processes.is_first else (),
+            )
+        machines = processes.gather(machine(str(device)))
+        with folder.written_by_one() if processes.is_first else nullcontext():
+            # Only now that everything is known to fit is anything written, or an earlier run
+            # cleared.
+            with processes.together():
+                if processes.is_first:
+                    # Again: another process may have begun it before this one held the folder.
+                    folder.check(config, resume=resume, overwrite=overwrite)
+                    folder.prepare(config, resume=resume, machines=machines)
+            if resume:
+                trainer.resume()
+            finished = trainer.run()
+        if trainer.requeue_requested and processes.is_first and not finished:
+            _requeue()
+    return folder, finished
+
+
+def _load_once(config: RunConfig, processes: Processes) -> Data:
+    """The images: the first process of every host may have to fetch what the others then find."""
+    with processes.together():
+        dataset = load_data(config) if processes.local_rank == 0 else None
+    with processes.together():
+        return dataset or load_data(config)
+
+
+def _requeue() -> None:
+    """Ask Slurm to start this job again.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        raise UserError(
+            f"The run is saved, but Slurm's job {job} could not be requeued: {reason.strip()}. "
+            "Submit it again with --resume."
+        ) from None
