@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from robustflat.train import Trainer, TrainingDivergedError, train
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder, json_safe
 from robustflat.train.monitor import Monitor
+from robustflat.train.parallel import Processes
 from robustflat.train.setup import build_model, load_data
 from robustflat.train.step import Batch
 
@@ -261,12 +263,12 @@ def test_flatness_is_watched_on_images_of_every_class(monkeypatch: pytest.Monkey
     x = torch.rand(60, 1, 8, 8)
     seen: list[Tensor] = []
 
-    def measured(model: nn.Module, data: tuple[Tensor, Tensor], *_: Any, **__: Any) -> Any:
+    def measured(model: nn.Module, data: tuple[Tensor, Tensor], names: Any, **_: Any) -> Any:
         seen.append(data[1])
-        return {}
+        return {name: SimpleNamespace(value=1.0) for name in names}
 
     monkeypatch.setattr("robustflat.train.monitor.flatness", measured)
-    monitor = Monitor(config(monitor__flatness_samples=20), {"train": (x, y)}, CPU)
+    monitor = Monitor(config(monitor__flatness_samples=20), {"train": (x, y)}, CPU, Processes())
     monitor.flatness(nn.Linear(1, 1))
     assert torch.bincount(seen[0], minlength=10).tolist() == [2] * 10
 
@@ -627,6 +629,6 @@ def test_a_folder_that_cannot_be(tmp_path: Path, output: str) -> None:
 
 def test_a_folder_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="could not be written"):
         train(config(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +51,13 @@ import sys, torch
 from pathlib import Path
 from robustflat.config import check_config, read_config
 from robustflat.train import Trainer, train
-from robustflat.train.parallel import started_by_torchrun
 
 folder, names = Path(sys.argv[1]), sys.argv[2:]
 whole = Trainer.run
 
 def run(self):
     finished = whole(self)
-    rank = join().rank
+    rank = self.processes.rank
     state = {"model": dict(self.model.named_parameters()), "average": None}
     if self.average is not None:
         state["average"] = dict(self.average.model.named_parameters())
@@ -89,14 +90,18 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     output = tmp_path_factory.mktemp("plain")
     path = write(output / "c.yaml", **PLAIN)
     said = torchrun("-m", "robustflat", "train", str(path))
-    assert "trained" in said
+    assert said.count("trained. Next:") == 1
     return RunFolder(output / "run")
 
 
 def test_two_processes_leave_one_whole_run(plain: RunFolder) -> None:
     found = rows(plain)
     assert [row["epoch"] for row in found] == [1, 2]
-    assert [row["steps"] for row in found] == [2, 4]  # 60 images by twice 15
+    assert [row["steps"] for row in found] == [2, 4]  # 60 images by 30
+    assert [row["skipped_steps"] for row in found] == [0, 0]
+    environment = json.loads(plain.environment_file.read_text())
+    assert [m["device"] for m in environment["processes"]] == ["cpu", "cpu"]
+    assert environment["processes"][0]["host"] == socket.gethostname()
     assert plain.best.is_file()
     assert plain.last.is_file()
     assert saved(plain.last)["epoch"] == 2

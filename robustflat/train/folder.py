@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -100,20 +100,14 @@ class RunFolder:
                 "leaves it alone. Choose another name or empty it yourself."
             )
 
-    @contextmanager
-    def written_by_one(self) -> Iterator[None]:
-        """Hold the folder, which is made if need be, against every other process that writes.
+    def written_by_one(self) -> AbstractContextManager[None]:
+        """Hold the folder against every other process that trains in it.
 
         Raises:
-            UserError: if another one holds it, or it cannot be made.
+            UserError: on entering, if another one holds it, or it cannot be written.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from None
         # A process that was just killed may need a moment to let go.
-        with locked(self.root / "training", patience=2.0):
-            yield
+        return locked(self.root, patience=2.0)
 
     def prepare(
         self, config: RunConfig, *, resume: bool, machines: Sequence[dict[str, Any]] = ()
@@ -188,7 +182,7 @@ class RunFolder:
             return False
         first = {"checkpoints", self.environment_file.name}
         # What was being written aside when it was killed counts for nothing.
-        held = {p.name for p in self.root.iterdir() if p.suffix not in (".tmp", ".lock")}
+        held = {p.name for p in self.root.iterdir() if p.suffix != ".tmp"}
         return not held <= first or any(self.last.parent.glob("*"))
 
     def _clear(self) -> None:

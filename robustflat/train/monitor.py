@@ -76,15 +76,19 @@ class Monitor:
         attack = self.attack or pgd("linf", 0.0)
         own = self._config.flatness[self._processes.rank :: self._processes.world]
         with evaluating(model):
-            figures = own and flatness(
-                model,
-                (x, y),
-                own,
-                seed=self._seed,
-                batch_size=self._batch_size,
-                attack=attack,
+            figures = (
+                {}
+                if not own
+                else flatness(
+                    model,
+                    (x, y),
+                    own,
+                    seed=self._seed,
+                    batch_size=self._batch_size,
+                    attack=attack,
+                )
             )
-        values = {name: figure.value for name, figure in figures.items()} if own else {}
+        values = {name: figure.value for name, figure in figures.items()}
         found = {name: v for part in self._processes.gather(values) for name, v in part.items()}
         return {name: found[name] for name in self._config.flatness}
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from robustflat.errors import ProcessLostError, TrainingDivergedError, UserError
@@ -183,7 +184,7 @@ def joined(name: str) -> Iterator[tuple[Processes, torch.device]]:
     if processes.world == 1:
         yield processes, resolve_device(device_name(name, processes, torch.cuda.device_count()))
         return
-    store = dist.PrefixStore(f"robustflat-{next(_meetings)}", _store())
+    store = PrefixStore(f"robustflat-{next(_meetings)}", _store())
     try:
         # Before anyone waits for the others, so that a wrong device is told at once.
         place = resolve_device(device_name(name, processes, torch.cuda.device_count()))
@@ -231,7 +232,7 @@ def _is_gloo(error: RuntimeError) -> bool:
     return "gloo" in text or "connection closed by peer" in text
 
 
-def _is_first_to_speak(store: dist.Store) -> bool:
+def _is_first_to_speak(store: Store) -> bool:
     try:
         return store.add("spoken", 1) == 1
     except RuntimeError:  # the store was in the process that ended
@@ -239,7 +240,7 @@ def _is_first_to_speak(store: dist.Store) -> bool:
 
 
 @cache
-def _store() -> dist.Store:
+def _store() -> Store:
     store, _, _ = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     return store
 

@@ -70,14 +70,14 @@ def use_threads(config: RunConfig) -> None:
         torch.set_num_threads(config.threads)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is a GPU if there is one, else the CPU.
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called ``name``; "auto" is this process's GPU if there is one, else the CPU.
 
     Raises:
         UserError: if there is no such device.
     """
     if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
