@@ -14,8 +14,9 @@ from torch import nn
 
 import robustflat as rf
 from robustflat.errors import UserError
-from robustflat.evaluate import evaluate, run
-from robustflat.evaluate.attacks import Threat, plan
+from robustflat.evaluate import evaluate, evaluation
+from robustflat.evaluate.attacks import plan
+from robustflat.evaluate.threat import Task
 from robustflat.perturb import Ball
 
 
@@ -41,14 +42,14 @@ def compare(monkeypatch, driver_class, version, norm, eps, *, attacks=None, coun
     """Run both; every adversarial image and every outcome must be the same, to the last bit."""
     model, (x, y) = trained(), held_out(count)
     seen = []
-    judge = run.judge
+    judge = evaluation.judge
 
     def spy(model, x, candidate, y, **kwargs):
         verdict = judge(model, x, candidate, y, **kwargs)
         seen.extend((c, v) for c, v in zip(candidate, verdict.broken, strict=True) if v)
         return verdict
 
-    monkeypatch.setattr(run, "judge", spy)
+    monkeypatch.setattr(evaluation, "judge", spy)
     name = f"autoattack:{version}" + (f"={','.join(attacks)}" if attacks else "")
     result = evaluate(model, (x, y), [name], norm, eps, seed=3, batch_size=batch, sanity=0)
     driver = driver_class(
@@ -115,14 +116,14 @@ def test_fab_has_the_restarts_and_targets_of_the_official_driver(monkeypatch):
     for classes, targets in ((10, 9), (5, 4)):
         model = linear(classes, (1, 4, 4))
         x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-        threat = Threat(norm=float("inf"), eps=0.1, classes=classes, shape=(1, 4, 4))
+        threat = Task(norm=float("inf"), eps=0.1, classes=classes, shape=(1, 4, 4))
         for version, expected in (
             ("standard", [(True, 1, targets)]),
             ("plus", [(False, 5, 9), (True, 1, targets)]),
             ("custom=fab-t", [(True, 1, targets)]),
         ):
             calls.clear()
-            for attack in plan([f"autoattack:{version}"], threat).attacks:
+            for attack in plan([f"autoattack:{version}"], threat)[0].attacks:
                 if attack.name.startswith("fab"):
                     attack.run(model, x, model(x).argmax(1), 0)
             assert calls == expected
@@ -174,8 +175,15 @@ def test_a_kill_inside_autoattack_resumes_to_the_same_outcomes(short, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, data, **arguments, on_progress=interrupt)
-    with pytest.raises(UserError, match="apgd-ce, which was interrupted"):
-        evaluate(model, data, ["fgsm"], **arguments)
+    # What was interrupted waits, does not count, and is not forgotten.
+    other = evaluate(model, data, ["fgsm"], **arguments)
+    assert list(other.attacks) == ["fgsm"]
+    assert "apgd-ce was interrupted" in other.warnings[0]
+    assert other.robust_accuracy == other.attacks["fgsm"].accuracy
+    again = evaluate(model, data, **arguments)
+    assert not again.warnings
+    for name, attack in whole.attacks.items():
+        assert again.attacks[name].accuracy == attack.accuracy
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 9])
@@ -301,7 +309,7 @@ def test_torchattacks_on_a_model_without_parameters_and_on_one_it_cannot_attack(
 
 
 def test_every_form_of_a_request_names_the_same_attack_once():
-    threat = Threat(norm=float("inf"), eps=0.1, classes=10, shape=(1, 8, 8))
+    threat = Task(norm=float("inf"), eps=0.1, classes=10, shape=(1, 8, 8))
     same = [
         "pgd-20",
         "pgd",
@@ -310,7 +318,7 @@ def test_every_form_of_a_request_names_the_same_attack_once():
         {"name": "pgd", "steps": 20},
         rf.pgd(eps=0.1, steps=20),
     ]
-    assert [a.name for a in plan(same, threat).attacks] == ["pgd-20"]
+    assert [s.name for s in plan(same, threat)] == ["pgd-20"]
     different = [
         "pgd-20-2",
         "pgd-20:dlr",
@@ -318,9 +326,9 @@ def test_every_form_of_a_request_names_the_same_attack_once():
         rf.pgd(eps=0.1, steps=20, keep="best"),
         "fgsm",
     ]
-    assert len(plan(different, threat).attacks) == 5
+    assert len(plan(different, threat)) == 5
     listed = {"name": "autoattack", "version": "custom", "attacks": ["apgd-ce", "square"]}
-    a, b = plan([listed], threat), plan(["autoattack:custom=apgd-ce,square"], threat)
+    (a,), (b,) = plan([listed], threat), plan(["autoattack:custom=apgd-ce,square"], threat)
     assert [x.identity for x in a.attacks] == [x.identity for x in b.attacks]
     assert [x.black_box for x in a.attacks] == [False, True]
 
@@ -336,8 +344,8 @@ def test_restarts_are_a_worst_case_and_each_attacks_only_what_stands():
             return self.net(x)
 
     model, (x, y) = Counting(trained()).eval(), held_out(40)
-    threat = Threat(norm=float("inf"), eps=0.2, classes=10, shape=(1, 8, 8))
-    (attack,) = plan(["pgd-1-4"], threat).attacks
+    threat = Task(norm=float("inf"), eps=0.2, classes=10, shape=(1, 8, 8))
+    (attack,) = plan(["pgd-1-4"], threat)[0].attacks
     right = model(x).argmax(1) == y
     x, y = x[right], y[right]
     model.rows.clear()
@@ -349,3 +357,62 @@ def test_restarts_are_a_worst_case_and_each_attacks_only_what_stands():
     assert int(broken.sum()) > len(x) - model.rows[2], "later restarts add to the first"
     size = Ball(float("inf"), 1.0, "row").size([x_adv - x])[0]
     assert float(size.max()) <= 0.2 + 1e-6
+
+
+def test_autoattack_does_not_depend_on_what_was_asked_for_before_it(short, tmp_path):
+    """Attacked are all that the model classifies, in the official driver's own batches."""
+    model, data = trained(), held_out(20)
+    arguments = {"eps": 0.2, "batch_size": 6, "sanity": 0}
+    alone = evaluate(model, data, **arguments)
+    evaluate(model, data, ["pgd-5"], **arguments, store=tmp_path)
+    after = evaluate(model, data, ["autoattack"], **arguments, store=tmp_path)
+    assert list(after.suites) == ["pgd-5", "autoattack"]
+    assert after.suites["autoattack"].accuracy == alone.suites["autoattack"].accuracy
+    assert alone.suites["autoattack"].accuracy == alone.attacks["square"].accuracy
+    assert alone.suites["autoattack"].attacks == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    for name, attack in alone.attacks.items():
+        for key in ("accuracy", "attacked", "broken", "after"):
+            assert getattr(after.attacks[name], key) == getattr(attack, key)
+    assert after.robust_accuracy <= alone.robust_accuracy
+
+
+def test_components_are_attacks_by_name_with_the_settings_of_standard(short):
+    model, data = trained(), held_out(20)
+    both = evaluate(model, data, ["apgd-ce", "autoattack:fast"], eps=0.2, sanity=0)
+    assert list(both.attacks) == ["apgd-ce", "apgd-t"], "the first is the same in both"
+    alone = evaluate(model, data, ["apgd-t"], eps=0.2, sanity=0)
+    assert alone.attacks["apgd-t"].alone is not None
+    assert both.attacks["apgd-t"].after == "apgd-ce"
+    with pytest.raises(UserError, match="no option"):
+        evaluate(model, data, [{"name": "apgd-ce", "steps": 3}], eps=0.2, sanity=0)
+
+
+def test_notes_on_few_classes_stay_when_another_attack_is_added(short, tmp_path):
+    model = linear(3, (1, 8, 8))
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    y = model(x).argmax(1)
+    arguments = {"eps": 0.02, "sanity": 0, "store": tmp_path}
+    (note,) = evaluate(model, (x, y), **arguments).warnings
+    assert evaluate(model, (x, y), ["fgsm"], **arguments).warnings == [note]
+
+
+@pytest.mark.parametrize("name", ["pgd-5-2", "pgd-4:kl", "apgd-ce", "apgd-t", "fab-t", "square"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_an_attack_takes_is_at_most_what_was_said(name, norm):
+    class Counting(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.units = net, 0.0
+
+        def forward(self, x):
+            self.units += (2 if x.requires_grad and torch.is_grad_enabled() else 1) * len(x)
+            return self.net(x)
+
+    model = Counting(linear(4, (1, 5, 5))).eval()
+    x = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    task = Task(norm=float("inf") if norm == "linf" else 2.0, eps=1e-4, classes=4, shape=(1, 5, 5))
+    (suite,) = plan([name], task)
+    model.units = 0
+    suite.attacks[0].run(model, x, y, 0)
+    assert 0.3 * suite.attacks[0].passes <= model.units / len(x) <= suite.attacks[0].passes

@@ -7,8 +7,8 @@ from evaluate_support import digits, held_out, trained
 from torch import nn
 
 from robustflat.evaluate import evaluate
-from robustflat.evaluate.outcomes import Record
-from robustflat.evaluate.sanity import from_record
+from robustflat.evaluate.doubts import of_record
+from robustflat.evaluate.record import Record
 
 WORDS = {
     "softmax": "look like probabilities",
@@ -167,24 +167,57 @@ def test_a_larger_eps_that_does_less():
     assert "eps" in findings(Hides(sound).eval(), data, eps=0.2)
 
 
-def test_black_box_after_white_box_is_read_from_the_outcomes():
-    def record(broken):
-        outcomes = torch.full((1000,), -1, dtype=torch.int8)
-        made = Record(settings={}, outcomes=outcomes)
-        made.add("apgd-ce", {"a": 1})
-        made.add("square", {"a": 2}, black_box=True)
-        made.outcomes[:100] = 0
-        made.outcomes[100 : 100 + broken] = 1
-        return made
+def record_of(*broken, after=True):
+    """A record of 1,000 examples: APGD broke the first 100, Square these besides."""
+    made = Record(settings={}, right=torch.ones(1000, dtype=torch.bool))
+    made.add("apgd-ce", {"attack": "autoattack:apgd-ce"})
+    made.add("square", {"attack": "autoattack:square"}, 0 if after else None, black_box=True)
+    made.entries[0].broke, made.entries[1].broke = list(range(100)), list(broken)
+    for entry in made.entries:
+        entry.finished = True
+    return made
 
+
+def test_black_box_after_white_box_is_read_from_the_outcomes():
     # AutoAttack's own threshold is 0.2 %.
-    assert from_record(record(2)) == []
-    (sentence,) = from_record(record(3))
+    assert of_record(record_of(*range(100, 102))) == []
+    (sentence,) = of_record(record_of(*range(100, 103)))
     assert "square broke 3 of 1000" in sentence
-    alone = Record(settings={}, outcomes=torch.full((10,), -1, dtype=torch.int8))
-    alone.add("square", {}, black_box=True)
-    alone.outcomes[:5] = 0
-    assert from_record(alone) == []
+    # What Square breaks on its own counts only where attacks with gradients did not.
+    assert of_record(record_of(*range(102), after=False)) == []
+    (sentence,) = of_record(record_of(*range(50, 103), after=False))
+    assert "square broke 3 of 1000" in sentence
+    alone = Record(settings={}, right=torch.ones(10, dtype=torch.bool))
+    alone.add("square", {"attack": "autoattack:square"}, black_box=True)
+    alone.entries[0].broke, alone.entries[0].finished = list(range(5)), True
+    assert of_record(alone) == []
+
+
+def test_square_withdraws_or_confirms_a_suspicion_of_masked_gradients():
+    suspicion = ["masking", "more steps are not stronger, so gradients are probably masked."]
+    fact = ["", "Two passes over the same images gave different outputs."]
+    for broken, words in (((), 1), (range(100, 102), 1), (range(100, 103), 3)):
+        record = record_of(*broken)
+        record.probes = [suspicion, fact]
+        found = of_record(record)
+        assert len(found) == words
+        assert fact[1] in found
+        assert (suspicion[1] in found) == (words == 3)
+    # Without the whole of Square there is no evidence.
+    record = record_of()
+    record.entries[1].finished = False
+    record.probes = [suspicion]
+    assert suspicion[1] in of_record(record)
+
+
+def test_an_undertrained_model_is_not_called_masked_once_square_breaks_no_more(monkeypatch):
+    from robustflat.evaluate import doubts
+
+    monkeypatch.setattr(doubts, "_ladder", lambda *a: ["gradients are probably masked"])
+    data = held_out(24)
+    arguments = {"eps": 0.05, "sanity": 4}
+    assert evaluate(trained(), data, ["pgd-2"], **arguments).warnings
+    assert not evaluate(trained(), data, ["apgd-ce", "square"], **arguments).warnings
 
 
 def test_the_checks_can_be_left_out():

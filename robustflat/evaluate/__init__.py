@@ -1,11 +1,13 @@
-"""How well a model withstands attacks: accuracy, AutoAttack and others, sanity checks, the gap."""
+"""How well a model withstands attacks: accuracy, AutoAttack and others, doubts, the gap."""
 
 from robustflat.evaluate.accuracy import Metrics, measure
-from robustflat.evaluate.gap import Figure, Gap, Scores, gap, overfitting, scores
+from robustflat.evaluate.evaluation import evaluate
+from robustflat.evaluate.gaps import Figure, Gap, Scores, gap, overfitting, scores
 from robustflat.evaluate.intervals import wilson
-from robustflat.evaluate.result import AttackResult, Evaluation, merge
-from robustflat.evaluate.run import evaluate
-from robustflat.evaluate.verify import Verdict, judge
+from robustflat.evaluate.result import AttackResult, Evaluation, SuiteResult, merge
+from robustflat.evaluate.team import Team
+from robustflat.evaluate.threat import Threat
+from robustflat.evaluate.verdict import Verdict, judge
 
 __all__ = [
     "AttackResult",
@@ -14,6 +16,9 @@ __all__ = [
     "Gap",
     "Metrics",
     "Scores",
+    "SuiteResult",
+    "Team",
+    "Threat",
     "Verdict",
     "evaluate",
     "gap",

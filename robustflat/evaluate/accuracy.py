@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.evaluate.hold import device_of
+from robustflat.evaluate.frozen import device_of
 from robustflat.perturb import InputPerturbation, buffers_kept, evaluating
 
 

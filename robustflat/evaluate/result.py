@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from robustflat.errors import UserError
-from robustflat.evaluate import outcomes
+from robustflat.evaluate import doubts
 from robustflat.evaluate.intervals import LEVEL, Interval, wilson
-from robustflat.evaluate.outcomes import MISCLASSIFIED, Record
+from robustflat.evaluate.record import Record, load, merged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,24 +19,42 @@ class AttackResult:
     """What one attack did.
 
     Attributes:
-        accuracy: Share of all examples still correct after this attack and all before it, as
-            AutoAttack prints it.
+        accuracy: Share of all examples still correct after this attack and those that it follows,
+            as AutoAttack prints it.
         interval: Wilson's 95 % interval for it.
-        alone: Share of all examples still correct after this attack alone; None unless it ran on
-            every example that the model classifies, as the first attack does.
+        alone: The same where it follows none: the share still correct after this attack alone.
+        after: The attack on whose survivors it ran; None if on all that the model classifies.
         attacked: How many examples it ran on: those that stood when it began.
         broken: How many of those it broke.
         outside: How many of the images it returned lay outside the ball or the box.
         seconds: Time spent, over all runs that this one resumed.
+        options: All its parameters.
     """
 
     accuracy: float
     interval: Interval
     alone: float | None
+    after: str | None
     attacked: int
     broken: int
     outside: int
     seconds: float
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteResult:
+    """What the attacks did that were asked for together, such as AutoAttack.
+
+    Attributes:
+        accuracy: Share of all examples that none of them broke.
+        interval: Wilson's 95 % interval for it.
+        attacks: Their names, in their order.
+    """
+
+    accuracy: float
+    interval: Interval
+    attacks: list[str]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,8 +68,9 @@ class Evaluation:
         robust_accuracy: Share that no attack broke: the worst case per example.
         robust_interval: Wilson's 95 % interval for it.
         attacks: By name, in the order they ran.
-        outcomes: int8 [N]: position in `attacks` of the one that broke the example, -1 if it still
-            stands, -2 if it was misclassified without any attack.
+        suites: By what was asked for: "pgd-20", "autoattack", ...
+        outcomes: int16 [N]: position in `attacks` of the first one that broke the example, -1 if
+            it still stands, -2 if it was misclassified without any attack.
         warnings: Reasons to doubt the figures, and what was left out; one sentence each.
         settings: What the figures depend on: norm, eps, seed, batch_size, samples, shard, classes,
             and, if outcomes were stored, SHA-256 of data, of all labels and of the model (else,
@@ -64,6 +83,7 @@ class Evaluation:
     robust_accuracy: float
     robust_interval: Interval
     attacks: dict[str, AttackResult]
+    suites: dict[str, SuiteResult]
     outcomes: Tensor
     warnings: list[str]
     settings: dict[str, Any]
@@ -77,9 +97,12 @@ class Evaluation:
             "robust_accuracy": self.robust_accuracy,
             "robust_interval": list(self.robust_interval),
             "confidence": LEVEL,
-            "attacks": {
-                name: {**asdict(attack), "interval": list(attack.interval)}
-                for name, attack in self.attacks.items()
+            **{
+                kind: {
+                    name: {**asdict(found), "interval": list(found.interval)}
+                    for name, found in results.items()
+                }
+                for kind, results in (("suites", self.suites), ("attacks", self.attacks))
             },
             "warnings": list(self.warnings),
             "settings": dict(self.settings),
@@ -87,31 +110,44 @@ class Evaluation:
 
 
 def from_record(record: Record) -> Evaluation:
-    """The figures of a record."""
-    count = len(record.outcomes)
-    clean = standing = int((record.outcomes != MISCLASSIFIED).sum())
+    """The figures of a record; attacks that have not ended are left out."""
+    count = len(record.right)
+
+    def share(standing: Tensor) -> tuple[float, Interval]:
+        return int(standing.sum()) / count, wilson(int(standing.sum()), count)
+
     attacks = {}
-    for index, entry in enumerate(record.entries):
-        broken = int((record.outcomes == index).sum())
-        standing -= broken
+    for index, entry in record.finished():
+        accuracy, interval = share(record.standing(index))
         attacks[entry.name] = AttackResult(
-            accuracy=standing / count,
-            interval=wilson(standing, count),
-            alone=standing / count if entry.attacked == clean else None,
+            accuracy=accuracy,
+            interval=interval,
+            alone=accuracy if entry.after is None else None,
+            after=None if entry.after is None else record.entries[entry.after].name,
             attacked=entry.attacked,
-            broken=broken,
+            broken=len(entry.broke),
             outside=entry.outside,
             seconds=entry.seconds,
+            options=dict(entry.identity),
         )
+    suites = {}
+    for name, which in record.suites.items():
+        if all(record.entries[i].finished for i in which):
+            accuracy, interval = share(record.standing(which[-1]))
+            names = [record.entries[i].name for i in which]
+            suites[name] = SuiteResult(accuracy=accuracy, interval=interval, attacks=names)
+    outcomes = record.outcomes()
+    (clean, clean_interval), (robust, robust_interval) = share(record.right), share(outcomes == -1)
     return Evaluation(
         count=count,
-        clean_accuracy=clean / count,
-        clean_interval=wilson(clean, count),
-        robust_accuracy=standing / count,
-        robust_interval=wilson(standing, count),
+        clean_accuracy=clean,
+        clean_interval=clean_interval,
+        robust_accuracy=robust,
+        robust_interval=robust_interval,
         attacks=attacks,
-        outcomes=record.outcomes.clone(),
-        warnings=list(record.warnings),
+        suites=suites,
+        outcomes=outcomes,
+        warnings=doubts.of_record(record),
         settings=dict(record.settings),
     )
 
@@ -136,4 +172,4 @@ def merge(store: str | Path) -> Evaluation:
         raise UserError(
             f"There are no shards in {store}. Run evaluate with shard='1/4', ... and store={store}."
         )
-    return from_record(outcomes.merged([outcomes.load(file) for file in files]))
+    return from_record(merged([load(file) for file in files]))

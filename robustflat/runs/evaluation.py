@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from robustflat.errors import UserError
 from robustflat.evaluate import Scores, evaluate, gap, merge, overfitting, scores
-from robustflat.evaluate.outcomes import fingerprint_of
+from robustflat.evaluate.record import fingerprint_of
 from robustflat.files import write_json
 from robustflat.perturb import pgd
 from robustflat.subject import Network, Subject

@@ -1,36 +1,89 @@
-"""Owns what is evaluated: data as checked float32 tensors, the subset and the shard of them."""
+"""Owns what is evaluated: checked images and labels, the choice of them, read when needed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustflat.data import balanced
+from robustflat.data.images import to_float
 from robustflat.errors import UserError
 
-Examples = Any  # a pair (x, y), an iterable of such pairs, or a split with .tensors()
+Data = Any  # a pair (x, y), an iterable of such pairs, or a split with .tensors()
 
 
-def tensors(data: Examples) -> tuple[Tensor, Tensor]:
-    """Data as tensors that attacks can work on.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Examples:
+    """Images and labels of which a few are asked for at a time.
+
+    Attributes:
+        labels: int64 [N].
+        shape: Of an image: channels, height, width.
+        all_labels: Also of the examples that were not chosen.
+        read: From positions, int64 [M], to images as `images` gives them.
+    """
+
+    labels: Tensor
+    shape: tuple[int, int, int]
+    all_labels: Tensor
+    read: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, positions: Tensor) -> Tensor:
+        """Images, float32 [M, C, H, W] in [0, 1], contiguous (AutoAttack asks for it), on the CPU.
+
+        Args:
+            positions: int64 [M].
+        """
+        return self.read(positions).contiguous(memory_format=torch.contiguous_format)
+
+
+def examples(data: Data, samples: int | None = None, shard: str | None = None) -> Examples:
+    """The examples to evaluate; of a split of a data set, images are read when they are needed.
+
+    `samples` takes `robustflat.data.balanced(labels, samples, seed=0)`: equally many of every
+    class, always the same ones, in ascending order. The shard "i/n" takes every n-th of them,
+    beginning with the i-th.
 
     Args:
-        data: `(x, y)`, a loader of such batches, a TensorDataset, or a split of a
-            data set (`data.test`).
-
-    Returns:
-        Images, float32 [N, C, H, W], contiguous, in [0, 1]; labels int64 [N]; both on the CPU.
+        data: `(x, y)`, a loader of such batches, a TensorDataset, or a split of a data set
+            (`data.test`).
+        samples: How many, or None for all.
+        shard: "i/n" with 1 <= i <= n, or None for all.
 
     Raises:
-        UserError: If they are not images in [0, 1] with one class each.
+        UserError: If they are not images in [0, 1] with one class each, or there are not so many.
     """
-    if hasattr(data, "tensors"):
-        # A method of the package's splits, a tuple in torch's TensorDataset.
-        data = data.tensors() if callable(data.tensors) else data.tensors
+    if callable(getattr(data, "fetch", None)) and isinstance(data.labels, Tensor):
+        labels = _labels(data.labels, len(data))
+        chosen = _chosen(labels, samples, shard)
+        return Examples(
+            labels=labels[chosen],
+            shape=data.shape,
+            all_labels=labels,
+            read=lambda positions: to_float(data.fetch(chosen[positions])).cpu(),
+        )
+    x, labels = _tensors(data)
+    chosen = _chosen(labels, samples, shard)
+    return Examples(
+        labels=labels[chosen],
+        shape=(x.shape[1], x.shape[2], x.shape[3]),
+        all_labels=labels,
+        read=lambda positions: x[chosen[positions]],
+    )
+
+
+def _tensors(data: Data) -> tuple[Tensor, Tensor]:
+    """Images and labels, checked, on the CPU."""
+    # A tuple in torch's TensorDataset.
+    data = getattr(data, "tensors", data)
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
         x, y = data
     else:
@@ -43,7 +96,7 @@ def tensors(data: Examples) -> tuple[Tensor, Tensor]:
     return _images(x), _labels(y, len(x))
 
 
-def _collected(loader: Examples) -> tuple[Tensor, Tensor]:
+def _collected(loader: Data) -> tuple[Tensor, Tensor]:
     if not isinstance(loader, Iterable):
         raise UserError(
             f"Data must be a pair (x, y) of tensors or a loader of such pairs, got "
@@ -86,8 +139,8 @@ def _images(x: Tensor) -> Tensor:
             "image units: do not normalise the data, put the normalisation into the model "
             "(robustflat.models.Normalized)."
         )
-    # A copy, also because it may have been made in inference mode.
-    return x.clone(memory_format=torch.contiguous_format)
+    # A copy where it was made in inference mode, which lets no gradient pass.
+    return x.clone() if x.is_inference() else x
 
 
 def _labels(y: Tensor, count: int) -> Tensor:
@@ -103,49 +156,8 @@ def _labels(y: Tensor, count: int) -> Tensor:
     return y
 
 
-def prepared(
-    data: Examples, samples: int | None, shard: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The examples to evaluate; of a split of a data set, only these are read.
-
-    Args:
-        data: As for `tensors`.
-        samples: As for `chosen`.
-        shard: As for `chosen`.
-
-    Returns:
-        Images and labels as from `tensors`, and the labels of all examples, chosen or not.
-
-    Raises:
-        UserError: If the data cannot be used, or not so many.
-    """
-    if callable(getattr(data, "subset", None)) and isinstance(data.labels, Tensor):
-        labels = _labels(data.labels, len(data))
-        x, y = tensors(data.subset(chosen(labels, samples, shard)))
-        return x, y, labels
-    x, labels = tensors(data)
-    indices = chosen(labels, samples, shard)
-    return x[indices], labels[indices], labels
-
-
-def chosen(labels: Tensor, samples: int | None, shard: str | None) -> Tensor:
-    """Positions of the examples to evaluate.
-
-    `samples` takes `robustflat.data.balanced(labels, samples, seed=0)`: equally many of every
-    class, always the same ones, in ascending order. The shard "i/n" takes every n-th of them,
-    beginning with the i-th.
-
-    Args:
-        labels: All labels, int64 [N].
-        samples: How many, or None for all.
-        shard: "i/n" with 1 <= i <= n, or None for all.
-
-    Returns:
-        int64 [M], ascending.
-
-    Raises:
-        UserError: If there are not that many, or the shard is not one.
-    """
+def _chosen(labels: Tensor, samples: int | None, shard: str | None) -> Tensor:
+    """Positions of the examples to evaluate, int64 [M], ascending."""
     if samples is None:
         indices = torch.arange(len(labels))
     elif not 1 <= samples <= len(labels):

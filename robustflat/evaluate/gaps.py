@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.evaluate.accuracy import Metrics, measure
-from robustflat.evaluate.gather import Examples, tensors
-from robustflat.evaluate.hold import device_of, held
+from robustflat.evaluate.examples import Data, examples
+from robustflat.evaluate.frozen import device_of, held
 from robustflat.evaluate.intervals import LEVEL, bootstrap_means, percentiles
 from robustflat.perturb import InputPerturbation
 
@@ -93,7 +93,7 @@ class Gap:
 
 def scores(
     model: nn.Module,
-    data: Examples,
+    data: Data,
     attack: InputPerturbation,
     *,
     batch_size: int = 128,
@@ -116,14 +116,14 @@ def scores(
     Raises:
         UserError: If the data cannot be used.
     """
-    x, y = tensors(data)
+    chosen = examples(data)
     place = device_of(model, torch.device("cpu")) if device is None else torch.device(device)
     with held(model, place):
 
         def run(adversary: InputPerturbation | None) -> Metrics:
-            batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
-            moved = ((images.to(place), labels.to(place)) for images, labels in batches)
-            return measure(model, moved, adversary, torch.Generator(place).manual_seed(seed))
+            parts = torch.arange(len(chosen)).split(batch_size)
+            batches = ((chosen.images(at).to(place), chosen.labels[at].to(place)) for at in parts)
+            return measure(model, batches, adversary, torch.Generator(place).manual_seed(seed))
 
         clean, attacked = run(None), run(attack)
     return Scores(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.evaluate.gather import parse_shard
+from robustflat.evaluate.examples import parse_shard
 from robustflat.files import write_whole
 
-STANDING, MISCLASSIFIED = -1, -2
-FORMAT = "robustflat-outcomes-1"
-_MOST_ATTACKS = 127
+FORMAT = "robustflat-outcomes-2"
 
 _Settings = dict[str, Any]
 
@@ -30,8 +28,11 @@ class Entry:
     Attributes:
         name: Unique in the record.
         identity: What tells this attack from every other: its parameters.
+        after: The position of the entry on whose survivors it runs; None if it runs on all that
+            the model classifies.
         attacked: Number of examples that stood when it began, all of which it attacks.
-        batches: How many batches of those are done.
+        broke: Positions of the examples that it broke, ascending.
+        batches: How many batches are done.
         finished: Whether all are.
         outside: How many of its images were outside the ball or the box, and were not counted.
         seconds: Time spent.
@@ -41,7 +42,9 @@ class Entry:
 
     name: str
     identity: dict[str, Any]
+    after: int | None
     attacked: int
+    broke: list[int] = field(default_factory=list)
     batches: int = 0
     finished: bool = False
     outside: int = 0
@@ -57,49 +60,79 @@ class Record:
     Attributes:
         settings: What the outcomes depend on besides the attacks; a record is only ever continued
             with equal settings.
-        outcomes: int8 [N]: the position in `entries` of the attack that broke the example, -1 if
-            it still stands, -2 if it was misclassified without any attack.
-        entries: The attacks in the order they ran; only the last can be unfinished.
-        warnings: Sentences on the evaluation so far.
+        right: bool [N]: which examples the model classifies without any attack.
+        entries: The attacks in the order in which they were first asked for.
+        suites: By name, the positions in `entries` of the attacks that were asked for together.
+        notes: By suite, sentences on how its attacks differ from what its name says.
+        probes: What looking at the model found; [kind, sentence] each.
         path: Where it is saved, or None.
     """
 
     settings: _Settings
-    outcomes: Tensor
+    right: Tensor
     entries: list[Entry] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    suites: dict[str, list[int]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    probes: list[list[str]] = field(default_factory=list)
     path: Path | None = None
 
-    def standing_at(self, index: int) -> Tensor:
-        """Positions that stood when the attack at `index` began (ascending)."""
-        stood = (self.outcomes == STANDING) | (self.outcomes >= index)
-        return stood.nonzero().flatten()
+    def standing(self, after: int | None) -> Tensor:
+        """Which examples (bool [N]) stand when the entry at `after`, and what it follows, is done.
+
+        None: those that the model classifies.
+        """
+        standing = self.right.clone()
+        while after is not None:
+            standing[self.entries[after].broke] = False
+            after = self.entries[after].after
+        return standing
+
+    def finished(self) -> list[tuple[int, Entry]]:
+        """Positions and entries of the attacks that have ended."""
+        return [(i, entry) for i, entry in enumerate(self.entries) if entry.finished]
+
+    def outcomes(self) -> Tensor:
+        """int16 [N]: the place among the finished attacks of the first that broke the example.
+
+        -1 if it still stands, -2 if it was misclassified without any attack.
+        """
+        outcomes = torch.where(self.right, -1, -2).to(torch.int16)
+        for place, (_, entry) in reversed(list(enumerate(self.finished()))):
+            outcomes[entry.broke] = place
+        return outcomes
 
     def add(
-        self, name: str, identity: dict[str, Any], *, black_box: bool = False, bounded: bool = True
-    ) -> Entry:
-        """Append an attack, under `name` or, where another has that name, `name#2` and so on."""
-        if len(self.entries) == _MOST_ATTACKS:
-            raise UserError(f"A record holds at most {_MOST_ATTACKS} attacks.")
+        self,
+        name: str,
+        identity: dict[str, Any],
+        after: int | None = None,
+        *,
+        black_box: bool = False,
+        bounded: bool = True,
+    ) -> int:
+        """The position of an attack on what `after` left, appended if it is not on record.
+
+        A name that another attack has already becomes `name#2` and so on.
+        """
+        for index, entry in enumerate(self.entries):
+            if entry.identity == identity and entry.after == after:
+                return index
         taken = {entry.name for entry in self.entries}
         count, unique = 1, name
         while unique in taken:
             count += 1
             unique = f"{name}#{count}"
-        attacked = int((self.outcomes == STANDING).sum())
-        entry = Entry(
-            name=unique,
-            identity=identity,
-            attacked=attacked,
-            black_box=black_box,
-            bounded=bounded,
+        self.entries.append(
+            Entry(
+                name=unique,
+                identity=identity,
+                after=after,
+                attacked=int(self.standing(after).sum()),
+                black_box=black_box,
+                bounded=bounded,
+            )
         )
-        self.entries.append(entry)
-        return entry
-
-    def find(self, identity: Mapping[str, Any]) -> Entry | None:
-        """The attack with these parameters, if the record has it."""
-        return next((entry for entry in self.entries if entry.identity == identity), None)
+        return len(self.entries) - 1
 
     def save(self) -> None:
         """Write the record aside, then put it in place in one step: a kill leaves old or new.
@@ -112,9 +145,11 @@ class Record:
         content = {
             "format": FORMAT,
             "settings": self.settings,
+            "right": self.right.int().tolist(),
             "attacks": [asdict(entry) for entry in self.entries],
-            "warnings": self.warnings,
-            "outcomes": self.outcomes.tolist(),
+            "suites": self.suites,
+            "notes": self.notes,
+            "probes": self.probes,
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,19 +173,23 @@ def load(path: Path) -> Record:
             raise ValueError(f"its format is {content['format']!r}")
         names = {f.name for f in fields(Entry)}
         entries = [Entry(**{k: v for k, v in e.items() if k in names}) for e in content["attacks"]]
-        outcomes = torch.tensor(content["outcomes"], dtype=torch.int8)
-        low, high = int(outcomes.min()), int(outcomes.max())
-        if outcomes.ndim != 1 or low < MISCLASSIFIED or high >= len(entries):
-            raise ValueError(f"an outcome is out of the range [-2, {len(entries) - 1}]")
-        return Record(
+        record = Record(
             settings=dict(content["settings"]),
-            outcomes=outcomes,
+            right=torch.tensor(content["right"], dtype=torch.int8).bool(),
             entries=entries,
-            warnings=[str(sentence) for sentence in content["warnings"]],
+            suites={name: list(map(int, which)) for name, which in content["suites"].items()},
+            notes={name: list(map(str, said)) for name, said in content["notes"].items()},
+            probes=[[str(kind), str(sentence)] for kind, sentence in content["probes"]],
+            path=path,
         )
+        record.outcomes()
+        for index, entry in enumerate(entries):
+            if entry.after is not None and not 0 <= entry.after < index:
+                raise ValueError(f"the attack {entry.name} follows none that is there")
+        return record
     except OSError as error:
         raise UserError(f"The outcomes file {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} is not an outcomes file that can be continued ({type(error).__name__}: "
             f"{error}). Name another file or folder, or move this one away."
@@ -188,7 +227,6 @@ def resume(path: Path, settings: _Settings) -> Record | None:
             f"{path} holds the outcomes of another evaluation: {what}{hint}. Name another file or "
             "folder for this one."
         )
-    record.path = path
     return record
 
 
@@ -211,10 +249,11 @@ def merged(records: Sequence[Record]) -> Record:
     """
     if not records:
         raise UserError("There is no shard to merge.")
+    records = sorted(records, key=lambda r: parse_shard(str(r.settings.get("shard")))[0])
     # Each shard knows only its own images; the labels are those of all.
     own = ("shard", "data")
     shared = [{k: v for k, v in r.settings.items() if k not in own} for r in records]
-    shards = [str(r.settings.get("shard")) for r in records]
+    shards = [str(r.settings["shard"]) for r in records]
     if any(settings != shared[0] for settings in shared):
         raise UserError(
             f"The shards {', '.join(shards)} come from different evaluations: model, data and "
@@ -222,11 +261,11 @@ def merged(records: Sequence[Record]) -> Record:
         )
     parts = len(records)
     wanted = [f"{part}/{parts}" for part in range(1, parts + 1)]
-    if sorted(shards) != sorted(wanted):
+    if shards != wanted:
         raise UserError(
             f"To merge {parts} shards there must be {', '.join(wanted)}, got {', '.join(shards)}."
         )
-    attacks = [[(e.name, e.identity) for e in r.entries] for r in records]
+    attacks = [[(e.name, e.identity, e.after) for e in r.entries] for r in records]
     if any(found != attacks[0] for found in attacks) or not all(
         entry.finished for record in records for entry in record.entries
     ):
@@ -234,45 +273,50 @@ def merged(records: Sequence[Record]) -> Record:
             f"The shards {', '.join(shards)} have not all finished the same attacks. Run the same "
             "attacks to the end on each."
         )
-    outcomes = torch.empty(sum(len(r.outcomes) for r in records), dtype=torch.int8)
-    for record, shard in zip(records, shards, strict=True):
-        outcomes[parse_shard(shard)[0] - 1 :: parts] = record.outcomes
-    entries = [
-        Entry(
-            name=first.name,
-            identity=first.identity,
-            attacked=sum(r.entries[i].attacked for r in records),
-            batches=sum(r.entries[i].batches for r in records),
-            finished=True,
-            outside=sum(r.entries[i].outside for r in records),
-            seconds=sum(r.entries[i].seconds for r in records),
-            black_box=first.black_box,
-            bounded=first.bounded,
-        )
-        for i, first in enumerate(records[0].entries)
-    ]
-    return Record(
+    right = torch.empty(sum(len(r.right) for r in records), dtype=torch.bool)
+    for part, record in enumerate(records):
+        right[part::parts] = record.right
+    whole = Record(
         settings={**shared[0], "shard": None, "data": None},
-        outcomes=outcomes,
-        entries=entries,
-        warnings=list(dict.fromkeys(sentence for r in records for sentence in r.warnings)),
+        right=right,
+        suites=records[0].suites,
+        notes=records[0].notes,
+        probes=[list(p) for p in dict.fromkeys(tuple(p) for r in records for p in r.probes)],
     )
+    for i, first in enumerate(records[0].entries):
+        each = [record.entries[i] for record in records]
+        broke = [parts * at + part for part, entry in enumerate(each) for at in entry.broke]
+        joined = Entry(**{**asdict(first), "broke": sorted(broke)})
+        joined.attacked = sum(entry.attacked for entry in each)
+        joined.batches = sum(entry.batches for entry in each)
+        joined.outside = sum(entry.outside for entry in each)
+        joined.seconds = sum(entry.seconds for entry in each)
+        whole.entries.append(joined)
+    return whole
 
 
-def fingerprint(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 of tensors: their types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
+class Fingerprint:
+    """SHA-256 of tensors: their types, shapes and bytes, one after the other."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, tensor: Tensor) -> None:
+        """Go on with a tensor."""
         tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        self._digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        self._digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+
+    def text(self) -> str:
+        """Of everything so far."""
+        return self._digest.hexdigest()
 
 
 def fingerprint_of(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, by name."""
-    digest = hashlib.sha256()
+    found = Fingerprint()
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
-            digest.update(f"{name} {fingerprint([value])} ".encode())
-    return digest.hexdigest()
+            found.add(torch.tensor(list(name.encode()), dtype=torch.uint8))
+            found.add(value)
+    return found.text()

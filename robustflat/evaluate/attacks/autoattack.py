@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.evaluate.attacks import Attack, Threat, check_options, norm_name
+from robustflat.evaluate.attacks.base import Attack, Suite, check_options
+from robustflat.evaluate.threat import Task
 
 COMPONENTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 VERSIONS: dict[str, tuple[str, ...]] = {
@@ -27,10 +28,8 @@ _log = logging.getLogger(__name__)
 _log.addHandler(logging.NullHandler())
 
 
-def components(
-    version: str, options: Mapping[str, Any], threat: Threat, notes: list[str]
-) -> list[Attack]:
-    """The components of a version of AutoAttack (Croce & Hein 2020; L1: 2021).
+def suite(version: str, options: Mapping[str, Any], task: Task) -> Suite:
+    """A version of AutoAttack (Croce & Hein 2020; L1: 2021).
 
     Settings, seeding and algorithm are the library's, and run in the official order on what still
     stands in batches of the same size they find bit for bit what the official driver finds. One
@@ -46,11 +45,10 @@ def components(
     Args:
         version: "", "standard", "plus", "rand", "fast" or "custom=NAME,NAME".
         options: In place of `version`: "version", and for "custom" a list "attacks".
-        threat: The ball, the number of classes and the shape of the images.
-        notes: Gets a sentence for every change these rules made.
+        task: The threat, the number of classes and the shape of the images.
 
     Returns:
-        The attacks.
+        The attacks, with a note for every change these rules made.
 
     Raises:
         UserError: If a name is unknown or nothing is left to run.
@@ -66,6 +64,7 @@ def components(
                 f"A custom AutoAttack is written autoattack:custom=apgd-ce,apgd-t with some of "
                 f"{', '.join(COMPONENTS)}; got {', '.join(map(str, unknown)) or 'none'}."
             )
+        title = f"autoattack:custom={','.join(names)}"
     elif version not in VERSIONS or names:
         raise UserError(
             f"AutoAttack's versions are {', '.join(VERSIONS)} and custom=ATTACK,ATTACK; got "
@@ -73,44 +72,56 @@ def components(
         )
     else:
         names = VERSIONS[version]
-    fitting = _fitting(names, threat, notes)
-    if not fitting:
-        raise UserError(
-            f"None of {', '.join(names)} can run with {threat.classes} classes on images of "
-            f"{threat.shape[1]}x{threat.shape[2]} pixels."
-        )
+        title = "autoattack" if version == "standard" else f"autoattack:{version}"
     # `fast` is a part of `standard`, so that going on to that later repeats nothing.
-    return [_component(n, "standard" if version == "fast" else version, threat) for n in fitting]
+    return _fitting(title, names, "standard" if version == "fast" else version, task)
 
 
-def _fitting(names: tuple[str, ...], threat: Threat, notes: list[str]) -> list[str]:
+def alone(name: str, options: Mapping[str, Any], task: Task) -> Suite:
+    """One component with the settings of `standard`, on all that the model classifies.
+
+    Raises:
+        UserError: If it has options, or cannot run here.
+    """
+    check_options(name, options, ())
+    return _fitting(name, (name,), "standard", task)
+
+
+def _fitting(title: str, names: tuple[str, ...], version: str, task: Task) -> Suite:
     """The components that can run with this many classes on images of this size."""
     fitting: list[str] = []
+    notes: list[str] = []
     for name in names:
         kept: str | None = name
-        if name == "apgd-t" and threat.classes == 3:
+        if name == "apgd-t" and task.classes == 3:
             kept = "apgd-dlr"
             notes.append(
                 "With 3 classes the targeted DLR loss is not defined: apgd-dlr was run in place of "
                 "apgd-t."
             )
-        elif name in ("apgd-t", "apgd-dlr") and threat.classes < 3:
+        elif name in ("apgd-t", "apgd-dlr") and task.classes < 3:
             kept = None
             notes.append(
-                f"With {threat.classes} classes the DLR loss is not defined: {name} was left out."
+                f"With {task.classes} classes the DLR loss is not defined: {name} was left out."
             )
-        elif name == "square" and threat.norm < float("inf") and threat.shape[1] < _LEAST_HEIGHT:
+        elif name == "square" and not square_fits(task):
             kept = None
             notes.append(
-                f"Square cannot attack images {threat.shape[1]} pixels high in "
-                f"{threat.norm_name}: it was left out."
+                f"Square cannot attack images {task.shape[1]} pixels high in "
+                f"{task.norm_name}: it was left out."
             )
         if kept is not None and kept not in fitting:
             fitting.append(kept)
-    return fitting
+    if not fitting:
+        raise UserError(
+            f"None of {', '.join(names)} can run with {task.classes} classes on images of "
+            f"{task.shape[1]}x{task.shape[2]} pixels."
+        )
+    made = [_component(name, version, task) for name in fitting]
+    return Suite(name=title, attacks=made, notes=notes)
 
 
-def _component(name: str, version: str, threat: Threat) -> Attack:
+def _component(name: str, version: str, task: Task) -> Attack:
     """One component with the settings that `version` gives it.
 
     Images must be contiguous, or its gradient check fails; `gather` sees to that.
@@ -122,14 +133,14 @@ def _component(name: str, version: str, threat: Threat) -> Attack:
         # Made anew for every batch: nothing is carried over, so any batch can be repeated.
         driver = AutoAttack(
             model,
-            norm=threat.norm_name.capitalize(),
-            eps=threat.eps,
+            norm=task.norm_name.capitalize(),
+            eps=task.eps,
             seed=seed,
             version=version,
             attacks=[name] if version == "custom" else None,
             device=x.device,
         )
-        wrong_classes = threat.classes - 1
+        wrong_classes = task.classes - 1
         if name.startswith("apgd"):
             attack = driver.apgd_targeted if name == "apgd-t" else driver.apgd
             attack.logger = _log
@@ -153,20 +164,39 @@ def _component(name: str, version: str, threat: Threat) -> Attack:
     identity = {
         "attack": f"autoattack:{name}",
         "version": version,
-        "norm": threat.norm_name,
-        "classes": threat.classes,
+        "norm": task.norm_name,
+        "classes": task.classes,
     }
-    return Attack(name=name, identity=identity, run=run, black_box=name == "square")
+    return Attack(
+        name=name,
+        identity=identity,
+        run=run,
+        black_box=name == "square",
+        passes=_passes(name, version, task.classes),
+    )
 
 
-def square(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int) -> Tensor:
+def _passes(name: str, version: str, classes: int) -> int:
+    """Forward passes for an image at most, one with a gradient counted twice."""
+    targets = min(9, classes - 1)
+    if name == "square":
+        return 5010
+    if name.startswith("fab"):
+        # A step takes a gradient (of every class without targets) and looks at the new point.
+        return 3 + (targets * 100 * 4 if name == "fab-t" else 5 * 100 * (2 * classes + 2))
+    samples = 20 if version == "rand" else 1
+    rounds = targets if name == "apgd-t" else 1 if version in ("standard", "rand") else 5
+    return 3 + rounds * (2 * samples * 101 + 3)
+
+
+def square(model: nn.Module, x: Tensor, y: Tensor, task: Task, queries: int) -> Tensor:
     """Square (Andriushchenko et al. 2020) with a budget of its own, for the sanity checks.
 
     Args:
         model: The model.
         x: Images in [0, 1], float32 [N, C, H, W].
         y: Labels [N].
-        threat: The ball; with l2 and l1 the images must be five pixels high.
+        task: The threat; with l2 and l1 the images must be five pixels high.
         queries: Outputs it may look at.
 
     Returns:
@@ -176,9 +206,9 @@ def square(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int)
 
     attack = SquareAttack(
         model,
-        norm=norm_name(threat.norm).capitalize(),
+        norm=task.norm_name.capitalize(),
         n_queries=queries,
-        eps=threat.eps,
+        eps=task.eps,
         seed=0,
         device=x.device,
         resc_schedule=True,
@@ -188,6 +218,6 @@ def square(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int)
     return found
 
 
-def square_fits(threat: Threat) -> bool:
+def square_fits(task: Task) -> bool:
     """Whether Square can attack images of this size in this norm."""
-    return threat.norm == float("inf") or threat.shape[1] >= _LEAST_HEIGHT
+    return task.norm == float("inf") or task.shape[1] >= _LEAST_HEIGHT

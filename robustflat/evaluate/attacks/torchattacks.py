@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.evaluate.attacks import Attack, Threat, check_options
+from robustflat.evaluate.attacks.base import Attack, check_options
+from robustflat.evaluate.threat import Task
 
 _REFUSED = {
     "AutoAttack": (
@@ -28,7 +29,7 @@ _REFUSED = {
 _BLACK_BOX = {"Square", "OnePixel", "Pixle", "SPSA"}
 
 
-def torchattack(name: str, options: Mapping[str, Any], threat: Threat) -> Attack:
+def torchattack(name: str, options: Mapping[str, Any], task: Task) -> Attack:
     """An attack of torchattacks.
 
     It is given the evaluation's eps, norm, number of classes and seed where it has such
@@ -39,7 +40,7 @@ def torchattack(name: str, options: Mapping[str, Any], threat: Threat) -> Attack
     Args:
         name: Its class in torchattacks.
         options: Keyword arguments of that class.
-        threat: The ball and the number of classes.
+        task: The threat and the number of classes.
 
     Returns:
         The attack.
@@ -64,9 +65,9 @@ def torchattack(name: str, options: Mapping[str, Any], threat: Threat) -> Attack
     accepted = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "model")]
     check_options(f"torchattacks:{name}", options, accepted)
     ours = {
-        "eps": threat.eps,
-        "norm": threat.norm_name.capitalize(),
-        "n_classes": threat.classes,
+        "eps": task.eps,
+        "norm": task.norm_name.capitalize(),
+        "n_classes": task.classes,
     }
     settings = {key: value for key, value in ours.items() if key in accepted} | dict(options)
 

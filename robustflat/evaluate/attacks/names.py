@@ -1,0 +1,86 @@
+"""Owns the names of attacks: what is asked for in words becomes attacks that can run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robustflat.errors import UserError
+from robustflat.evaluate.attacks import ascent, autoattack, torchattacks
+from robustflat.evaluate.attacks.base import Suite
+from robustflat.evaluate.threat import Task
+from robustflat.perturb import InputPerturbation
+
+Request = str | Mapping[str, Any] | InputPerturbation
+
+
+def plan(requests: Sequence[Request] | Request, task: Task, precision: str = "fp32") -> list[Suite]:
+    """Turn names, mappings and perturbations into attacks.
+
+    Known names: "fgsm"; "pgd", "pgd-STEPS", "pgd-STEPS-RESTARTS", each optionally followed by
+    ":LOSS" (ce, margin, dlr, kl); "autoattack" and "autoattack:VERSION" with the versions
+    standard, plus, rand, fast and custom=ATTACK,ATTACK; each component of AutoAttack by its own
+    name, with the settings of `standard`; "torchattacks:NAME". A mapping has such a name under
+    "name", and options beside it. What is asked for twice is run once.
+
+    Args:
+        requests: What to run, in this order.
+        task: The threat, the number of classes and the shape of the images.
+        precision: In which they search.
+
+    Returns:
+        A suite for every request.
+
+    Raises:
+        UserError: If a name or option is unknown or cannot work here.
+    """
+    if isinstance(requests, (str, Mapping, InputPerturbation)):
+        requests = [requests]
+    suites: list[Suite] = []
+    for request in requests:
+        suite = _suite(request, task)
+        made = [attack.searching_in(precision) for attack in suite.attacks]
+        identities = [attack.identity for attack in made]
+        if any(identities == [a.identity for a in other.attacks] for other in suites):
+            continue
+        mark = "" if precision == "fp32" else f"@{precision}"
+        suites.append(Suite(name=suite.name + mark, attacks=made, notes=suite.notes))
+    return suites
+
+
+def _suite(request: Request, task: Task) -> Suite:
+    if isinstance(request, InputPerturbation):
+        return _single(ascent.perturbation(request, task))
+    if isinstance(request, str):
+        name, options = request, {}
+    elif isinstance(request, Mapping) and isinstance(request.get("name"), str):
+        options = {key: value for key, value in request.items() if key != "name"}
+        name = request["name"]
+    else:
+        raise UserError(
+            f"An attack is a name, a mapping with the key 'name', or what rf.pgd(...) returns; got "
+            f"{request!r}."
+        )
+    kind, _, rest = name.partition(":")
+    if kind == "autoattack":
+        return autoattack.suite(rest, options, task)
+    if name in autoattack.COMPONENTS:
+        return autoattack.alone(name, options, task)
+    if kind == "torchattacks":
+        return _single(torchattacks.torchattack(rest, options, task))
+    found = ascent.by_name(name, options, task)
+    if found is None:
+        known = ["fgsm", "pgd", "pgd-20", "pgd-50-10", "autoattack", "autoattack:fast"]
+        near = difflib.get_close_matches(name, [*known, *autoattack.COMPONENTS], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"Unknown attack {name!r}.{hint} There are fgsm, pgd, pgd-STEPS, pgd-STEPS-RESTARTS, "
+            f"autoattack, autoattack:VERSION, {', '.join(autoattack.COMPONENTS)} and "
+            "torchattacks:NAME."
+        )
+    return _single(found)
+
+
+def _single(attack: Any) -> Suite:
+    return Suite(name=attack.name, attacks=[attack])

@@ -1,0 +1,335 @@
+"""Owns the evaluation itself: which attack runs when, on what, saved as it goes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.errors import UserError
+from robustflat.evaluate import doubts
+from robustflat.evaluate.accuracy import right
+from robustflat.evaluate.attacks import Attack, Request, Suite, plan
+from robustflat.evaluate.examples import Data, Examples, examples
+from robustflat.evaluate.frozen import Plain, device_of, held
+from robustflat.evaluate.record import Fingerprint, Record, file_for, fingerprint_of, resume
+from robustflat.evaluate.result import Evaluation, from_record
+from robustflat.evaluate.team import Team
+from robustflat.evaluate.threat import Task, Threat
+from robustflat.evaluate.verdict import judge
+from robustflat.files import locked
+
+Progress = Callable[[str, int, int, int], None]
+
+_log = logging.getLogger("robustflat.evaluate")
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    attacks: Sequence[Request] | Request = ("autoattack",),
+    norm: str | float = "linf",
+    eps: float | None = None,
+    seed: int = 0,
+    *,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    store: str | Path | None = None,
+    samples: int | None = None,
+    shard: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    sanity: int = 32,
+    team: Team | None = None,
+    on_progress: Progress | None = None,
+) -> Evaluation:
+    """Robust accuracy of a model: the share of examples that no attack breaks.
+
+    Every attack that is asked for runs on all examples that the model classifies, AutoAttack's
+    components each on what those before them left, as in the official driver; so each figure is
+    that of its attack alone, and the worst case is their intersection, example by example. Every
+    adversarial example is judged here, in float32, by the plain model, whatever the attack says
+    (`judge`). AutoAttack's components find bit for bit what the official driver finds for the
+    same seed and batch size. The model is evaluated in eval mode and is as before afterwards:
+    modes, buffers, requires_grad, gradients, and torch's random state too.
+
+    Args:
+        model: Takes images in [0, 1], normalisation inside; returns logits [N, C].
+        data: `(x, y)`, a loader of such batches, or a split of a data set. Images float
+            [N, C, H, W] in [0, 1], labels whole numbers [N].
+        attacks: Names, mappings with options, or what `rf.pgd(...)` returns; see `plan`.
+        norm: "linf", "l2" or "l1".
+        eps: Radius of the ball, in image units; 8/255 for linf if None, and to be said for others.
+        seed: Every batch of every attack is attacked with this seed, as AutoAttack does.
+        batch_size: Images at a time. Other sizes give other random starts.
+        device: Where to compute; the model is brought back. None: where it is.
+        store: A folder, or a file ending in .json, that keeps the outcome of every example. A
+            killed evaluation, called again, goes on where it stood and ends with the same figure;
+            one with further attacks runs only those. Attacks that the store has seen count in the
+            result even if not asked for again. Another process that uses it is waited for.
+        samples: Evaluate a fixed class-balanced subset of this size (`examples`).
+        shard: "i/n": evaluate every n-th example, from the i-th; `merge` joins the shards.
+        precision: "bf16" searches under autocast to bfloat16, verifies in float32, and marks the
+            attacks' names with "@bf16". Such a search may find less: evaluate in fp32 before
+            reporting.
+        sanity: Examples on which the sanity checks are made; 0 leaves them out.
+        team: The processes that share the batches, all of which call this function alike and get
+            the same result, that of one process.
+        on_progress: Called with the attack's name, batches done, batches in all, and how many
+            examples withstand it so far.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        UserError: If anything given cannot work.
+    """
+    threat = _threat(norm, eps)
+    _check(model, batch_size, precision, seed, sanity)
+    chosen = examples(data, samples, shard)
+    place = device_of(model, torch.device("cpu")) if device is None else torch.device(device)
+    team = Team() if team is None else team
+    path = None if store is None else file_for(store, shard)
+    alone = locked(path) if path is not None and team.is_first else nullcontext()
+    training = model.training
+    with alone, held(model, place):
+        plain = Plain(model)
+        classes, correct, digest = _clean(plain, chosen, batch_size, place, team)
+        task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
+        suites = plan(attacks, task, precision)
+        settings: dict[str, Any] = {
+            "norm": threat.norm_name,
+            "eps": threat.eps,
+            "seed": seed,
+            "batch_size": batch_size,
+            "samples": samples,
+            "shard": shard,
+            "data": None if store is None else digest,
+            "labels": None if store is None else _fingerprint(chosen.all_labels),
+            "model": None if store is None else fingerprint_of(model),
+            "classes": classes,
+        }
+        record = _opened(path, settings, correct, team)
+        run = _Run(
+            record=record,
+            plain=plain,
+            searched=Plain(model, bf16=precision == "bf16"),
+            examples=chosen,
+            task=task,
+            device=place,
+            team=team,
+            on_progress=on_progress,
+        )
+        run.suites(suites)
+        if sanity:
+            record.probes = team.once(
+                lambda: doubts.probes(
+                    plain, chosen, correct, task, sample=sanity, training=training, device=place
+                )
+            )
+        if team.is_first:
+            record.save()
+    return from_record(record)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Run:
+    """What all attacks of one evaluation share."""
+
+    record: Record
+    plain: nn.Module
+    searched: nn.Module
+    examples: Examples
+    task: Task
+    device: torch.device
+    team: Team
+    on_progress: Progress | None
+
+    def suites(self, suites: Sequence[Suite]) -> None:
+        """Put all attacks on record, say what they cost, and run those that have not ended."""
+        todo: dict[int, Attack] = {}
+        for suite in suites:
+            after = None
+            places = []
+            for attack in suite.attacks:
+                after = self.record.add(
+                    attack.name,
+                    attack.identity,
+                    after,
+                    black_box=attack.black_box,
+                    bounded=attack.bounded,
+                )
+                places.append(after)
+                if not self.record.entries[after].finished:
+                    todo.setdefault(after, attack)
+            name = suite.name
+            if len(places) == 1 and name == suite.attacks[0].name:
+                name = self.record.entries[places[0]].name
+            self.record.suites[name] = places
+            self.record.notes[name] = list(suite.notes)
+        if todo and self.team.is_first:
+            _log.info("%s", _cost(list(todo.values()), int(self.record.right.sum())))
+        for index, attack in todo.items():
+            self._attack(index, attack)
+
+    def _attack(self, index: int, attack: Attack) -> None:
+        """Run one attack, or the rest of it, on what stood when it began; save as it goes."""
+        record, entry = self.record, self.record.entries[index]
+        # What stands is counted once what it follows has ended.
+        standing = record.standing(entry.after)
+        entry.attacked = int(standing.sum())
+        # Compacted once, at the attack's start, as the official driver does: so the batches, and
+        # with them the random starts, do not depend on where a run was interrupted.
+        batches = standing.nonzero().flatten().split(record.settings["batch_size"])
+        began = time.perf_counter()
+
+        def one(number: int) -> tuple[list[int], int]:
+            return self._batch(attack, batches[number])
+
+        count = len(batches) if entry.attacked else 0
+        for found in self.team.each(one, range(entry.batches, count)):
+            for broke, outside in found:
+                entry.broke = sorted([*entry.broke, *broke])
+                entry.outside += outside
+            entry.batches += len(found)
+            entry.finished = entry.batches == count
+            entry.seconds += time.perf_counter() - began
+            began = time.perf_counter()
+            if self.team.is_first:
+                record.save()
+                if self.on_progress is not None:
+                    left = entry.attacked - len(entry.broke)
+                    self.on_progress(entry.name, entry.batches, count, left)
+        entry.finished = True
+        if self.team.is_first:
+            record.save()
+            total = len(record.right)
+            share = (entry.attacked - len(entry.broke)) / total
+            _log.info(
+                "%s: %.2f %% of %s left after %.0f s",
+                entry.name, 100 * share, f"{total:,}", entry.seconds,
+            )  # fmt: skip
+
+    def _batch(self, attack: Attack, positions: Tensor) -> tuple[list[int], int]:
+        """Which examples of a batch the attack breaks, and how many images do not count."""
+        x = self.examples.images(positions).to(self.device)
+        y = self.examples.labels[positions].to(self.device)
+        try:
+            seed = self.record.settings["seed"]
+            found = attack.run(self.searched, x, y, seed) if self.task.eps else x
+        except (RuntimeError, ArithmeticError, LookupError) as error:
+            raise UserError(
+                f"The attack {attack.name} failed on this model ({type(error).__name__}: {error})."
+            ) from error
+        verdict = judge(self.plain, x, found, y, norm=self.task.norm, eps=self.task.eps)
+        return positions[verdict.broken].tolist(), int(verdict.outside.sum())
+
+
+def _threat(norm: str | float, eps: float | None) -> Threat:
+    if eps is None and Threat.of(norm, 0.0).norm != float("inf"):
+        raise UserError(f"A radius is one in its norm: with norm={norm!r} say eps too.")
+    return Threat.of(norm, 8 / 255 if eps is None else eps)
+
+
+def _check(model: nn.Module, batch_size: int, precision: str, seed: int, sanity: int) -> None:
+    """Refuse arguments that cannot work."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"The precision must be 'fp32' or 'bf16', got {precision!r}.")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("sanity", sanity, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"{name} must be a whole number >= {least}, got {value!r}.")
+
+
+def _cost(attacks: Sequence[Attack], count: int) -> str:
+    """What attacks take at most, in words."""
+    known = [a for a in attacks if a.passes is not None]
+    each = ", ".join(f"{a.name} {a.passes or 0:,}" for a in known)
+    unknown = ", ".join(a.name for a in attacks if a.passes is None)
+    words = f"At most {sum(a.passes or 0 for a in known):,} forward-pass equivalents for each of "
+    words += f"{count:,} images: {each or 'none known'}"
+    return words + (f"; and {unknown}." if unknown else ".")
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    found = Fingerprint()
+    found.add(tensor)
+    return found.text()
+
+
+def _clean(
+    model: nn.Module, data: Examples, batch_size: int, device: torch.device, team: Team
+) -> tuple[int, Tensor, str]:
+    """Number of classes, which examples (bool [N]) are right, and the images' fingerprint."""
+    parts = torch.arange(len(data)).split(batch_size)
+
+    def one(number: int) -> tuple[int, Tensor, list[str]]:
+        positions = parts[number]
+        images, labels = data.images(positions), data.labels[positions]
+        logits = _logits(model, images.to(device))
+        if int(labels.max()) >= logits.shape[1]:
+            raise UserError(
+                f"The model has {logits.shape[1]} classes, numbered from 0, but there is the label "
+                f"{int(labels.max())}."
+            )
+        bad = logits.isnan().any(1).cpu()
+        if bool(bad.any()):
+            raise UserError(
+                f"The model returns NaN for {int(bad.sum())} of {len(bad)} images (first: number "
+                f"{int(positions[bad.nonzero()[0]])}), without any attack. It has diverged, or its "
+                "weights are damaged."
+            )
+        prints = [_fingerprint(image) for image in images]
+        return logits.shape[1], right(logits, labels.to(device)).cpu(), prints
+
+    found = [result for results in team.each(one, range(len(parts))) for result in results]
+    # Image by image, so that it does not depend on the size of the batches.
+    joined = "".join(text for _, _, prints in found for text in prints)
+    digest = _fingerprint(torch.tensor(list(joined.encode()), dtype=torch.uint8))
+    return found[0][0], torch.cat([correct for _, correct, _ in found]), digest
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    try:
+        logits: Tensor = model(images)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"The model cannot classify images of the shape {list(images.shape)}: "
+            f"{type(error).__name__}: {first}"
+        ) from error
+    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+        raise UserError(
+            f"The model must return logits of the shape [{len(images)}, classes] with at least "
+            f"two classes, got {list(logits.shape)}."
+        )
+    return logits
+
+
+def _opened(path: Path | None, settings: dict[str, Any], correct: Tensor, team: Team) -> Record:
+    """The record to go on with: the one in the store, or a new one; the same in all processes."""
+
+    def opened() -> Record:
+        record = None if path is None else resume(path, settings)
+        if record is None:
+            record = Record(settings=settings, right=correct, path=path)
+            record.save()
+        elif len(record.right) != len(correct):
+            raise UserError(
+                f"{path} has {len(record.right)} outcomes for {len(correct)} examples: it is "
+                "damaged. Name another file or folder."
+            )
+        return record
+
+    return team.once(opened)
