@@ -314,6 +314,8 @@ def test_priors_outlive_a_bad_step_an_absent_class_and_an_evaluation() -> None:
     objective(model, x, x_adv, y)
     objective.after_step(model)
     good = objective.state_dict()["total"].clone()
+    objective.after_step(model)  # nothing was seen since
+    assert torch.equal(objective.state_dict()["total"], good)
     objective(model, x * float("nan"), x_adv, y)
     objective.after_step(model)
     assert torch.equal(objective.state_dict()["total"], good)

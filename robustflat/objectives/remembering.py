@@ -41,7 +41,7 @@ class _Priors:
         logits, y = self.seen
         counted = mean(_spread(y, logits).T.double() @ F.softmax(logits / temperature, 1).double())
         counted = torch.where(counted.isfinite().all(), counted, 0)  # of a step that was skipped
-        self.total = counted if self.total is None else self.total + counted
+        self.total = counted if self.total is None else self.total.to(counted) + counted
         self.seen = None
 
     def turn(self) -> None:
@@ -49,7 +49,8 @@ class _Priors:
         if self.total is None:
             return
         size = self.total.sum(1, keepdim=True)
-        before = torch.full_like(self.total, 1 / len(size)) if self.prior is None else self.prior
+        before = torch.full_like(self.total, 1 / len(size))
+        before = before if self.prior is None else self.prior.to(before)
         self.prior = torch.where(size > 0, self.total / size, before)
         self.total = None
 
