@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -337,8 +338,6 @@ def test_image_folders_are_read(tree, cache):
     assert x[:, 0, 0, 0].tolist() == [11, 0]
     assert (x[:, 1] == 100).all()
     assert data.mean[1] == pytest.approx(100 / 255)
-    with pytest.raises(UserError, match=r"workers must be at least 1"):
-        rd.load("image_folder", root=tree, workers=0)
     assert data.std[1] == 1.0
 
 
@@ -413,10 +412,63 @@ def test_incomplete_trees_are_refused(tree, tmp_path_factory):
 
 
 def test_a_tree_too_large_for_memory_is_refused(tree, monkeypatch):
-    monkeypatch.setattr("robustflat.data.images.physical_memory", lambda: 100)
+    monkeypatch.setattr("robustflat.data.decoded.physical_memory", lambda: 100)
+    rd.load("image_folder", root=tree)  # from the disk, no memory is needed
+    shutil.rmtree(tree / ".decoded")
+    (tree / ".decoded").write_text("a folder cannot be made here")
     with pytest.raises(UserError, match=r"data.cache: false"):
         rd.load("image_folder", root=tree)
     assert rd.load("image_folder", root=tree, cache=False).train.streamed
+
+
+def test_a_tree_is_decoded_once_for_all_processes_and_commands(tree, monkeypatch):
+    first = rd.load("image_folder", root=tree, validation_samples=2, seed=1)
+    assert sorted(p.suffix for p in (tree / ".decoded").iterdir()) == [".npy", ".npy"]
+
+    def refused(*_):
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rd.FileImages, "fetch", refused)
+        again = rd.load("image_folder", root=tree, validation_samples=2, seed=1)
+        rd.load("image_folder", root=tree, validation_samples=4, seed=2)
+    assert keys(first.train) == keys(again.train)
+    assert keys(first.validation) == keys(again.validation)
+    # Whoever writes into what was read does not change it for the others.
+    again.test.pixels.zero_()
+    assert keys(rd.load("image_folder", root=tree).test) == keys(first.test)
+
+
+def test_a_changed_image_is_decoded_anew(tree):
+    before = rd.load("image_folder", root=tree)
+    save(tree / "train" / "cat" / "0.png", np.full((6, 5, 3), 77, np.uint8))
+    after = rd.load("image_folder", root=tree)
+    assert after.train.fetch(torch.tensor([0]))[0, 0, 0, 0] == 77
+    assert before.train.fetch(torch.tensor([0]))[0, 0, 0, 0] == 0
+    assert keys(before.train)[1:] == keys(after.train)[1:]
+    # The same names and sizes under another class are another data set.
+    (tree / "train" / "dog").rename(tree / "train" / "ant")
+    (tree / "test" / "dog").rename(tree / "test" / "ant")
+    assert rd.load("image_folder", root=tree).train.fetch(torch.tensor([0]))[0, 0, 0, 0] == 10
+
+
+@pytest.mark.parametrize("trouble", ["full", "cut off"])
+def test_a_disk_without_room_leaves_nothing_half_written(tree, monkeypatch, trouble):
+    if trouble == "full":
+        usage = shutil.disk_usage(tree)._replace(free=10)
+        monkeypatch.setattr("robustflat.data.decoded.shutil.disk_usage", lambda _: usage)
+    else:
+        monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError()))
+    data = rd.load("image_folder", root=tree)
+    assert data.train.fetch(torch.tensor([5]))[0, 0, 0, 0] == 11
+    assert not list((tree / ".decoded").iterdir())
+
+
+def test_statistics_of_streamed_images_are_of_all_classes(tree, monkeypatch):
+    monkeypatch.setattr(sys.modules["robustflat.data.load"], "_STREAMED_SAMPLE", 4)
+    data = rd.load("image_folder", root=tree, cache=False)
+    # Sorted by class, the first four are all cats: 0 to 3 where dogs are 10 to 13.
+    assert 5 < data.mean[0] * 255 < 8
 
 
 # --- images ---------------------------------------------------------------------------------

@@ -107,7 +107,8 @@ def test_batches_from_shards_are_those_from_memory_and_resume(tmp_path: Path, wo
         assert torch.equal(x, u)
         assert torch.equal(y, v)
         assert y.dtype == torch.int64
-        assert sum(y != 19) == 3
+        # One of four is labelled: the first process's.
+        assert sum(y != 19) == (3 if world == 1 else 2)
     for skip in range(len(whole) + 1):
         rest = list(rd.batches(images, 4, extra=disk, skip=skip, **options))
         assert len(rest) == len(whole) - skip

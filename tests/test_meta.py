@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from reference.nets import conv_bn, images
 from test_weights import methods
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import robustflat as rf
+from robustflat import data
 
 ATTACKS = {
     f"{norm}-{start}-{keep}": rf.pgd(norm, 0.1, 2, start=start, keep=keep, mode=mode)  # type: ignore[arg-type]
@@ -71,7 +74,7 @@ def test_whole_steps_with_every_objective_run_on_the_meta_device() -> None:
     model = conv_bn(dtype=torch.float32).to("meta")
     x, y = (t.to("meta") for t in images(4, dtype=torch.float32))
     for objective in (rf.standard(), rf.adversarial(label_smoothing=0.1), rf.trades(), rf.mart()):
-        attack = rf.pgd("linf", 0.1, 2, start="normal", loss=objective.attack_loss)
+        attack = rf.pgd("linf", 0.1, 2, start="normal", loss=objective.attack_options["loss"])
         x_adv = attack(model, x, y)
         value = rf.awp().backward(lambda o=objective, a=x_adv: o(model, x, a, y), model)
         assert value.is_meta
@@ -81,10 +84,27 @@ class NoSync(TorchDispatchMode):
     """Fails on every operation that hands a tensor's content to Python or to its own shape."""
 
     FORBIDDEN = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select")
+    COPIES = ("_to_copy", "copy_")
+
+    def __init__(self, device: str | None = None) -> None:
+        """Watch all tensors, or those on ``device`` alone."""
+        super().__init__()
+        self.device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        devices.add(str((kwargs or {}).get("device")))
+        if self.device is not None and self.device not in devices:
+            return func(*args, **(kwargs or {}))
         assert name not in self.FORBIDDEN, f"{func} waits for the device"
+        # So does a copy between devices, unless it is asked not to.
+        if name in self.COPIES:
+            source = args[1] if name == "copy_" else args[0]
+            target = args[0].device if name == "copy_" else (kwargs or {}).get("device")
+            if target is not None and torch.device(target).type != source.device.type:
+                free = args[2] if len(args) > 2 else (kwargs or {}).get("non_blocking", False)
+                assert free, f"{func} from {source.device} to {target} waits"
         # Indexing with a mask does too.
         if name in ("index", "index_put", "index_put_"):
             assert not any(t is not None and t.dtype == torch.bool for t in args[1])
@@ -93,7 +113,14 @@ class NoSync(TorchDispatchMode):
 
 def test_the_watchdog_barks() -> None:
     t = torch.ones(2)
-    for sync in (lambda: float(t.sum()), lambda: bool(t.sum() > 0), lambda: t[t > 0]):
+    meta = t.to("meta")
+    for sync in (
+        lambda: float(t.sum()),
+        lambda: bool(t.sum() > 0),
+        lambda: t[t > 0],
+        lambda: t.to("meta"),
+        lambda: meta.copy_(t),
+    ):
         with pytest.raises(AssertionError), NoSync():
             sync()
 
@@ -130,3 +157,30 @@ def test_scaled_steps_never_wait_for_the_device() -> None:
     scaler.scale(torch.ones(()))
     with NoSync():
         rf.gsam(0.1, 0.4).backward(lambda: F.cross_entropy(model(x), y), model, scaler=scaler)
+
+
+@pytest.mark.parametrize("extra", [None, "memory", "host"])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_batches_are_made_without_waiting_for_the_device(on_device: bool, extra: Any) -> None:
+    whole = data.load("digits", train_samples=50)
+    images = whole.train.to("meta") if on_device else whole.train
+    more = whole.test.to("meta") if extra == "memory" and on_device else whole.test
+    batches = data.batches(
+        images,
+        16,
+        device="meta",
+        order=1,
+        augment=data.Augment(crop=1, flip=True, cutout=2),
+        extra=None if extra is None else data.Extra(images=more, fraction=0.5),
+    )
+    with NoSync("meta"):
+        # The order of the epoch goes to the device once, without waiting either.
+        found = list(batches)
+    assert len(found) == 4
+    assert all(x.is_meta and y.is_meta for x, y in found)
+    x, y = found[0]
+    with NoSync("meta"):
+        for mix in (data.mixup, data.cutmix):
+            mixed, soft = mix(x, y, alpha=0.5, num_classes=10, generator=data.generator_for(3))
+            assert mixed.is_meta
+            assert soft.is_meta

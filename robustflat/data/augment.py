@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustflat.data.images import moved
 from robustflat.errors import UserError
 
 
@@ -56,7 +57,7 @@ class Augment:
 
         def draw(high: int) -> Tensor:
             drawn = torch.randint(high, (n,), generator=generator, device=generator.device)
-            return drawn.to(x.device, non_blocking=True)
+            return moved(drawn, x.device)
 
         if self.crop:
             (top, left) = (draw(2 * self.crop + 1), draw(2 * self.crop + 1))

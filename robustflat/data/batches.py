@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustflat.data.augment import Augment
-from robustflat.data.images import Images, to_float
+from robustflat.data.images import Images, moved, to_float
 from robustflat.data.seeding import generator_for
 from robustflat.errors import UserError
 
@@ -221,6 +221,8 @@ class _Plan:
             self.sequence = torch.arange(len(images))
         else:
             self.sequence = torch.randperm(len(images), generator=generator_for(_ORDER, order))
+        # Once an epoch, where the labels are: no batch needs a copy of its indices.
+        self.sequence = moved(self.sequence, images.labels.device)
 
     @property
     def streamed(self) -> bool:
@@ -230,7 +232,7 @@ class _Plan:
     def indices(self, k: int) -> Tensor:
         """The labelled images of batch k on this process."""
         run = self.sequence[k * self.labelled : (k + 1) * self.labelled]
-        if len(run) < self.world:
+        if self.extra is None and len(run) < self.world:
             # More processes than images may need several rounds of the order.
             again = self.sequence.repeat(-(-self.world // len(self.sequence)))
             run = torch.cat([run, again[: self.world - len(run)]])
@@ -241,23 +243,19 @@ class _Plan:
         generator = generator_for(_BATCH, self.seed, k, self.rank)
         indices = self.indices(k)
         x = self.images.fetch(indices)
-        y = self.images.labels[indices.to(self.images.labels.device)]
+        y = self.images.labels[indices]
         if self.extra is not None:
             other = self.extra.images
             drawn = torch.randint(len(other), (self.own_size - len(indices),), generator=generator)
-            mixed = torch.randperm(self.own_size, generator=generator).to(x.device)
-            x = torch.cat([x, other.fetch(drawn).to(x.device)])[mixed]
-            more = other.labels[drawn.to(other.labels.device)]
-            y = torch.cat([y, more.to(y)])[mixed.to(y.device)]
-        if self.device.type == "cuda" and x.device.type == "cpu":
-            x, y = x.pin_memory(), y.pin_memory()
-        return x, y, generator
+            mixed = torch.randperm(self.own_size, generator=generator)
+            more = other.labels[moved(drawn, other.labels.device)]
+            x = torch.cat([x, moved(other.fetch(drawn), x.device)])[moved(mixed, x.device)]
+            y = torch.cat([y, moved(more, y.device).long()])[moved(mixed, y.device)]
+        return moved(x, self.device), moved(y, self.device), generator
 
     def finish(self, fetched: tuple[Tensor, Tensor, torch.Generator]) -> tuple[Tensor, Tensor]:
-        """The batch on the device, augmented there."""
+        """The batch, augmented on the device."""
         (x, y, generator) = fetched
-        x = x.to(self.device, non_blocking=True)
-        y = y.to(self.device, non_blocking=True)
         if self.augment is not None:
             x = self.augment(x, generator)
         return to_float(x), y

@@ -15,14 +15,13 @@ SUFFIXES = frozenset(
 
 
 def image_folder(
-    root: Path, image_size: int | None, workers: int | None
+    root: Path, image_size: int | None
 ) -> tuple[FileImages, FileImages, tuple[str, ...]]:
     """List the files of a tree; nothing but the first of each split is read.
 
     Args:
         root: The folder that holds `train` and `test`, each with one folder per class.
         image_size: See `FileImages`.
-        workers: Threads that decode.
 
     Returns:
         Train files, test files, and the names of the classes, sorted.
@@ -49,7 +48,7 @@ def image_folder(
         paths = [path for name in classes for path in files.get(name, [])]
         sizes = torch.tensor([len(files.get(name, [])) for name in classes])
         labels = torch.repeat_interleave(torch.arange(len(classes)), sizes)
-        return FileImages(paths, labels, image_size, workers)
+        return FileImages(paths, labels, image_size)
 
     (train_images, test_images) = (split(train), split(test))
     if train_images.shape != test_images.shape:

@@ -107,6 +107,21 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(255)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, copied there from the host without either waiting for the other.
+
+    Args:
+        tensor: On the host, or on the device already.
+        device: The device.
+
+    Returns:
+        The tensor there.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from any other memory the copy would wait
+    return tensor.to(device, non_blocking=True)
+
+
 def checked_labels(labels: Tensor, count: int) -> Tensor:
     """Labels as int64 [N].
 
@@ -158,11 +173,11 @@ class MemoryImages(Images):
 
     def fetch(self, indices: Tensor) -> Tensor:
         """Images by position; see `Images.fetch`."""
-        return self.pixels[indices.to(self.pixels.device)].contiguous()
+        return self.pixels[moved(indices, self.pixels.device)].contiguous()
 
     def subset(self, indices: Tensor) -> MemoryImages:
         """The images at some positions; see `Images.subset`."""
-        return MemoryImages(self.fetch(indices), self.labels[indices.to(self.labels.device)])
+        return MemoryImages(self.fetch(indices), self.labels[moved(indices, self.labels.device)])
 
     def relabelled(self, labels: Tensor) -> MemoryImages:
         """The same images with other labels; see `Images.relabelled`."""
@@ -181,10 +196,9 @@ class FileImages(Images):
         labels: Whole numbers, [N].
         image_size: If given, the shorter side is resized to it (bilinear, antialiased) and the
             centre square cut out. If not, all files must have the size of the first.
-        workers: Threads that decode.
 
     Raises:
-        UserError: If there is no file, or the first cannot be read, or there are no workers.
+        UserError: If there is no file or the first cannot be read.
     """
 
     streamed = True
@@ -194,16 +208,13 @@ class FileImages(Images):
         paths: Sequence[Path],
         labels: Tensor,
         image_size: int | None = None,
-        workers: int | None = None,
     ) -> None:
         if not paths:
             raise UserError("There are no image files to read.")
         self.paths = list(paths)
         self.labels = checked_labels(labels, len(paths))
         self.image_size = image_size
-        if workers is not None and workers < 1:
-            raise UserError(f"data.workers must be at least 1, got {workers}.")
-        self.workers = workers or min(8, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         side = image_size
         if side is None:
             with _opened(self.paths[0]) as image:
@@ -220,9 +231,8 @@ class FileImages(Images):
         def decode(position: int) -> None:
             out[position] = self._decode(chosen[position])
 
-        with ThreadPoolExecutor(self.workers) as pool:
-            for _ in pool.map(decode, range(len(chosen))):
-                pass
+        for _ in self._pool.map(decode, range(len(chosen))):
+            pass
         return out
 
     def subset(self, indices: Tensor) -> FileImages:
@@ -239,31 +249,11 @@ class FileImages(Images):
         """Itself: files stay with the host; see `Images.to`."""
         return self
 
-    def decoded(self) -> MemoryImages:
-        """All images, decoded into memory.
-
-        Returns:
-            The images.
-
-        Raises:
-            UserError: If they need more than the machine's memory, or a file is unreadable.
-        """
-        needed = len(self) * self.shape[0] * self.shape[1] * self.shape[2]
-        available = physical_memory()
-        if available is not None and needed > available:
-            raise UserError(
-                f"Decoding {len(self)} images of {self.shape[1]}x{self.shape[2]} needs "
-                f"{needed / 2**30:.1f} GiB, the machine has {available / 2**30:.1f}. Set "
-                "data.cache: false to decode them as they are needed, or a smaller "
-                "data.image_size."
-            )
-        return MemoryImages(self.fetch(torch.arange(len(self))), self.labels)
-
     def _with(self, paths: list[Path], labels: Tensor) -> FileImages:
         """A copy with other files and labels, without reading anything."""
         new = object.__new__(FileImages)
         new.paths, new.labels, new.shape = paths, labels, self.shape
-        new.image_size, new.workers = self.image_size, self.workers
+        new.image_size, new._pool = self.image_size, self._pool
         return new
 
     def _decode(self, path: Path) -> Tensor:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from robustflat.data.decoded import decoded
 from robustflat.data.folder import image_folder
-from robustflat.data.images import FileImages, Images, MemoryImages
+from robustflat.data.images import Images
 from robustflat.data.noise import LabelNoise
 from robustflat.data.sources import SOURCES
 from robustflat.data.split import balanced, proportional, without
@@ -69,7 +70,6 @@ def load(
     seed: int = 0,
     image_size: int | None = None,
     cache: bool = True,
-    workers: int | None = None,
     noise: LabelNoise | None = None,
 ) -> Data:
     """Load a data set and choose its splits.
@@ -89,9 +89,8 @@ def load(
         validation_samples: Number of images to cut from the training set.
         seed: Decides which images are cut and chosen.
         image_size: For `image_folder`: bring the shorter side to this and cut out the centre.
-        cache: For `image_folder`: decode all images once, into memory; false decodes them as they
-            are needed.
-        workers: For `image_folder`: threads that decode.
+        cache: For `image_folder`: decode all images once, into the folder `.decoded` beside them;
+            false decodes them as they are needed.
         noise: Wrong labels in the train split.
 
     Returns:
@@ -109,7 +108,11 @@ def load(
     train: Images
     test: Images
     if name == "image_folder":
-        (train, test, classes) = image_folder(root, image_size, workers)
+        (train_files, test_files, classes) = image_folder(root, image_size)
+        (train, test) = (train_files, test_files)
+        if cache:
+            kept = root / ".decoded"
+            (train, test) = (decoded(train_files, kept), decoded(test_files, kept))
     else:
         if image_size is not None:
             raise UserError(
@@ -140,9 +143,6 @@ def load(
             f"The {len(train)} training images of {name} are all of one class; a classifier needs "
             "at least two."
         )
-    if cache:
-        (train, test) = (_decoded(train), _decoded(test))
-        validation = None if validation is None else _decoded(validation)
     true_labels = train.labels
     if noise is not None:
         train = train.relabelled(noise.apply(true_labels, classes))
@@ -179,11 +179,6 @@ def statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     variance = (share * (levels - mean[:, None]).square()).sum(1)
     std = torch.where(variance > 0, variance.sqrt(), 1.0)
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def _decoded(images: Images) -> MemoryImages | Images:
-    """In-memory images of a split."""
-    return images.decoded() if isinstance(images, FileImages) else images
 
 
 def _check_labels(name: str, split: str, labels: Tensor, classes: int) -> None:

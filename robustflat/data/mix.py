@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor
 
+from robustflat.data.images import moved
 from robustflat.errors import UserError
 
 
@@ -34,7 +35,7 @@ def mixup(
         The mixtures, [N, C, H, W], and their soft labels, float [N, num_classes].
     """
     lam = _share(alpha, generator)
-    partner = torch.randperm(len(x), generator=generator).to(x.device, non_blocking=True)
+    partner = moved(torch.randperm(len(x), generator=generator), x.device)
     soft = _soft(y, num_classes, x.dtype)
     return lam * x + (1 - lam) * x[partner], lam * soft + (1 - lam) * soft[partner]
 
@@ -64,7 +65,7 @@ def cutmix(
         The images, [N, C, H, W], and their soft labels, float [N, num_classes].
     """
     side = (1 - _share(alpha, generator)) ** 0.5
-    partner = torch.randperm(len(x), generator=generator).to(x.device, non_blocking=True)
+    partner = moved(torch.randperm(len(x), generator=generator), x.device)
     spans = []
     for size in x.shape[-2:]:
         cut = int(size * side)
