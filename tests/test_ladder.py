@@ -63,6 +63,7 @@ def test_three_steps_are_bit_equal(rung: str, dtype: torch.dtype) -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
         model.values = []  # type: ignore[assignment]
         for seed in range(3):
+            model.zero_grad()
             model.values.append(backward(model, *images(6, seed, dtype)))  # type: ignore[operator,union-attr]
             optimizer.step()
     one, two = models

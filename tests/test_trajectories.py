@@ -90,6 +90,7 @@ def test_follows_its_reference(case: str) -> None:
     theirs, plain = copy.deepcopy(ours), copy.deepcopy(ours)
     optimizers = [sgd(m) for m in (ours, theirs, plain)]
     for x, y in batches():
+        ours.zero_grad()
         value = weights.backward(lambda x=x, y=y: F.cross_entropy(ours(x), y), ours)
         optimizers[0].step()
         assert value.isfinite()
@@ -109,6 +110,7 @@ def test_msam_follows_its_reference(chunk: int) -> None:
     theirs = copy.deepcopy(ours)
     one, two = sgd(ours), sgd(theirs)
     for x, y in batches():
+        ours.zero_grad()
         weights.backward(lambda r, x=x, y=y: F.cross_entropy(ours(x[r]), y[r]), ours)
         one.step()
         parts = [
@@ -130,6 +132,7 @@ def test_nsam_follows_its_reference() -> None:
     data = batches()
     for k in range(STEPS):
         order = [data[(k + i) % STEPS] for i in range(3)]
+        ours.zero_grad()
         weights.backward(
             lambda i, order=order: F.cross_entropy(ours(order[i][0]), order[i][1]), ours
         )
@@ -149,6 +152,7 @@ def test_random_perturbation_with_the_same_draw(group: str) -> None:
     one, two = sgd(ours), sgd(theirs)
     for k, (x, y) in enumerate(batches()):
         g = torch.Generator().manual_seed(k)
+        ours.zero_grad()
         weights.backward(lambda x=x, y=y: F.cross_entropy(ours(x), y), ours, generator=g)
         one.step()
         g = torch.Generator().manual_seed(k)
@@ -170,6 +174,7 @@ def test_awp_in_its_released_order(lr: float) -> None:
     theirs = copy.deepcopy(ours)
     one, two = sgd(ours), sgd(theirs)
     for x, y in batches():
+        ours.zero_grad()
         rf.awp(0.05).backward(lambda x=x, y=y: F.cross_entropy(ours(x), y), ours, step=one.step)
         ref.awp_released_step(theirs, two, lambda m, x=x, y=y: F.cross_entropy(m(x), y), 0.05, lr)
     assert_agree(ours, theirs)
@@ -179,9 +184,11 @@ def test_the_two_orders_differ_by_lr_times_weight_decay_times_v() -> None:
     default, released, reference = (conv_bn() for _ in range(3))
     x, y = images()
     o = sgd(default)
+    default.zero_grad()
     rf.awp(0.05).backward(lambda: F.cross_entropy(default(x), y), default)
     o.step()
     o = sgd(released)
+    released.zero_grad()
     rf.awp(0.05).backward(lambda: F.cross_entropy(released(x), y), released, step=o.step)
     v = ref.awp_released_step(reference, sgd(reference), lambda m: F.cross_entropy(m(x), y), 0.05)
     for (n, a), b in zip(default.named_parameters(), released.parameters(), strict=True):
@@ -201,6 +208,7 @@ def test_double_perturbation_at_awp(norm: str) -> None:
     objective = rf.adversarial()
     for k, (x, y) in enumerate(batches()):
         x_adv = attack(ours, x, y, generator=torch.Generator().manual_seed(k))
+        ours.zero_grad()
         weights.backward(lambda x=x, a=x_adv, y=y: objective(ours, x, a, y), ours)
         one.step()
         p = math.inf if norm == "linf" else 2
@@ -225,6 +233,7 @@ def test_double_perturbation_trades_awp() -> None:
     for k in range(STEPS):
         x, y = images(6, seed=k, margin=0.01)
         x_adv = attack(ours, x, y, generator=torch.Generator().manual_seed(k))
+        ours.zero_grad()
         weights.backward(lambda x=x, a=x_adv, y=y: objective(ours, x, a, y), ours, step=one.step)
         g = torch.Generator().manual_seed(k)
         noise = torch.empty_like(x).normal_(0, 1e-3, generator=g) / 1e-3
@@ -241,6 +250,7 @@ def test_double_perturbation_mart_sam() -> None:
     attack, weights, objective = rf.pgd("linf", 0.1, 5, 0.02, "zero"), rf.sam(0.1), rf.mart(6.0)
     for x, y in batches():
         x_adv = attack(ours, x, y)
+        ours.zero_grad()
         weights.backward(lambda x=x, a=x_adv, y=y: objective(ours, x, a, y), ours)
         one.step()
         theirs.eval()

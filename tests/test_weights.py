@@ -35,9 +35,11 @@ class Quadratic(nn.Module):
 
 
 def gradient(model: nn.Module) -> Tensor:
+    """The gradient, which is taken away, so that the next one is not added to it."""
     (p,) = model.parameters()
     assert p.grad is not None
-    return p.grad
+    found, p.grad = p.grad, None
+    return found
 
 
 def close(a: Tensor, b: Tensor, rtol: float = 1e-12) -> None:
@@ -84,8 +86,9 @@ def test_gsam_amp_asam_and_awp_of_a_quadratic() -> None:
     gp = h @ (w + rho * g / g.norm())
     perpendicular = g - (g @ gp) / (gp @ gp) * gp
     rf.gsam(rho, alpha).backward(model, model)
-    close(gradient(model), gp - alpha * perpendicular)
-    assert abs(float((gradient(model) - gp) @ gp)) < 1e-12
+    found = gradient(model)
+    close(found, gp - alpha * perpendicular)
+    assert abs(float((found - gp) @ gp)) < 1e-12
     rf.amp(0.05, inner_lr=0.01, steps=1).backward(model, model)
     close(
         gradient(model), h @ (w + 0.01 * g if 0.01 * g.norm() < 0.05 else w + 0.05 * g / g.norm())
@@ -218,7 +221,6 @@ def test_gsam_of_a_selection_leaves_the_other_gradients() -> None:
         (lambda: rf.amp(0.1, inner_lr=-1), "step_size"),
         (lambda: rf.asam(0.1, eta=-1), "eta"),
         (lambda: rf.gsam(0.1, alpha=-1), "alpha"),
-        (lambda: replace(rf.gsam(0.1, 0.4), ascent=Ascent(0)), "gsam"),
         (lambda: rf.sam(0.1, parameters="weights"), "re:weights"),
         (lambda: rf.sam(0.1, parameters="re:("), "regular expression"),
         (lambda: rf.sam(0.1, statistics="never"), "statistics"),  # type: ignore[arg-type]
@@ -255,6 +257,7 @@ def test_msam_averages_the_gradients_of_its_chunks(rows: int) -> None:
     for start in range(0, rows, 2):
         n = min(2, rows - start)
         part = x[start : start + n], y[start : start + n]
+        model.zero_grad()
         total += (
             float(rf.sam(0.5).backward(lambda p=part: F.cross_entropy(model(p[0]), p[1]), model))
             * n
@@ -262,6 +265,7 @@ def test_msam_averages_the_gradients_of_its_chunks(rows: int) -> None:
         for e, p in zip(expected, model.parameters(), strict=True):
             e.add_(p.grad * n / rows)  # type: ignore[operator]
     msam = rf.msam(rf.sam(0.5), 2)
+    model.zero_grad()
     value = msam.backward(lambda r: F.cross_entropy(model(x[r]), y[r]), model)
     assert float(value) == pytest.approx(total / rows, rel=1e-12)
     for e, p in zip(expected, model.parameters(), strict=True):

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from robustflat.perturb.ball import Ball
 
-Start = Literal["zero", "uniform", "sphere", "normal"]
-Direction = Literal["steepest", "raw"]
+Start = Literal["zero", "uniform", "sphere", "normal", "gaussian"]
+Direction = Literal["steepest", "raw", "given"]
 Keep = Literal["last", "best"]
+Onto = Literal["ball", "sphere"]
 ValueAndGrad = Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]]
 Constrain = Callable[[list[Tensor]], list[Tensor]]
 
-_STARTS = ("zero", "uniform", "sphere", "normal")
 _NORMAL_STD = 1e-3
 
 
@@ -31,10 +31,14 @@ class Ascent:
         step_size: in radii of the ball; with ``direction="raw"`` the learning rate that multiplies
             the gradient itself (AMP's zeta).
         start: "zero"; "uniform" in the ball; "sphere", uniform on its surface; "normal", 0.001
-            times a standard normal in the units of ``u`` and not projected (TRADES, MART).
-        direction: "steepest" step of the ball's norm, or the "raw" gradient.
+            times a standard normal in the units of ``u`` and not projected (TRADES, MART);
+            "gaussian", a standard normal in radii for every entry, not projected (noise).
+        direction: "steepest" step of the ball's norm, the "raw" gradient, or what the function
+            returns in its place as it is "given", in radii.
         keep: the "last" iterate, or the "best" over all iterates, start and end included (per row
             where the value has one number a row); "best" costs one more evaluation.
+        onto: every iterate is projected onto the "ball"; or, from start="zero" in an l2 ball, it is
+            the sum of all steps drawn to the "sphere", zero while that sum is zero (RWP).
     """
 
     steps: int
@@ -42,6 +46,7 @@ class Ascent:
     start: Start = "zero"
     direction: Direction = "steepest"
     keep: Keep = "last"
+    onto: Onto = "ball"
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -51,9 +56,10 @@ class Ascent:
                 f"An ascent's step_size must be finite and >= 0, got {self.step_size}."
             )
         for field, allowed in (
-            ("start", _STARTS),
-            ("direction", ("steepest", "raw")),
-            ("keep", ("last", "best")),
+            ("start", get_args(Start)),
+            ("direction", get_args(Direction)),
+            ("keep", get_args(Keep)),
+            ("onto", get_args(Onto)),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
@@ -73,6 +79,12 @@ def check_projection(ball: Ball, ascent: Ascent) -> None:
     Raises:
         ValueError: if so.
     """
+    if ascent.onto == "sphere" and (ball.norm != 2 or ascent.start != "zero"):
+        raise ValueError(
+            "onto='sphere' draws the sum of all steps to the sphere of an l2 ball, from "
+            f"start='zero'; got norm p = {ball.norm} and start={ascent.start!r}. Use these, or "
+            "onto='ball'."
+        )
     if ball.norm not in (1, 2, math.inf) and ball.radius > 0 and not ascent.stays_inside:
         raise ValueError(
             f"This ascent can leave its ball of norm p = {ball.norm}, and projection onto an lp "
@@ -114,19 +126,24 @@ def maximise(
     else:
         u = [t.detach().clone() for t in initial]
     # TRADES' normal start is neither projected nor clipped before the first step.
-    if ascent.start != "normal" and initial is not None:
+    if ascent.start not in ("normal", "gaussian") and initial is not None:
         u = feasible(u)
     elif ascent.start in ("uniform", "sphere") and constrain is not None:
         u = constrain(u)
     best = _Best() if ascent.keep == "best" else None
-    length = ascent.step_size * (ball.radius if ascent.direction == "steepest" else 1.0)
+    length = ascent.step_size * (1.0 if ascent.direction == "raw" else ball.radius)
+    total = [t.clone() for t in u] if ascent.onto == "sphere" else []
     for _ in range(ascent.steps):
         value, gradient = value_and_grad(u)
         if best is not None:
             best.offer(value, u)
         step = ball.steepest(gradient) if ascent.direction == "steepest" else gradient
-        torch._foreach_add_(u, step, alpha=length)
-        u = feasible(u)
+        if total:
+            torch._foreach_add_(total, step, alpha=length)
+            u = list(torch._foreach_mul(ball.steepest(total), ball.radius))
+        else:
+            torch._foreach_add_(u, step, alpha=length)
+            u = feasible(u)
     if best is None:
         return u
     best.offer(value_and_grad(u)[0], u)
@@ -148,6 +165,8 @@ def _start(
         return [torch.zeros_like(t) for t in like]
     if start == "normal":
         return [torch.empty_like(t).normal_(0, _NORMAL_STD, generator=generator) for t in like]
+    if start == "gaussian":
+        return [torch.empty_like(t).normal_(0, ball.radius, generator=generator) for t in like]
     return ball.sample(like, generator, surface=start == "sphere")
 
 

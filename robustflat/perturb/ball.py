@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 Group = Literal["row", "tensor", "global"]
+Norm = str | float
 GROUPS: tuple[Group, ...] = ("row", "tensor", "global")
 _NORM_NAMES = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
-def parse_norm(norm: str | float) -> float:
+def parse_norm(norm: Norm) -> float:
     """The exponent p of a norm named ``"linf"``, ``"l2"``, ``"l1"`` or given as a number.
 
     Raises:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustflat.perturb.ascent import Ascent, Keep, Start, check_projection, maximise
-from robustflat.perturb.ball import Ball, parse_norm
+from robustflat.perturb.ball import Ball, Norm, parse_norm
+from robustflat.perturb.bounds import Count, NonNegative
 from robustflat.perturb.displace import buffers_kept
 from robustflat.perturb.modes import MODES, Mode, attack_mode
 
@@ -195,14 +196,14 @@ class InputPerturbation:
 
 
 def pgd(
-    norm: str | float = "linf",
-    eps: float = 8 / 255,
-    steps: int = 10,
-    step_size: float | None = None,
+    norm: Norm = "linf",
+    eps: NonNegative = 8 / 255,
+    steps: Count = 10,
+    step_size: NonNegative | None = None,
     start: Start = "uniform",
     *,
     loss: LossName = "ce",
-    restarts: int = 1,
+    restarts: Count = 1,
     mode: Mode = "eval",
     keep: Keep = "last",
     box: tuple[float, float] | None = (0.0, 1.0),
@@ -238,8 +239,8 @@ def pgd(
 
 
 def fgsm(
-    norm: str | float = "linf",
-    eps: float = 8 / 255,
+    norm: Norm = "linf",
+    eps: NonNegative = 8 / 255,
     *,
     loss: LossName = "ce",
     mode: Mode = "eval",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 # From the parameters' names and centre values to T: one tensor each, broadcastable; None is T = 1.
 Scale = Callable[[list[str], list[Tensor]], list[Tensor] | None]
@@ -20,19 +21,21 @@ def select(model: nn.Module, which: str) -> dict[str, nn.Parameter]:
     Args:
         model: any module.
         which: "all"; "matrices", those of more than one dimension (convolution and linear weights,
-            as AWP takes them); or "re:PATTERN", those whose name the regular expression finds.
+            as AWP takes them); "norm", those of normalisation layers (SAM-ON), by the type of the
+            module; "no_norm", all others; or "re:PATTERN", those whose name the regular expression
+            finds.
 
     Raises:
         ValueError: if ``which`` is none of these or selects nothing.
     """
-    keep = _selector(which)
+    keep = _selector(which, model)
     chosen = {n: p for n, p in model.named_parameters() if p.requires_grad and keep(n, p)}
     if not chosen:
         names = [n for n, p in model.named_parameters() if p.requires_grad]
         raise ValueError(
             f"The weight perturbation's selection {which!r} fits none of the model's "
             f"{len(names)} trainable parameters (such as {', '.join(names[:3]) or 'none'}), so it "
-            "would do nothing. Choose 'all', 'matrices' or another 're:PATTERN'."
+            "would do nothing. Choose 'all', 'matrices', 'no_norm' or another 're:PATTERN'."
         )
     return chosen
 
@@ -43,25 +46,40 @@ def check_selection(which: str) -> str:
     Raises:
         ValueError: if it cannot.
     """
-    _selector(which)
+    _selector(which, nn.Module())
     return which
 
 
-def _selector(which: str) -> Callable[[str, Tensor], bool]:
+def _selector(which: str, model: nn.Module) -> Callable[[str, Tensor], bool]:
     if which == "all":
         return lambda name, p: True
     if which == "matrices":
         return lambda name, p: p.ndim > 1
+    if which in ("norm", "no_norm"):
+        normalising = _normalising(model)
+        return lambda name, p: (id(p) in normalising) == (which == "norm")
     if not which.startswith(PATTERN_PREFIX):
         raise ValueError(
-            f"A selection must be 'all', 'matrices' or 're:PATTERN', got {which!r}. For parameters "
-            f"by name, write a regular expression after 're:', such as 're:{which}'."
+            "A selection must be 'all', 'matrices', 'norm', 'no_norm' or 're:PATTERN', got "
+            f"{which!r}. For parameters by name, write a regular expression after 're:', such as "
+            f"'re:{which}'."
         )
     try:
         pattern = re.compile(which.removeprefix(PATTERN_PREFIX))
     except re.error as error:
         raise ValueError(f"The selection {which!r} is no regular expression: {error}.") from None
     return lambda name, p: pattern.search(name) is not None
+
+
+def _normalising(model: nn.Module) -> set[int]:
+    """The parameters of normalisation layers: torch's, and others whose class says Norm."""
+    known = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    return {
+        id(p)
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+        if isinstance(module, known) or ("Norm" in type(module).__name__ and p.ndim <= 1)
+    }
 
 
 def one(names: list[str], weights: list[Tensor]) -> None:
