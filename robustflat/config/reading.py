@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from robustflat.config.choice import choices
 from robustflat.config.schema import RunConfig
+from robustflat.config.values import short
 from robustflat.errors import UserError
 from robustflat.files import write_whole
 
 Path_ = tuple[str | int, ...]
 Schema = TypeVar("Schema", bound=BaseModel)
 
-# References can make a value far larger than its text.
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 2, 80, 80, 80
+# Where another name means other keys, so that none of the former may stay.
+_CHOSEN = set(choices(RunConfig))
 
 
 class ConfigError(UserError):
@@ -97,7 +96,7 @@ def validated(schema: type[Schema], values: Any, places: dict[Path_, str], sourc
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(schema, problem, places, source) for problem in error.errors()]
+        lines = [_explain(problem, places, source) for problem in error.errors()]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError("\n".join([f"{source} has {count}:", *lines])) from None
 
@@ -183,7 +182,7 @@ def _walk(
 
 
 def apply_override(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:
-    """Put "key.path=value" into ``values``.
+    """Put "key.path=value" into ``values``; another ``name`` replaces a section made for a name.
 
     Raises:
         ConfigError: if it is not of that form, or goes below what is no mapping.
@@ -203,6 +202,8 @@ def apply_override(override: str, values: dict[str, Any], places: dict[Path_, st
             "and write mappings as '{key: value}'."
         ) from None
     _note_places(node, keys, {}, f"override {override}")
+    if keys[-1] == "name" and keys[:-1] in _CHOSEN:
+        keys, value = keys[:-1], value if value is None else {"name": value}
     target = values
     for depth, key in enumerate(keys[:-1]):
         inner = target.get(key)
@@ -221,76 +222,27 @@ def apply_override(override: str, values: dict[str, Any], places: dict[Path_, st
     places[keys] = f"override {override}"
 
 
-def _explain(schema: type[BaseModel], problem: Any, places: dict[Path_, str], source: str) -> str:
-    """One line: place, key, what is wrong, what was got, and the nearest valid key."""
-    location: Path_ = problem["loc"]
-    models, keys = _resolve(schema, location)
+def _explain(problem: Any, places: dict[Path_, str], source: str) -> str:
+    """One line: place, key, what is wrong and what was got."""
+    keys: Path_ = problem["loc"]
     where = source
     for length in range(len(keys), 0, -1):
         if keys[:length] in places:
             where = places[keys[:length]]
             break
     kind, got = problem["type"], problem["input"]
-    said = f" (got {_short(got)})" if not isinstance(got, dict) else ""
-    if kind == "extra_forbidden":
-        valid = sorted({name for model in models for name in model.model_fields})
-        near = difflib.get_close_matches(str(keys[-1]), valid, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Valid keys: {', '.join(valid)}."
-        return f"  {where}: {_dotted(keys)} is not a known key{said}.{hint}"
+    message = problem.get("ctx", {}).get("text", problem["msg"])
+    message = message.removeprefix("Value error, ").rstrip(".")
     if kind == "missing":
         return f"  {where}: {_dotted(keys)} is required and missing."
-    if kind == "union_tag_not_found":
-        return f"  {where}: {_dotted(keys)}.name is required and missing."
-    if kind == "union_tag_invalid":
-        tags = problem["ctx"]["expected_tags"].replace("'", "")
-        tag = str(problem["ctx"]["tag"])
-        near = difflib.get_close_matches(tag, tags.split(", "), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Valid: {tags}."
-        return f"  {where}: {_dotted(keys)}.name is unknown (got {tag!r}).{hint}"
-    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    if not keys:
+    if kind == "rule" or not keys:
         return f"  {where}: {message}."
-    separator = " " if kind == "value_error" and message.startswith(("must", "is ")) else ": "
+    if kind in ("unknown_key", "unknown_name"):
+        return f"  {where}: {_dotted(keys)} {message}."
+    said = f" (got {short(got)})" if not isinstance(got, dict) else ""
+    separator = " " if message.startswith(("must", "is ")) else ": "
     return f"  {where}: {_dotted(keys)}{separator}{message}{said}."
-
-
-def _resolve(schema: type[BaseModel], location: Path_) -> tuple[list[type[BaseModel]], Path_]:
-    """The models that own the last part, and the location without the tags of unions."""
-    models: list[type[BaseModel]] = [schema]
-    keys: list[str | int] = []
-    owners = models
-    for part in location:
-        tagged = [m for m in models if _tag(m) == part]
-        if tagged and len(models) > 1:
-            models = tagged
-            owners = models
-            continue
-        keys.append(part)
-        owners = models
-        fields = [m.model_fields[part] for m in models if part in m.model_fields]
-        if fields:
-            models = [m for f in fields for m in _models_in(f.annotation)]
-    return owners, tuple(keys)
-
-
-def _tag(model: type[BaseModel]) -> Any:
-    field = model.model_fields.get("name")
-    values = get_args(field.annotation) if field else ()
-    return values[0] if values else None
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) is None and not get_args(annotation):
-        return []
-    return [m for argument in get_args(annotation) for m in _models_in(argument)]
 
 
 def _dotted(keys: Path_) -> str:
     return ".".join(str(key) for key in keys)
-
-
-def _short(value: Any) -> str:
-    text = _REPR.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from annotated_types import Gt, Lt
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
-from robustflat.config.perturbations import (
-    AttackConfig,
-    ObjectiveConfig,
-    PgdConfig,
-    WeightsConfig,
-    check_together,
-)
+from robustflat import registry
+from robustflat.config.choice import Built, Choice
+from robustflat.config.together import conflicts
 from robustflat.config.values import (
     Count,
     NonNegative,
@@ -21,17 +19,93 @@ from robustflat.config.values import (
     Section,
     Share,
     Whole,
+    problem,
+    problems,
 )
 
-Decay = Annotated[Share, Field(lt=1)]
+
+class When(Section):
+    """When a weight perturbation acts, and how strongly.
+
+    From epoch ``from_epoch`` to ``until_epoch`` (both counted from 1, both included), in every
+    ``every``-th step only. ``radius: lr`` shrinks the radius with the learning rate.
+    """
+
+    from_epoch: Count = 1
+    until_epoch: Count | None = None
+    every: Count = 1
+    radius: Literal["constant", "lr"] = "constant"
 
 
-class AugmentConfig(Section):
-    """Random changes of the training images, drawn anew in every epoch."""
+class Around(Section):
+    """How the step runs around a weight perturbation.
 
-    crop: Whole = 0
-    flip: bool = False
-    cutout: Whole = 0
+    ``reattack: ascent`` attacks the inputs anew before every further ascent step (the alternating
+    rounds of AWP's paper), ``descent`` also before the descent. ``at: perturbed`` takes the
+    optimizer's step before restoring, as AWP's released code does. ``sync: global`` lets all
+    processes climb the loss of the whole batch; ``local`` each that of its own rows (m-sharpness).
+    """
+
+    reattack: Literal["never", "ascent", "descent"] = "never"
+    at: Literal["centre", "perturbed"] = "centre"
+    sync: Literal["local", "global"] = "local"
+
+
+class WeightsSection(Built):
+    """What every weight perturbation can be told beside its own keys."""
+
+    moved = {  # noqa: RUF012 - a ClassVar of Section
+        "warmup_epochs": "For N epochs without it write when: {from_epoch: N + 1}",
+        "last_epoch": "Write when: {until_epoch: N}",
+        "every": "Write when: {every: N}",
+        "radius_schedule": "Write when: {radius: lr}",
+        "chunk": "Write {name: msam, chunk: M, inner: {name: sam, ...}}",
+        "batches": "Write {name: nsam, batches: N, inner: {name: sam, ...}}",
+        "reattack": "Write step: {reattack: ascent} or {reattack: descent}",
+        "step_at": "Write step: {at: perturbed}",
+    }
+
+    when: When = When()
+    step: Around = Around()
+
+    def build(self, **offered: Any) -> Any:
+        """The perturbation, synchronised as asked."""
+        built = super().build(**offered)
+        return built if self.step.sync == "local" else built.synchronised(self.step.sync)
+
+
+class OptimizerSection(Built):
+    """What every optimizer can be told beside its own keys.
+
+    With ``decay_all: false`` biases and normalisation are exempt from weight decay; ``clip`` is the
+    largest global L2 norm of the gradient.
+    """
+
+    decay_all: bool = True
+    clip: Positive | None = None
+
+    def check(self) -> None:
+        """Build it once for a single parameter."""
+        import torch
+
+        self.build(params=[torch.nn.Parameter(torch.zeros(1, 1))])
+
+
+class ListenerSection(Built):
+    """A listener is made only when a run begins: it may open files."""
+
+    def check(self) -> None:
+        """Nothing can be tried before."""
+
+
+Attack = Annotated[Built, Choice(registry.attacks, unnamed="pgd")]
+Objective = Annotated[Built, Choice(registry.objectives, unnamed="adversarial")]
+Weights = Annotated[WeightsSection, Choice(registry.weights, WeightsSection)]
+Optimizer = Annotated[OptimizerSection, Choice(registry.optimizers, OptimizerSection, "sgd")]
+Schedule = Annotated[Built, Choice(registry.schedules, unnamed="piecewise")]
+Average = Annotated[Built, Choice(registry.averages)]
+Augment = Annotated[Built, Choice(registry.augmentations, unnamed="standard")]
+Listener = Annotated[ListenerSection, Choice(registry.listeners, ListenerSection)]
 
 
 class LabelNoiseConfig(Section):
@@ -46,7 +120,7 @@ class ExtraDataConfig(Section):
     """Additional, perhaps pseudo-labelled, training images from a file (RST and its successors)."""
 
     path: str
-    fraction: Annotated[Share, Field(gt=0, lt=1)] = 0.5
+    fraction: Annotated[Share, Gt(0), Lt(1)] = 0.5
 
 
 class MixConfig(Section):
@@ -67,7 +141,7 @@ class DataConfig(Section):
     validation_samples: Whole = 200
     image_size: Count | None = None
     cache: bool = True
-    augment: AugmentConfig = AugmentConfig()
+    augment: Augment = Field(default="standard", validate_default=True)
     label_noise: LabelNoiseConfig | None = None
     extra: ExtraDataConfig | None = None
     mix: MixConfig | None = None
@@ -81,104 +155,19 @@ class ModelConfig(Section):
     weights: str | None = None
 
 
-class SgdConfig(Section):
-    """Stochastic gradient descent."""
-
-    name: Literal["sgd"] = "sgd"
-    lr: Positive = 0.1
-    momentum: Share = 0.9
-    nesterov: bool = False
-    weight_decay: NonNegative = 5e-4
-    decay_all: bool = True
-    clip: Positive | None = None
-
-    @model_validator(mode="after")
-    def _can_be_built(self) -> SgdConfig:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum above 0. Set momentum, or nesterov: false")
-        return self
-
-
-class AdamWConfig(Section):
-    """Adam with decoupled weight decay."""
-
-    name: Literal["adamw"]
-    lr: Positive = 1e-3
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    weight_decay: NonNegative = 0.01
-    decay_all: bool = True
-    clip: Positive | None = None
-
-
-class ConstantConfig(Section):
-    """The base learning rate throughout."""
-
-    name: Literal["constant"]
-    warmup_epochs: NonNegative = 0
-
-
-class PiecewiseConfig(Section):
-    """Multiplied by ``factor`` at each milestone, given as a share of the epochs."""
-
-    name: Literal["piecewise"] = "piecewise"
-    milestones: tuple[Share, ...] = (0.5, 0.75)
-    factor: Share = 0.1
-    warmup_epochs: NonNegative = 0
-
-
-class CosineConfig(Section):
-    """Half a cosine from the base learning rate to ``final`` times it."""
-
-    name: Literal["cosine"]
-    final: Share = 0.0
-    warmup_epochs: NonNegative = 0
-
-
-class LinearConfig(Section):
-    """A line from the base learning rate to ``final`` times it."""
-
-    name: Literal["linear"]
-    final: Share = 0.0
-    warmup_epochs: NonNegative = 0
-
-
-class OneCycleConfig(Section):
-    """Up to the base learning rate at ``peak`` (share of the epochs), then down to ``final``."""
-
-    name: Literal["one_cycle"]
-    peak: Annotated[Share, Field(gt=0, lt=1)] = 0.4
-    initial: Share = 0.0
-    final: Share = 0.0
-
-
-class EmaConfig(Section):
-    """Exponential moving average of the weights."""
-
-    name: Literal["ema"]
-    decay: Decay = 0.995
-    start_epoch: Whole = 0
-
-
-class SwaConfig(Section):
-    """Equal average of the weights at the end of each epoch (Izmailov et al. 2018)."""
-
-    name: Literal["swa"]
-    start_epoch: Whole
-    every: Count = 1
-
-
 class TrainConfig(Section):
     """Length, precision and care of the training."""
+
+    moved = {"tensorboard": "Write listeners: [tensorboard], or listeners: []"}  # noqa: RUF012
 
     epochs: Count = 20
     batch_size: Count = 128
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     deterministic: bool = False
-    average: Annotated[EmaConfig | SwaConfig, Field(discriminator="name")] | None = None
+    average: Average | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint_minutes: Positive = 15
-    tensorboard: bool = True
 
 
 class MonitorConfig(Section):
@@ -213,29 +202,12 @@ class FlatnessConfig(Section):
     options: dict[str, Number | int | str | bool] = Field(default_factory=dict)
 
 
-def _named_by_default(name: str) -> BeforeValidator:
-    """A section of several kinds is of this one where its keys do not say."""
-    return BeforeValidator(lambda v: {"name": name, **v} if isinstance(v, dict) else v)
-
-
-Optimizer = Annotated[
-    Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")],
-    _named_by_default("sgd"),
-]
-Schedule = Annotated[
-    Annotated[
-        ConstantConfig | PiecewiseConfig | CosineConfig | LinearConfig | OneCycleConfig,
-        Field(discriminator="name"),
-    ],
-    _named_by_default("piecewise"),
-]
-
-
 class RunConfig(Section):
     """One training run and what is measured of it.
 
     ``threads`` is the number of CPU threads. Small networks are fastest with one, and sums over
-    another number of threads are rounded differently.
+    another number of threads are rounded differently. Keys of ``attack`` that are left out are
+    those of the objective's paper.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -245,70 +217,33 @@ class RunConfig(Section):
     threads: Count | None = None
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    attack: AttackConfig
-    objective: ObjectiveConfig
-    weights: WeightsConfig
-    optimizer: Optimizer = SgdConfig()
-    schedule: Schedule = PiecewiseConfig()
+    attack: Attack = Field(default="pgd", validate_default=True)
+    objective: Objective = Field(default="adversarial", validate_default=True)
+    weights: Weights = Field(default="none", validate_default=True)
+    optimizer: Optimizer = Field(default="sgd", validate_default=True)
+    schedule: Schedule = Field(default="piecewise", validate_default=True)
     train: TrainConfig = TrainConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     flatness: FlatnessConfig = FlatnessConfig()
+    listeners: tuple[Listener, ...] = Field(default=("tensorboard",), validate_default=True)
+
+    @property
+    def threat(self) -> tuple[str | float, float] | None:
+        """Norm and eps of the training attack; None if there is none, or it names none."""
+        norm, eps = (getattr(self.attack, key, None) for key in ("norm", "eps"))
+        return None if norm is None or eps is None else (norm, eps)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> RunConfig:
-        problems = check_together(self.attack, self.objective, self.weights)
-        weights, train = self.weights, self.train
-        if weights.name != "none":
-            if weights.warmup_epochs >= train.epochs:
-                problems.append(
-                    f"weights.warmup_epochs is {weights.warmup_epochs} of train.epochs "
-                    f"{train.epochs}, so the weights would never be perturbed. Lower it, or set "
-                    "weights: {name: none}"
-                )
-            elif weights.last_epoch is not None and weights.last_epoch <= weights.warmup_epochs:
-                problems.append(
-                    f"weights.last_epoch is {weights.last_epoch} and weights.warmup_epochs "
-                    f"{weights.warmup_epochs}, so the weights would never be perturbed. Set "
-                    "last_epoch later, or weights: {name: none}"
-                )
-            if weights.chunk is not None and weights.chunk > train.batch_size:
-                problems.append(
-                    f"weights.chunk is {weights.chunk} but train.batch_size only "
-                    f"{train.batch_size}: a chunk is a part of the batch. Choose at most "
-                    f"{train.batch_size}"
-                )
-        if train.average is not None and train.average.start_epoch >= train.epochs:
-            problems.append(
-                f"train.average.start_epoch is {train.average.start_epoch} of train.epochs "
-                f"{train.epochs}, so nothing would be averaged. Start earlier"
-            )
-        warmup = 0 if isinstance(self.schedule, OneCycleConfig) else self.schedule.warmup_epochs
-        if warmup >= train.epochs:
-            problems.append(
-                f"schedule.warmup_epochs is {warmup:g} of train.epochs {train.epochs}, so the base "
-                "learning rate would never be reached. Lower it"
-            )
-        if (
-            isinstance(self.attack, PgdConfig)
-            and self.attack.loss in ("margin", "dlr")
-            and self.data.mix is not None
-        ):
-            problems.append(
-                f"attack.loss {self.attack.loss} is not defined for the mixed labels of data.mix "
-                f"{self.data.mix.name}. Leave data.mix out, or use attack.loss ce or kl"
-            )
-        if self.objective.name == "mart" and self.data.mix is not None:
-            problems.append(
-                f"objective mart is not defined for the mixed labels of data.mix "
-                f"{self.data.mix.name}. Leave data.mix out, or use objective adversarial or trades"
-            )
-        if self.data.validation_samples == 0 and self.monitor.every:
-            problems.append(
-                "monitor.every asks for validation but data.validation_samples is 0, so there "
-                "would be no best checkpoint. Set data.validation_samples, or monitor.every: 0 to "
-                "keep the last checkpoint only"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    def _fits_together(self) -> Self:
+        said = {key: getattr(self.attack, key) for key in self.attack.model_fields_set}
+        usual = getattr(self.objective.build(), "attack_options", {})
+        usual = {k: v for k, v in usual.items() if k in self.attack.own and k not in said}
+        whole = self
+        if usual:
+            attack = type(self.attack).model_validate({**usual, **said})
+            whole = self.model_copy(update={"attack": attack})
+        found = conflicts(whole)
+        if found:
+            raise problems([problem("rule", text, loc) for loc, text in found])
+        return whole

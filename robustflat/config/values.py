@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from typing import Annotated, Any
+import reprlib
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _FRACTION = re.compile(rf"\s*({_NUMBER})\s*/\s*({_NUMBER})\s*")
@@ -48,22 +53,76 @@ def read_norm(value: Any) -> Any:
     return p
 
 
-def _not_boolean(value: Any) -> Any:
+def _whole(value: Any) -> Any:
     if isinstance(value, (bool, str)):
         raise ValueError("must be a whole number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("must be a whole number of at most 18 digits")
     return value
 
 
 Number = Annotated[float, BeforeValidator(read_number), Field(allow_inf_nan=False)]
-NonNegative = Annotated[Number, Field(ge=0)]
-Positive = Annotated[Number, Field(gt=0)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-Whole = Annotated[int, BeforeValidator(_not_boolean), Field(ge=0)]
-Count = Annotated[int, BeforeValidator(_not_boolean), Field(ge=1)]
-Norm = Annotated[str | float, BeforeValidator(read_norm)]
+Integer = Annotated[int, BeforeValidator(_whole)]
+NonNegative = Annotated[Number, Ge(0)]
+Positive = Annotated[Number, Gt(0)]
+Share = Annotated[Number, Ge(0), Le(1)]
+Whole = Annotated[Integer, Ge(0)]
+Count = Annotated[Integer, Ge(1)]
+NormName = Annotated[str | float, BeforeValidator(read_norm)]
+
+# References can make a value far larger than its text.
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 2, 80, 80, 80
+
+
+def short(value: Any) -> str:
+    """A value as messages show it."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def problem(
+    kind: str, text: str, loc: tuple[str | int, ...] = (), got: Any = None
+) -> InitErrorDetails:
+    """A problem at ``loc``; of kind "rule" if the text says itself which keys it speaks of."""
+    told = PydanticCustomError(kind, "{text}", {"text": text})
+    return InitErrorDetails(type=told, loc=loc, input={} if got is None else got)
+
+
+def problems(details: list[InitErrorDetails]) -> ValidationError:
+    """One error of all these."""
+    return ValidationError.from_exception_data("configuration", details)
 
 
 class Section(BaseModel):
     """One mapping of the configuration: unknown keys are errors, values are never changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # Keys of earlier versions, and how what they said is written now.
+    moved: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _say_which_keys_there_are(cls, values: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            found = error.errors(include_url=False)
+        told = []
+        for one in found:
+            kind, loc, got = one["type"], one["loc"], one["input"]
+            text = one.get("ctx", {}).get("text", one["msg"])
+            if kind == "extra_forbidden" and len(loc) == 1:
+                kind, text = "unknown_key", cls._about_unknown(str(loc[0]), got)
+            told.append(problem(kind, text, loc, got))
+        raise problems(told)
+
+    @classmethod
+    def _about_unknown(cls, key: str, got: Any) -> str:
+        if key in cls.moved:
+            return f"has moved. {cls.moved[key]}"
+        valid = sorted(cls.model_fields)
+        near = difflib.get_close_matches(key, valid, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Valid keys: {', '.join(valid)}."
+        said = "" if isinstance(got, dict) else f" (got {short(got)})"
+        return f"is not a known key{said}. {hint}"

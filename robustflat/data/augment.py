@@ -10,11 +10,12 @@ from torch import Tensor
 
 from robustflat.data.images import moved
 from robustflat.errors import UserError
+from robustflat.perturb.bounds import Whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Random changes of training images, drawn for each image on its own.
+    """Crop, flip and cutout, drawn for each image on its own.
 
     Attributes:
         crop: The image is padded by this many zeros on every side and a window of the original
@@ -25,9 +26,9 @@ class Augment:
             even one reaches one pixel further to the top left.
     """
 
-    crop: int = 0
+    crop: Whole = 0
     flip: bool = False
-    cutout: int = 0
+    cutout: Whole = 0
 
     def __post_init__(self) -> None:
         for name in ("crop", "cutout"):

@@ -195,6 +195,10 @@ class InputPerturbation:
             return attack_losses[self.loss](model(x), target)
 
 
+def no_attack() -> None:
+    """Train on the images as they are."""
+
+
 def pgd(
     norm: Norm = "linf",
     eps: NonNegative = 8 / 255,

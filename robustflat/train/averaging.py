@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from robustflat.config.schema import EmaConfig, SwaConfig
+from robustflat.perturb.bounds import BelowOne, Count, Whole
+
+
+@dataclass(frozen=True)
+class ema:  # noqa: N801 - named as in YAML
+    """Exponential moving average of the weights, after every step.
+
+    Args:
+        decay: of the average.
+        start_epoch: epochs before it begins.
+    """
+
+    decay: BelowOne = 0.995
+    start_epoch: Whole = 0
+
+
+@dataclass(frozen=True)
+class swa:  # noqa: N801
+    """Equal average of the weights at the end of each epoch.
+
+    Source: Izmailov et al. 2018.
+
+    Args:
+        start_epoch: epochs before it begins.
+        every: epochs from one to the next.
+    """
+
+    start_epoch: Whole
+    every: Count = 1
+
+
+AVERAGES = {"ema": ema, "swa": swa}
 
 
 class Average:
@@ -23,9 +55,9 @@ class Average:
         model: the model; its weights are copied at once.
     """
 
-    def __init__(self, config: EmaConfig | SwaConfig, model: nn.Module) -> None:
+    def __init__(self, config: ema | swa, model: nn.Module) -> None:
         self.config = config
-        if isinstance(config, EmaConfig):
+        if isinstance(config, ema):
             update = get_ema_multi_avg_fn(config.decay)
             self._model = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         else:
@@ -44,13 +76,13 @@ class Average:
 
     def after_step(self, model: nn.Module, epoch: int) -> None:
         """Average after an optimizer step of ``epoch`` (counted from 0)."""
-        if isinstance(self.config, EmaConfig) and epoch >= self.config.start_epoch:
+        if isinstance(self.config, ema) and epoch >= self.config.start_epoch:
             self._model.update_parameters(model)
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         """Average at the end of ``epoch`` (counted from 0)."""
         config = self.config
-        if isinstance(config, EmaConfig) or epoch < config.start_epoch:
+        if isinstance(config, ema) or epoch < config.start_epoch:
             return
         if (epoch - config.start_epoch) % config.every == 0:
             self._model.update_parameters(model)
@@ -58,7 +90,7 @@ class Average:
     @property
     def needs_refresh(self) -> bool:
         """Whether BatchNorm's statistics must be computed anew before use."""
-        return isinstance(self.config, SwaConfig) and self.started
+        return isinstance(self.config, swa) and self.started
 
     def refresh(self, inputs: Iterable[Tensor]) -> None:
         """Compute BatchNorm's statistics from ``inputs`` (batches of images), in train mode."""

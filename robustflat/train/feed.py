@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import robustflat.data as data
 from robustflat.config import RunConfig
-from robustflat.config.perturbations import Perturbing
 from robustflat.errors import UserError
+from robustflat.perturb import Perturbation
 from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import Batch, TrainStep
@@ -29,6 +29,8 @@ class Feed:
         dataset: its images.
         device: where the batches shall be.
         processes: this process among those that train together.
+        weights: the run's weight perturbation, which says how many batches of how many rows a step
+            needs.
 
     Raises:
         UserError: if there is not one full batch, or the extra images cannot be used.
@@ -40,21 +42,21 @@ class Feed:
         dataset: data.Data,
         device: torch.device,
         processes: Processes,
+        weights: Perturbation,
     ) -> None:
         self._config, self._device, self._rank = config, device, processes.rank
         self._images = dataset.train.to(device)
-        self._augment = data.Augment(**config.data.augment.model_dump())
+        self._augment = config.data.augment.build()
         self._augment(torch.zeros(1, *dataset.shape), torch.Generator())  # refuses what cannot fit
         self._classes = len(dataset.classes)
-        weights = config.weights
-        chunk = weights.chunk if isinstance(weights, Perturbing) else None
-        self._together = weights.batches if isinstance(weights, Perturbing) else 1
+        self._together = weights.batches
         rest = len(self._images) % config.train.batch_size
-        too_small = 0 < rest < processes.world * max(2, chunk or 0)
+        too_small = 0 < rest < processes.world * max(2, weights.least_rows)
         extra = _extra_images(config, dataset, device)
-        if too_small and len(self._images) == rest and chunk is not None and extra is None:
+        alone = len(self._images) == rest and extra is None
+        if too_small and alone and weights.least_rows > 1:
             raise UserError(
-                f"weights.chunk is {chunk}, but the {rest} training images make one batch of "
+                f"weights.chunk is {weights.least_rows}, but the {rest} training images make one batch of "
                 f"{rest // processes.world}, and a chunk is a part of it. Choose a smaller one."
             )
         self._cut: dict[str, Any] = {

@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from types import FrameType
 from typing import Any, Protocol
 
@@ -15,16 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.config import RunConfig
-from robustflat.config.perturbations import Perturbing
 from robustflat.data import Data
 from robustflat.errors import TrainingDivergedError, UserError
-from robustflat.perturb import WeightPerturbation, msam, no_perturbation
+from robustflat.perturb import Perturbation, no_perturbation
 from robustflat.train.averaging import Average
 from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor, score
-from robustflat.train.optim import lr_factor
 from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed, make_deterministic
 from robustflat.train.setup import build_model, build_step
@@ -87,9 +84,10 @@ class Trainer:
         self._step = build_step(config, self.model, device)
         self._weights = config.weights.build()
         average = config.train.average
-        self.average = None if average is None else Average(average, self.model)
+        self.average = None if average is None else Average(average.build(), self.model)
+        self._lr_factor = config.schedule.build()
 
-        self._feed = Feed(config, dataset, device, self.processes)
+        self._feed = Feed(config, dataset, device, self.processes, self._weights)
         self.steps_per_epoch = self._feed.steps_per_epoch
         seen = min(config.monitor.train_samples, len(dataset.train))
         splits = {"train": dataset.train.tensors(seen)}
@@ -165,6 +163,7 @@ class Trainer:
             self.average.load_state_dict(saved["average"])
         if self._step.scaler is not None:
             self._step.scaler.load_state_dict(saved["scaler"])
+        self._weights.load_state_dict(saved["weights"])
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
         self._totals = saved["totals"].to(self.device)
         self._seconds = saved["seconds"]
@@ -172,22 +171,26 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Take the remaining steps of the epoch. Returns whether it was finished."""
         config, began = self.config, time.monotonic()
-        generator = torch.Generator(self.device)
+        generator, of_weights = torch.Generator(self.device), torch.Generator(self.device)
+        # Where all processes climb together, they start from the same point.
+        apart = self.processes.rank if config.weights.step.sync == "local" else 0
         saved_at = time.monotonic()
         self._replica.train()
         for batches in self._feed.batches(self.epoch, self.step):
             where = (self.epoch, self.step, self.processes.rank)
             torch.manual_seed(derived_seed(config.seed, "global", *where))
             generator.manual_seed(derived_seed(config.seed, "attack", *where))
-            factor = lr_factor(
-                config.schedule, self.epoch + self.step / self.steps_per_epoch, config.train.epochs
+            of_weights.manual_seed(derived_seed(config.seed, "weights", *where[:2], apart))
+            length = 1 / self.steps_per_epoch
+            factor = self._lr_factor(
+                self.epoch + self.step * length, config.train.epochs, length
             )
             for group in self._step.optimizer.param_groups:
                 group["lr"] = config.optimizer.lr * factor
             weights = self._weights_now(factor)
             if weights.is_off:  # n-SAM's further batches are climbed only
                 batches = batches[:1]
-            value, norm = self._step(self._replica, batches, weights, generator)
+            value, norm = self._step(self._replica, batches, weights, generator, of_weights)
             self.processes.share_buffers(self.model)
             self._account(value, norm)
             if self.average is not None:
@@ -249,18 +252,14 @@ class Trainer:
             measured["average"] = self._monitor(self.average.model)
         return measured
 
-    def _weights_now(self, factor: float) -> WeightPerturbation | msam:
+    def _weights_now(self, factor: float) -> Perturbation:
         """The weight perturbation of this step."""
-        config = self.config.weights
-        if not isinstance(config, Perturbing):
-            return self._weights
+        when = self.config.weights.when
         done = self.epoch * self.steps_per_epoch + self.step
-        within = config.last_epoch is None or self.epoch < config.last_epoch
-        if self.epoch < config.warmup_epochs or not within or done % config.every:
+        over = when.until_epoch is not None and self.epoch >= when.until_epoch
+        if self.epoch + 1 < when.from_epoch or over or done % when.every:
             return no_perturbation()
-        if config.radius_schedule == "constant":
-            return self._weights
-        return _with_radius(self._weights, factor)
+        return self._weights if when.radius == "constant" else self._weights.scaled(factor)
 
     def _account(self, value: Tensor, norm: Tensor) -> None:
         """Add to the epoch's totals on the device: loss, norm, finite steps, first bad step."""
@@ -320,6 +319,7 @@ class Trainer:
                 "step": self.step,
                 "optimizer": self._step.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
+                "weights": self._weights.state_dict(),
                 "average": None if average is None else average.state_dict(),
                 "best": self.best,
                 "totals": self._totals,
@@ -353,10 +353,3 @@ class Trainer:
             for which, handler in before.items():
                 signal.signal(which, handler)
 
-
-def _with_radius(method: WeightPerturbation | msam, factor: float) -> WeightPerturbation | msam:
-    if isinstance(method, msam):
-        inner = _with_radius(method.inner, factor)
-        assert isinstance(inner, WeightPerturbation)
-        return replace(method, inner=inner)
-    return replace(method, ball=replace(method.ball, radius=method.ball.radius * factor))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.config import RunConfig
-from robustflat.config.perturbations import NoAttackConfig
 from robustflat.data.split import proportional
 from robustflat.evaluate.accuracy import Metrics, joined, measure
 from robustflat.flatness import flatness
@@ -105,9 +104,7 @@ class Monitor:
 
 def monitoring_attack(config: RunConfig, steps: int) -> InputPerturbation | None:
     """PGD with the norm and eps of the training attack; None if the run has none."""
-    if isinstance(config.attack, NoAttackConfig):
-        return None
-    return pgd(config.attack.norm, config.attack.eps, steps)
+    return None if config.threat is None else pgd(*config.threat, steps)
 
 
 def score(measured: dict[str, Any]) -> float:

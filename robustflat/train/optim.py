@@ -1,27 +1,75 @@
-"""Optimizers from their configuration, and the learning rate as a pure function of progress."""
+"""Optimizers by name, and the learning rate as a pure function of progress."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from robustflat.config.schema import (
-    AdamWConfig,
-    ConstantConfig,
-    CosineConfig,
-    LinearConfig,
-    OneCycleConfig,
-    PiecewiseConfig,
-    SgdConfig,
-)
+from robustflat.config.schema import OptimizerSection
+from robustflat.perturb.bounds import BelowOne, Inside, NonNegative, Positive, Share
 
-ScheduleConfig = ConstantConfig | PiecewiseConfig | CosineConfig | LinearConfig | OneCycleConfig
+# From epochs done (fractions included), all epochs, and the length of a step in epochs to the
+# factor, in [0, 1], of the base learning rate.
+Schedule = Callable[[float, float, float], float]
 
 
-def build_optimizer(config: SgdConfig | AdamWConfig, model: nn.Module) -> torch.optim.Optimizer:
+def sgd(
+    params: Iterable[Any],
+    lr: Positive = 0.1,
+    momentum: Share = 0.9,
+    nesterov: bool = False,
+    weight_decay: NonNegative = 5e-4,
+) -> torch.optim.Optimizer:
+    """Stochastic gradient descent, with what robust training usually takes.
+
+    Source: torch.optim.SGD.
+
+    Raises:
+        ValueError: if Nesterov's momentum is asked for without momentum.
+    """
+    if nesterov and momentum == 0:
+        raise ValueError("nesterov needs momentum above 0. Set momentum, or nesterov: false")
+    return torch.optim.SGD(
+        params, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+    )
+
+
+def adamw(
+    params: Iterable[Any],
+    lr: Positive = 1e-3,
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999),
+    weight_decay: NonNegative = 0.01,
+) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay.
+
+    Source: torch.optim.AdamW.
+    """
+    return torch.optim.AdamW(params, lr, betas=betas, weight_decay=weight_decay)
+
+
+def _of_torch() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """Every optimizer of torch.optim that steps without a closure and takes dense gradients."""
+    left_out = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+    found = (getattr(torch.optim, name) for name in dir(torch.optim))
+    return {
+        c.__name__.lower(): c
+        for c in found
+        if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer) and c not in left_out
+    }
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+} | {name: c for name, c in _of_torch().items() if name not in ("sgd", "adamw")}
+
+
+def build_optimizer(config: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of all trainable parameters.
 
     Args:
@@ -37,43 +85,74 @@ def build_optimizer(config: SgdConfig | AdamWConfig, model: nn.Module) -> torch.
             "weight_decay": 0.0,
         },
     ]
-    groups = [group for group in groups if group["params"]]
-    if isinstance(config, AdamWConfig):
-        return torch.optim.AdamW(
-            groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
-    return torch.optim.SGD(
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )
+    optimizer: torch.optim.Optimizer = config.build(params=[g for g in groups if g["params"]])
+    return optimizer
 
 
-def lr_factor(config: ScheduleConfig, epoch: float, epochs: int) -> float:
-    """What multiplies the base learning rate.
+def constant(warmup_epochs: NonNegative = 0.0) -> Schedule:
+    """The base learning rate throughout."""
+    return lambda epoch, epochs, step: _warm_up(warmup_epochs, epoch, step)
 
-    Args:
-        config: the schedule.
-        epoch: epochs done, fractions included, in [0, epochs).
-        epochs: length of the training.
 
-    Returns:
-        The factor, in [0, 1].
+def piecewise(
+    milestones: tuple[Share, ...] = (0.5, 0.75),
+    factor: Share = 0.1,
+    warmup_epochs: NonNegative = 0.0,
+) -> Schedule:
+    """Multiplied by ``factor`` at each milestone, given as a share of the epochs."""
+
+    def now(epoch: float, epochs: float, step: float) -> float:
+        if epoch < warmup_epochs:
+            return _warm_up(warmup_epochs, epoch, step)
+        return factor ** sum(epoch >= milestone * epochs for milestone in milestones)
+
+    return now
+
+
+def cosine(final: Share = 0.0, warmup_epochs: NonNegative = 0.0) -> Schedule:
+    """Half a cosine from the base learning rate to ``final`` times it."""
+    return _falling(lambda done: (1 + math.cos(math.pi * done)) / 2, final, warmup_epochs)
+
+
+def linear(final: Share = 0.0, warmup_epochs: NonNegative = 0.0) -> Schedule:
+    """A line from the base learning rate to ``final`` times it."""
+    return _falling(lambda done: 1 - done, final, warmup_epochs)
+
+
+def one_cycle(peak: Inside = 0.4, initial: Share = 0.0, final: Share = 0.0) -> Schedule:
+    """Up to the base learning rate at ``peak`` (share of the epochs), then down to ``final``.
+
+    Each step has the rate of its end, so that the first is not lost to a rate of 0.
     """
-    if isinstance(config, OneCycleConfig):
-        done = epoch / epochs
-        if done < config.peak:
-            return config.initial + (1 - config.initial) * done / config.peak
-        return 1 - (1 - config.final) * (done - config.peak) / (1 - config.peak)
-    if epoch < config.warmup_epochs:
-        return epoch / config.warmup_epochs
-    if isinstance(config, ConstantConfig):
-        return 1.0
-    if isinstance(config, PiecewiseConfig):
-        passed = sum(epoch >= milestone * epochs for milestone in config.milestones)
-        return config.factor**passed
-    done = (epoch - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-9)
-    share = (1 + math.cos(math.pi * done)) / 2 if isinstance(config, CosineConfig) else 1 - done
-    return config.final + (1 - config.final) * share
+
+    def now(epoch: float, epochs: float, step: float) -> float:
+        done = min((epoch + step) / epochs, 1.0)
+        if done < peak:
+            return initial + (1 - initial) * done / peak
+        return 1 - (1 - final) * (done - peak) / (1 - peak)
+
+    return now
+
+
+def _falling(shape: Callable[[float], float], final: float, warmup_epochs: float) -> Schedule:
+    def now(epoch: float, epochs: float, step: float) -> float:
+        if epoch < warmup_epochs:
+            return _warm_up(warmup_epochs, epoch, step)
+        done = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+        return final + (1 - final) * shape(done)
+
+    return now
+
+
+def _warm_up(warmup_epochs: float, epoch: float, step: float) -> float:
+    """A line that reaches 1 with the last step of the warm-up; its first step moves too."""
+    return min((epoch + step) / warmup_epochs, 1.0) if warmup_epochs else 1.0
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "constant": constant,
+    "piecewise": piecewise,
+    "cosine": cosine,
+    "linear": linear,
+    "one_cycle": one_cycle,
+}

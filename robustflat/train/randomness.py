@@ -8,7 +8,7 @@ import torch
 
 from robustflat.data import generator_for
 
-Purpose = Literal["model", "order", "attack", "global", "mix", "monitor", "batches"]
+Purpose = Literal["model", "order", "attack", "global", "mix", "monitor", "batches", "weights"]
 _CODES: dict[Purpose, int] = {
     "model": 0,
     "order": 1,
@@ -17,6 +17,7 @@ _CODES: dict[Purpose, int] = {
     "mix": 4,
     "monitor": 5,
     "batches": 6,
+    "weights": 7,
 }
 
 

@@ -8,7 +8,6 @@ from torch import nn
 import robustflat.data as data
 from robustflat import models
 from robustflat.config import RunConfig
-from robustflat.config.perturbations import NoAttackConfig, Perturbing
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
 from robustflat.perturb import select
@@ -95,28 +94,28 @@ def perturbed_parameters(config: RunConfig, model: nn.Module) -> dict[str, nn.Pa
     Raises:
         UserError: if its selection fits none.
     """
-    if not isinstance(config.weights, Perturbing):
+    weights = config.weights.build()
+    if weights.is_off:
         return {}
     try:
-        return select(model, config.weights.preset().parameters)
+        return select(model, weights.parameters)
     except ValueError as error:
         raise UserError(f"weights.parameters: {error}") from None
 
 
 def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> TrainStep:
     """What every step of a run does to ``model``."""
-    objective, weights = config.objective.build(), config.weights
-    attack = None if isinstance(config.attack, NoAttackConfig) else config.attack.build(objective)
+    objective = config.objective.build()
     perturbed_parameters(config, model)
     half = config.train.precision == "fp16"
     return TrainStep(
-        attack=attack if objective.needs_attack else None,
+        attack=config.attack.build() if getattr(objective, "needs_attack", True) else None,
         objective=objective,
         optimizer=build_optimizer(config.optimizer, model),
         clip=config.optimizer.clip,
         scaler=torch.amp.GradScaler(device.type) if half else None,
         precision=_PRECISIONS[config.train.precision],
-        step_at=weights.step_at if isinstance(weights, Perturbing) else "centre",
-        reattack=weights.reattack if isinstance(weights, Perturbing) else "never",
+        step_at=config.weights.step.at,
+        reattack=config.weights.step.reattack,
         skip_nonfinite=config.train.on_nonfinite == "skip",
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.objectives import Objective
-from robustflat.perturb import InputPerturbation, WeightPerturbation, msam
+from robustflat.perturb import InputPerturbation, Perturbation
 
 Batch = tuple[Tensor, Tensor]
 Reattack = Literal["never", "ascent", "descent"]
@@ -71,8 +71,9 @@ class TrainStep:
         self,
         model: nn.Module,
         batches: Sequence[Batch],
-        weights: WeightPerturbation | msam,
+        weights: Perturbation,
         generator: torch.Generator | None = None,
+        weights_generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Take one step.
 
@@ -80,7 +81,8 @@ class TrainStep:
             model: the network, or DistributedDataParallel around it, in train mode.
             batches: ``(x, y)``; more than one only for n-SAM, the first is descended.
             weights: inner maximisation over weights.
-            generator: source of the attack's and the weights' randomness, on the model's device.
+            generator: source of the attack's randomness, on the model's device.
+            weights_generator: of the weights' randomness; ``generator`` if None.
 
         Returns:
             The loss at the perturbed weights and the global L2 norm of the gradient before
@@ -89,31 +91,30 @@ class TrainStep:
         bare = model.module if isinstance(model, DistributedDataParallel) else model
         seen, attacked = Autocast(model, self.precision), Autocast(bare, self.precision)
         adversarial = [self._attack(attacked, x, y, generator) for x, y in batches]
+        found = self.objective.rows if weights.wants_rows else self.objective
 
-        def loss(at: int = 0, rows: slice = slice(None)) -> Tensor:
+        def loss(part: int | slice = 0) -> Tensor:
+            """Of a batch by its number, or of some rows of the first."""
+            at, rows = (0, part) if isinstance(part, slice) else (part, slice(None))
             x, y = batches[at]
-            return self.objective(seen, x[rows], adversarial[at][rows], y[rows])
+            return found(seen, x[rows], adversarial[at][rows], y[rows])
 
         buffers = [b.clone() for b in bare.buffers()] if self.skip_nonfinite else []
+        remembered = weights.state_dict()
         norm: list[Tensor] = []
 
         def finish() -> None:
             norm.append(self._finish(bare))
 
-        if isinstance(weights, msam):
-            value = weights.backward(
-                lambda rows: loss(rows=rows),
-                model,
-                rows=len(batches[0][0]),
-                generator=generator,
-                scaler=self.scaler,
-            )
-        else:
-            closure = self._reattacking(loss, weights, batches[0], adversarial, attacked, generator)
-            early = finish if self.step_at == "perturbed" else None
-            value = weights.backward(
-                closure, model, generator=generator, scaler=self.scaler, step=early
-            )
+        self.optimizer.zero_grad()
+        value = weights.backward(
+            self._reattacking(loss, weights, batches[0], adversarial, attacked, generator),
+            model,
+            rows=len(batches[0][0]),
+            generator=generator if weights_generator is None else weights_generator,
+            scaler=self.scaler,
+            step=finish if self.step_at == "perturbed" else None,
+        )
         if not norm:
             finish()
         if self.skip_nonfinite and not torch.isfinite(norm[0]):
@@ -121,19 +122,18 @@ class TrainStep:
             with torch.no_grad():
                 for buffer, before in zip(bare.buffers(), buffers, strict=True):
                     buffer.copy_(before)
+            weights.load_state_dict(remembered)
         return value, norm[0]
 
     def _attack(
         self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        if self.attack is None or not self.objective.needs_attack:
-            return x
-        return self.attack(model, x, y, generator=generator)
+        return x if self.attack is None else self.attack(model, x, y, generator=generator)
 
     def _reattacking(
         self,
         loss: Callable[..., Tensor],
-        weights: WeightPerturbation,
+        weights: Perturbation,
         batch: Batch,
         adversarial: list[Tensor],
         attacked: nn.Module,
@@ -142,13 +142,11 @@ class TrainStep:
         """``loss``, attacking anew first wherever ``reattack`` says so."""
         if self.reattack == "never":
             return loss
-        ascents = 0 if weights.is_off else weights.ascent.steps
-        calls = 0
+        last, calls = weights.passes - 1, 0
 
         def closure() -> Tensor:
             nonlocal calls
-            descends = calls >= ascents and not weights.is_off
-            again = 0 < calls < ascents or (descends and self.reattack == "descent")
+            again = 0 < calls < last or (0 < calls == last and self.reattack == "descent")
             calls += 1
             if again:
                 adversarial[0] = self._attack(attacked, *batch, generator)

@@ -1,0 +1,214 @@
+"""Sections made from what they build: keys, bounds, defaults and meaning of a callable's signature."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from pydantic import BaseModel, GetCoreSchemaHandler, create_model, model_validator
+from pydantic_core import CoreSchema, core_schema
+from torch import Tensor
+from typing_extensions import Self
+
+from robustflat import registry
+from robustflat.config.values import Integer, NormName, Number, Section, problem, problems
+from robustflat.errors import UserError
+from robustflat.perturb import WeightPerturbation
+from robustflat.perturb.ball import Norm
+from robustflat.plugins import is_plugin
+from robustflat.registry import Kind
+
+
+class Built(Section):
+    """A section that stands for a call: ``name`` says of what, the other keys are its arguments."""
+
+    name: str
+    kind: ClassVar[Kind]
+    own: ClassVar[tuple[str, ...]] = ()
+
+    if TYPE_CHECKING:  # the keys are known only from the signature
+
+        def __getattr__(self, key: str) -> Any:
+            """The value of a key."""
+
+    def build(self, **offered: Any) -> Any:
+        """Make what the section stands for.
+
+        Args:
+            **offered: what the caller gives beside the keys, where the callable takes it.
+
+        Raises:
+            UserError: if a function of the user's makes something else.
+        """
+        factory = self.kind.find(self.name)
+        taken = inspect.signature(factory).parameters
+        own = {key: getattr(self, key) for key in self.own}
+        built = factory(
+            **{k: v for k, v in offered.items() if k in taken},
+            **{k: v.build() if isinstance(v, Built) else v for k, v in own.items()},
+        )
+        lacks = [needed for needed in self.kind.needs if not hasattr(built, needed)]
+        if lacks and not (built is None and self.name == "none"):
+            raise UserError(
+                f"{self.name} must return {self.kind.one}s, which have {', '.join(self.kind.needs)}"
+                f", got {type(built).__name__} without {', '.join(lacks)}."
+            )
+        return built
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> Self:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Build once, so that what cannot work is told of before anything runs.
+
+        Raises:
+            ValueError: saying what.
+        """
+        self.build()
+
+
+class Choice:
+    """In an annotation: a section, or the bare name, of one of the things of a kind.
+
+    Args:
+        kind: where the names are.
+        base: what every section of the kind has.
+        unnamed: the name where a mapping gives none; None requires one.
+    """
+
+    def __init__(self, kind: Kind, base: type[Built] = Built, unnamed: str | None = None) -> None:
+        self.kind, self.base, self.unnamed = kind, base, unnamed
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Let pydantic read it."""
+        return core_schema.no_info_plain_validator_function(
+            self.read,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda section: section.model_dump(mode="json")
+            ),
+        )
+
+    def read(self, value: Any) -> Built:
+        """The section that a value of YAML, or a default, stands for."""
+        if isinstance(value, Built):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict):
+            raise ValueError("must be a name or a mapping")
+        name = value.get("name", self.unnamed)
+        if name is None:
+            raise problems([problem("missing", "Field required", ("name",))])
+        if not isinstance(name, str):
+            raise problems([problem("told", "must be a name", ("name",), name)])
+        try:
+            factory = self.kind.find(name)
+        except UserError as error:
+            raise problems([problem("unknown_name", str(error), ("name",))]) from None
+        return section(factory, name, self.kind, self.base).model_validate({**value, "name": name})
+
+
+@cache
+def section(
+    factory: Callable[..., Any], name: str, kind: Kind, base: type[Built]
+) -> type[Built]:
+    """The section of one callable.
+
+    Args:
+        factory: whose signature is read.
+        name: as YAML calls it.
+        kind: what it makes.
+        base: what the section has beside.
+    """
+    signature = inspect.signature(factory)
+    hints = _hints(factory)
+    keys: dict[str, Any] = {}
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.name in kind.offered:
+            continue
+        default = ... if parameter.default is parameter.empty else parameter.default
+        keys[parameter.name] = (_readable(hints.get(parameter.name, Any)), default)
+    made = create_model(
+        name, __base__=base, __doc__=inspect.getdoc(factory), name=(Literal[name], name), **keys
+    )
+    made.kind, made.own = kind, tuple(keys)
+    return made
+
+
+def choices(schema: type[BaseModel], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The key paths of a schema at which a :class:`Choice` stands."""
+    for key, field in schema.model_fields.items():
+        if any(isinstance(m, Choice) for m in _flat(field.annotation, field.metadata)):
+            yield (*at, key)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from choices(field.annotation, (*at, key))
+
+
+def _flat(annotation: Any, metadata: list[Any]) -> list[Any]:
+    """The metadata of an annotation, of an optional one too; not of those in lists."""
+    optional = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+    return metadata + [m for a in optional for m in getattr(a, "__metadata__", ())]
+
+
+def plugins(value: Any, at: tuple[str, ...] = ()) -> dict[str, str]:
+    """Every package.module:function that a configuration names, by the key path of its section."""
+    found: dict[str, str] = {}
+    if isinstance(value, Built) and is_plugin(value.name):
+        found[".".join(at)] = value.name
+    if isinstance(value, Section):
+        for key in type(value).model_fields:
+            found |= plugins(getattr(value, key), (*at, key))
+    elif isinstance(value, (tuple, list)):
+        for i, inner in enumerate(value):
+            found |= plugins(inner, (*at, str(i)))
+    return found
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, or of a class's constructor."""
+    try:
+        if inspect.isclass(factory):
+            of_class = get_type_hints(factory, include_extras=True)
+            return of_class | get_type_hints(factory.__init__, include_extras=True)
+        return get_type_hints(factory, include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _readable(annotation: Any) -> Any:
+    """The annotation with what YAML needs: fractions for floats, no booleans for whole numbers."""
+    simple = {float: Number, int: Integer, Norm: NormName}
+    if annotation in simple:
+        return simple[annotation]
+    if annotation is WeightPerturbation:
+        return Annotated[Built, Choice(registry.weights)]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner, *bounds = arguments
+        return Annotated[(_readable(inner), *bounds)]
+    if origin in (Union, types.UnionType):
+        return Union[tuple(_readable(a) for a in arguments if a is not Tensor)]  # noqa: UP007
+    if origin in (tuple, list, dict):
+        return origin[tuple(a if a is ... else _readable(a) for a in arguments)]
+    if origin is Literal or annotation in (bool, str, type(None), Any):
+        return annotation
+    return Any
