@@ -47,7 +47,6 @@ def train(
 
     from robustflat.config import read_config
     from robustflat.report.progress import ProgressBar
-    from robustflat.report.tensorboard import TensorBoard
     from robustflat.train import train as train_run
     from robustflat.train.folder import RunFolder
     from robustflat.train.loop import Listener
@@ -56,10 +55,8 @@ def train(
     settings = read_config(config, overrides or [])
 
     def listeners(folder: RunFolder) -> list[Listener]:
-        told: list[Listener] = [ProgressBar(Console(), settings.name)]
-        if settings.train.tensorboard:
-            told.append(TensorBoard(folder.tensorboard))
-        return told
+        chosen = (section.build(folder=folder.root) for section in settings.listeners)
+        return [ProgressBar(Console(), settings.name), *chosen]
 
     folder, finished = train_run(settings, resume=resume, overwrite=overwrite, listeners=listeners)
     if not speaks():
@@ -84,16 +81,20 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 def list_(
     what: Annotated[str | None, typer.Argument(help="A kind, such as weights or data.")] = None,
 ) -> None:
-    """List what a configuration can name."""
-    from robustflat.runs.description import catalogue
+    """List what a configuration can name; of one kind also defaults and sources."""
+    from robustflat.registry import KINDS
 
-    kinds = catalogue()
-    if what is not None and what not in kinds:
-        raise UserError(f"There is no kind {what!r} to list. Kinds: {', '.join(kinds)}.")
-    for kind in [what] if what else list(kinds):
-        typer.echo(f"{kind}:")
-        for name, summary in kinds[kind].items():
+    if what is not None and what not in KINDS:
+        raise UserError(f"There is no kind {what!r} to list. Kinds: {', '.join(KINDS)}.")
+    for kind in [KINDS[what]] if what else list(KINDS.values()):
+        typer.echo(f"{kind.name}:")
+        for name in kind:
+            summary, *more = kind.describe(name)
             typer.echo(f"  {name:<24} {summary}".rstrip())
+            for line in more if what else ():
+                typer.echo(f"    {line}")
+        for name, meaning in kind.also:
+            typer.echo(f"  {name:<24} {meaning}")
 
 
 @app.command()

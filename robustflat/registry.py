@@ -13,7 +13,7 @@ from robustflat.errors import UserError
 from robustflat.plugins import imported, is_plugin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """The names of one kind, each of a callable that makes such a thing.
 
@@ -64,10 +64,9 @@ class Kind:
 
     def describe(self, name: str) -> list[str]:
         """What is to be said of an entry: a sentence, its call with all defaults, its source."""
-        entry = self._mapping[name]
-        found = self.find(name) if isinstance(entry, str) else entry
-        if isinstance(found, str):
-            return [found]
+        if self is data:
+            return [self._mapping[name]]
+        found = self.find(name)
         text = getattr(found, "summary", None) or inspect.getdoc(found) or ""
         lines = [text.strip().partition("\n")[0]]
         if callable(found):
@@ -80,9 +79,7 @@ class Kind:
 
 
 def _call(name: str, found: Callable[..., Any], offered: tuple[str, ...]) -> str:
-    parameters = [
-        p for p in inspect.signature(found).parameters.values() if p.name not in offered
-    ]
+    parameters = [p for p in inspect.signature(found).parameters.values() if p.name not in offered]
     spelled = (
         p.name if p.default is p.empty else f"{p.name}={_short(p.default)}" for p in parameters
     )
@@ -119,6 +116,8 @@ _WEIGHTS = {
     "nsam": "nsam",
 }
 
+_OBJECTIVES = ("standard", "adversarial", "trades", "mart", "mlcat", "ikl", "gkl", "rebat")
+
 weights = Kind(
     "weights",
     "weight perturbation",
@@ -133,7 +132,10 @@ attacks = Kind(
     needs=("__call__",),
 )
 objectives = Kind(
-    "objective", "objective", "robustflat.objectives:OBJECTIVES", needs=("__call__",)
+    "objective",
+    "objective",
+    {n: f"robustflat.objectives:{n}" for n in _OBJECTIVES},
+    needs=("__call__",),
 )
 optimizers = Kind(
     "optimizer",

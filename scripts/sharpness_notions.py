@@ -242,6 +242,7 @@ def travel(variant: Variant, seed: int = 0) -> Journey:
     for i in range(variant.steps + 1):
         points[i, 0], points[i, 1:] = model.theta.detach(), model.x.detach()
         if i < variant.steps:
+            optimizer.zero_grad()
             variant.backward(model, generator)
             optimizer.step()
     return Journey(variant=variant, points=points, alignment=alignments(points))

@@ -134,7 +134,7 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unknown key far from any": (MINIMAL + "zzz: 3\n", ("FILE:5:1:", "Valid keys:", "optimizer")),
     "unknown key of a method": (
         MINIMAL.replace("{name: none}", "{name: awp, gamma: 0.1, stepz: 2}"),
-        ("FILE:4:34:", "weights.stepz", "Did you mean 'steps'"),
+        ("FILE:4:34:", "weights.stepz", "Did you mean", "'steps'"),
     ),
     "gamma with none": (
         MINIMAL.replace("{name: none}", "{name: none, gamma: 0.1}"),
@@ -142,10 +142,18 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "unknown method": (
         MINIMAL.replace("{name: none}", "{name: smm}"),
-        ("FILE:4:1", "weights.name is unknown (got 'smm')", "Did you mean 'sam'"),
+        ("FILE:4:11", "weights.name is unknown (got 'smm')", "Did you mean 'sam'"),
     ),
     "no method": (MINIMAL.replace("{name: none}", "{}"), ("weights.name is required",)),
-    "method is text": (MINIMAL.replace("{name: none}", "sam"), ("FILE:4:1", "weights", "'sam'")),
+    "method is no name": (MINIMAL.replace("{name: none}", "smm"), ("FILE:4:1", "weights", "'smm'")),
+    "method is a number": (
+        MINIMAL.replace("{name: none}", "3"),
+        ("FILE:4:1", "weights must be", "3"),
+    ),
+    "method's name is a list": (
+        MINIMAL.replace("{name: none}", "{name: [sam]}"),
+        ("FILE:4:11", "weights.name must be a name"),
+    ),
     "wrong type": (
         MINIMAL + "model:\n  name: 3\n  options: [1]\n",
         ("2 problems", "FILE:6:3:", "model.name", "string", "FILE:7:3:", "model.options"),
@@ -154,7 +162,11 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
         MINIMAL.replace("8/255", "-0.1"),
         ("FILE:2:21:", "attack.eps", "greater than or equal to 0", "-0.1"),
     ),
-    "missing": ("name: a\n", ("3 problems", "attack is required", "weights is required")),
+    "missing": ("seed: 1\n", ("1 problem", "name is required")),
+    "missing in a method": (
+        MINIMAL.replace("{name: none}", "{name: amp}"),
+        ("FILE:4:1", "weights.epsilon is required"),
+    ),
     "in a list": (
         MINIMAL + "schedule:\n  name: piecewise\n  milestones: [0.5, 2]\n",
         ("FILE:7:21:", "schedule.milestones.1"),
@@ -165,20 +177,20 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("FILE:6:20:", "data.extra.fraction"),
     ),
     "warm-up as long as the run": (
-        MINIMAL.replace("{name: none}", "{name: awp, gamma: 0.1, warmup_epochs: 20}"),
-        ("weights.warmup_epochs is 20 of train.epochs 20", "never"),
+        MINIMAL.replace("{name: none}", "{name: awp, gamma: 0.1, when: {from_epoch: 21}}"),
+        ("FILE:4:41:", "weights.when.from_epoch is 21 of train.epochs 20", "never"),
     ),
     "a window that is empty": (
-        MINIMAL.replace("{name: none}", "{name: awp, gamma: 0.1, warmup_epochs: 3, last_epoch: 3}"),
-        ("last_epoch", "never"),
+        MINIMAL.replace("{name: none}", "{name: awp, when: {from_epoch: 4, until_epoch: 3}}"),
+        ("FILE:4:44:", "until_epoch", "never"),
     ),
     "schedule's warm-up as long as the run": (
         MINIMAL + "schedule: {name: cosine, warmup_epochs: 20}\n",
         ("schedule.warmup_epochs",),
     ),
     "chunk beyond the batch": (
-        MINIMAL.replace("{name: none}", "{name: sam, rho: 0.1, chunk: 129}"),
-        ("weights.chunk is 129", "128"),
+        MINIMAL.replace("{name: none}", "{name: msam, chunk: 129, inner: {name: sam}}"),
+        ("FILE:4:23:", "weights.chunk is 129", "128"),
     ),
     "mart of mixtures": (
         MINIMAL.replace("adversarial", "mart") + "data: {mix: {name: mixup}}\n",
@@ -199,21 +211,27 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reattack without attack": (
         (
             "name: a\nattack: {name: none}\nobjective: {name: standard}\n"
-            "weights: {name: sam, rho: 0.1, reattack: ascent}\n"
+            "weights: {name: sam, rho: 0.1, step: {reattack: ascent}}\n"
         ),
         ("reattack", "nothing to attack"),
     ),
     "reattack of chunks": (
-        MINIMAL.replace("{name: none}", "{name: sam, rho: 0.1, chunk: 8, reattack: descent}"),
-        ("reattack", "chunk"),
+        MINIMAL.replace(
+            "{name: none}", "{name: msam, chunk: 8, inner: sam, step: {reattack: descent}}"
+        ),
+        ("reattack", "msam"),
     ),
     "chunk and batches": (
-        MINIMAL.replace("{name: none}", "{name: sam, rho: 0.1, chunk: 8, batches: 2}"),
+        MINIMAL.replace(
+            "{name: none}", "{name: msam, chunk: 8, inner: {name: nsam, batches: 2, inner: sam}}"
+        ),
         ("weights", "contradict"),
     ),
     "chunk at perturbed": (
-        MINIMAL.replace("{name: none}", "{name: sam, rho: 0.1, chunk: 8, step_at: perturbed}"),
-        ("weights", "step_at"),
+        MINIMAL.replace(
+            "{name: none}", "{name: msam, chunk: 8, inner: sam, step: {at: perturbed}}"
+        ),
+        ("FILE:4:52:", "weights.step.at"),
     ),
     "validation of nothing": (
         MINIMAL + "data: {validation_samples: 0}\n",
@@ -316,7 +334,7 @@ modle: {}
         ("1:1", "name"),
         ("2:21", "attack.eps"),
         ("2:30", "attack.stepz"),
-        ("3:1", "objective.name"),
+        ("3:13", "objective.name"),
         ("4:22", "weights.gamma"),
         ("6:3", "train.epochs"),
         ("7:1", "modle"),
@@ -327,11 +345,13 @@ modle: {}
 def test_problems_between_sections_are_told_together(file: Path) -> None:
     message = complaint(
         file,
-        MINIMAL.replace("{name: none}", "{name: sam, rho: 0.1, chunk: 99, warmup_epochs: 7}")
+        MINIMAL.replace(
+            "{name: none}", "{name: msam, chunk: 99, inner: sam, when: {from_epoch: 8}}"
+        )
         + "train: {epochs: 5, batch_size: 8, average: {name: swa, start_epoch: 6}}\n"
         + "data: {validation_samples: 0}\n",
     )
-    for part in ("weights.chunk", "warmup_epochs", "start_epoch", "validation_samples"):
+    for part in ("FILE:4:23: weights.chunk", "from_epoch", "start_epoch", "validation_samples"):
         assert part in message
 
 

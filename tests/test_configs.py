@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from robustflat import models
+from robustflat import models, registry
 from robustflat.config import RunConfig, read_config
-from robustflat.config.perturbations import NoWeightsConfig, Perturbing
-from robustflat.perturb import WeightPerturbation, msam, no_perturbation
+from robustflat.perturb import Perturbation, no_perturbation
 from robustflat.perturb.scales import select
 from robustflat.train.feed import Feed
-from robustflat.train.optim import lr_factor
 from robustflat.train.parallel import Processes
 from robustflat.train.setup import build_model, build_step, load_data
 
@@ -110,12 +107,10 @@ def tiny(path: Path, extra: Path) -> RunConfig:
     return config
 
 
-def one_step(
-    config: RunConfig, model: nn.Module, weights: WeightPerturbation | msam
-) -> tuple[Tensor, Tensor]:
+def one_step(config: RunConfig, model: nn.Module, weights: Perturbation) -> tuple[Tensor, Tensor]:
     """What a run's first step would do; ``model`` is changed."""
     dataset = load_data(config)
-    batches = next(Feed(config, dataset, CPU, Processes()).batches(0, 0))
+    batches = next(Feed(config, dataset, CPU, Processes(), weights).batches(0, 0))
     model.train()
     step = build_step(config, model, CPU)
     return step(model, batches, weights, torch.Generator().manual_seed(0))
@@ -140,14 +135,15 @@ def test_takes_a_step_and_its_weight_perturbation_matters(path: Path, extra: Pat
 
     one_step(config, plain, no_perturbation())
     same = torch.equal(flat(model), flat(plain))
-    assert same == (config.weights.name == "none")
+    # Momentum has yet to gather, and no image is below RWP's threshold before anything is learnt.
+    assert same == (config.weights.name in ("none", "momentum_sam", "rwp"))
 
 
 def test_none_is_forgotten() -> None:
     shipped = {p for p in (ROOT / "configs").rglob("*.y*ml") if p.parent.name != "study"}
     assert shipped == set(ALL)
     assert len(PAPERS) >= 14
-    assert len(DIGITS) >= 27
+    assert len(DIGITS) >= 39
 
 
 def test_names_are_those_of_the_files_and_unique() -> None:
@@ -200,15 +196,14 @@ def test_a_recipe_has_the_published_learning_rates(path: Path) -> None:
     for epoch in range(1, config.train.epochs + 1):
         rate = RATES[path.stem].get(epoch, rate)
         for within in (0.0, 0.999):
-            factor = lr_factor(config.schedule, epoch - 1 + within, config.train.epochs)
+            factor = config.schedule.build()(epoch - 1 + within, config.train.epochs, 0.001)
             assert config.optimizer.lr * factor == pytest.approx(rate, rel=1e-12), epoch
 
 
 @pytest.mark.parametrize("path", [p for p in PAPERS if p.stem in FIRST_PERTURBED], ids=named)
 def test_a_recipe_warms_up_as_published(path: Path) -> None:
     weights = read_config(path).weights
-    assert isinstance(weights, Perturbing)
-    assert weights.warmup_epochs + 1 == FIRST_PERTURBED[path.stem]
+    assert weights.when.from_epoch == FIRST_PERTURBED[path.stem]
 
 
 def test_every_recipe_but_the_cosine_has_its_rates_checked() -> None:
@@ -231,14 +226,11 @@ def test_a_small_configuration_is_short_and_explained(path: Path) -> None:
 
 def test_every_kind_of_weight_perturbation_has_a_small_configuration() -> None:
     shown = {read_config(p).weights.name for p in DIGITS}
-    kinds = [*Perturbing.__subclasses__(), NoWeightsConfig]
-    assert shown == {get_args(kind.model_fields["name"].annotation)[0] for kind in kinds}
+    assert shown == set(registry.weights)
 
 
 def test_half_of_the_parameters_is_half(extra: Path) -> None:
     config = tiny(ROOT / "configs/digits/sam-half.yaml", extra)
     model = build_model(config, load_data(config), CPU)
-    assert isinstance(config.weights, Perturbing)
-    assert config.weights.parameters is not None
     moved = sum(p.numel() for p in select(model, config.weights.parameters).values())
     assert 0.4 < moved / flat(model).numel() < 0.6

@@ -320,7 +320,7 @@ def test_dropout_acts_in_training_only():
         ("wrn-27-10-silu", {}, "wide_resnet_silu: the option depth must be 6 n"),
         ("wide_resnet_silu", {"widen": 0}, "wide_resnet_silu.*widen"),
         ("wrn-28-10-swish", {}, "Unknown model 'wrn-28-10-swish'"),
-        (":factory", {}, "package.module:factory"),
+        (":factory", {}, "package.module:f"),
         ("no_such_module:factory", {}, "no_such_module, which could not be imported"),
         ("torch.nn:Linea", {}, "no 'Linea'. Did you mean.*Linear"),
         ("math:pi", {}, "not callable"),

@@ -12,24 +12,22 @@ from pydantic import TypeAdapter
 from reference.nets import conv_bn, images
 from torch import Tensor, nn
 
-from robustflat.config.schema import (
-    AdamWConfig,
-    EmaConfig,
-    Optimizer,
-    Schedule,
-    SgdConfig,
-    SwaConfig,
-)
-from robustflat.train.averaging import Average
-from robustflat.train.optim import build_optimizer, lr_factor
+from robustflat.config.schema import Optimizer
+from robustflat.train.averaging import Average, ema, swa
+from robustflat.train.optim import OPTIMIZERS as NAMED
+from robustflat.train.optim import SCHEDULES, build_optimizer
 
 
-def schedule(**said: Any) -> Any:
-    return TypeAdapter(Schedule).validate_python(said)
+def schedule(name: str, **said: Any) -> Any:
+    return SCHEDULES[name](**said)
+
+
+def optimizer_section(**said: Any) -> Any:
+    return TypeAdapter(Optimizer).validate_python(said)
 
 
 def factors(config: Any, epochs: int = 20, steps: int = 5) -> list[float]:
-    return [lr_factor(config, i / steps, epochs) for i in range(epochs * steps)]
+    return [config(i / steps, epochs, 1 / steps) for i in range(epochs * steps)]
 
 
 def test_constant() -> None:
@@ -39,7 +37,7 @@ def test_constant() -> None:
 def test_piecewise_is_the_schedule_of_the_papers() -> None:
     # Rice et al. 2020: 200 epochs, divided by 10 at 100 and 150.
     config = schedule(name="piecewise")
-    got = [lr_factor(config, e, 200) for e in (0, 99.999, 100, 149.999, 150, 199.9)]
+    got = [config(e, 200, 0.001) for e in (0, 99.999, 100, 149.999, 150, 199.9)]
     assert got == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-15)
     config = schedule(name="piecewise", milestones=[0.25, 0.5, 1.0], factor=0.5)
     assert factors(config, 8, 1) == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
@@ -64,7 +62,8 @@ def test_linear() -> None:
 @pytest.mark.parametrize("name", ["constant", "piecewise", "cosine", "linear"])
 def test_warm_up_climbs_linearly_and_then_meets_the_schedule(name: str) -> None:
     got = factors(schedule(name=name, warmup_epochs=4))
-    assert got[:20] == pytest.approx([i / 20 for i in range(20)], abs=1e-15)
+    # Twenty steps that all move: the first at a twentieth, the last at the whole rate.
+    assert got[:20] == pytest.approx([(i + 1) / 20 for i in range(20)], abs=1e-15)
     assert got[20] == 1
     if name == "cosine":
         assert got[20:] == pytest.approx([(1 + math.cos(math.pi * i / 80)) / 2 for i in range(80)])
@@ -76,11 +75,12 @@ def test_warm_up_climbs_linearly_and_then_meets_the_schedule(name: str) -> None:
 
 def test_one_cycle() -> None:
     got = factors(schedule(name="one_cycle", peak=0.25, initial=0.1, final=0.01))
-    assert got[0] == pytest.approx(0.1)
-    assert got[25] == 1 == max(got)
-    assert got[10] == pytest.approx(0.1 + 0.9 * 10 / 25)
-    assert got[50] == pytest.approx(1 - 0.99 * 25 / 75)
-    assert got[99] == pytest.approx(1 - 0.99 * 74 / 75)
+    # As in Rice et al. 2020, a step has the rate of its end.
+    assert got[0] == pytest.approx(0.1 + 0.9 / 25)
+    assert got[24] == 1 == max(got)
+    assert got[9] == pytest.approx(0.1 + 0.9 * 10 / 25)
+    assert got[49] == pytest.approx(1 - 0.99 * 25 / 75)
+    assert got[99] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("name", ["constant", "piecewise", "cosine", "linear", "one_cycle"])
@@ -125,9 +125,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Any]] = {
 @pytest.mark.parametrize("decay_all", [True, False])
 def test_optimizers_are_torch_s(name: str, decay_all: bool) -> None:
     said, theirs = OPTIMIZERS[name]
-    config: SgdConfig | AdamWConfig = TypeAdapter(Optimizer).validate_python(
-        said | {"decay_all": decay_all}
-    )
+    config = optimizer_section(**said, decay_all=decay_all)
     one, two = conv_bn(), conv_bn()
     groups: list[dict[str, Any]] = [{"params": list(two.parameters())}]
     if not decay_all:
@@ -146,7 +144,7 @@ def test_optimizers_are_torch_s(name: str, decay_all: bool) -> None:
 def test_exempt_parameters_do_not_decay() -> None:
     model = conv_bn()
     before = [p.detach().clone() for p in model.parameters()]
-    config = SgdConfig(lr=0.1, momentum=0, weight_decay=0.5, decay_all=False)
+    config = optimizer_section(lr=0.1, momentum=0, weight_decay=0.5, decay_all=False)
     optimizer = build_optimizer(config, model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -160,10 +158,22 @@ def test_exempt_parameters_do_not_decay() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     model = conv_bn()
     model[0].requires_grad_(False)  # type: ignore[index]
-    groups = build_optimizer(SgdConfig(decay_all=False), model).param_groups
+    groups = build_optimizer(optimizer_section(decay_all=False), model).param_groups
     held = [p for g in groups for p in g["params"]]
     assert all(p.requires_grad for p in held)
     assert len(held) == 4
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_optimizer_that_has_a_name_is_built_and_steps(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
+    optimizer = build_optimizer(optimizer_section(name=name, lr=0.25), model)
+    assert type(optimizer).__name__.lower() == name
+    assert all(g["lr"] == 0.25 for g in optimizer.param_groups)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 3)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 # --- averages
@@ -188,7 +198,7 @@ class One(nn.Module):
 def test_ema_of_known_weights() -> None:
     # The first is taken whole, and from then on a <- d a + (1 - d) w.
     model, d, known = One(), 0.9, [3.0, -1.0, 4.0, 1.0, 5.0]
-    average = Average(EmaConfig(name="ema", decay=d), model)
+    average = Average(ema(decay=d), model)
     assert not average.started
     for w in known:
         model.put(w)
@@ -207,7 +217,7 @@ def test_ema_of_known_weights() -> None:
 def test_ema_of_constant_weights_is_them() -> None:
     model = One()
     model.put(0.1)
-    average = Average(EmaConfig(name="ema", decay=0.7), model)
+    average = Average(ema(decay=0.7), model)
     for _ in range(10):
         average.after_step(model, 0)
     assert torch.allclose(average.model.w, model.w, rtol=1e-15)  # type: ignore[arg-type]
@@ -215,7 +225,7 @@ def test_ema_of_constant_weights_is_them() -> None:
 
 def test_ema_starts_when_told() -> None:
     model = One()
-    average = Average(EmaConfig(name="ema", decay=0.5, start_epoch=2), model)
+    average = Average(ema(decay=0.5, start_epoch=2), model)
     for epoch, w in enumerate([9.0, 9.0, 2.0, 4.0]):
         model.put(w)
         assert average.started == (epoch > 2)
@@ -226,7 +236,7 @@ def test_ema_starts_when_told() -> None:
 @pytest.mark.parametrize(("start", "every"), [(0, 1), (2, 1), (1, 3), (6, 2)])
 def test_swa_is_the_arithmetic_mean(start: int, every: int) -> None:
     model, known = One(), [3.0, -1.0, 4.0, 1.0, 5.0, 9.0, 2.0]
-    average = Average(SwaConfig(name="swa", start_epoch=start, every=every), model)
+    average = Average(swa(start_epoch=start, every=every), model)
     for epoch, w in enumerate(known):
         model.put(w - 100)
         average.after_step(model, epoch)
@@ -240,7 +250,7 @@ def test_swa_is_the_arithmetic_mean(start: int, every: int) -> None:
 
 def test_an_average_goes_on_from_its_state() -> None:
     one, two = One(), One()
-    for config in (EmaConfig(name="ema", decay=0.9), SwaConfig(name="swa", start_epoch=0)):
+    for config in (ema(decay=0.9), swa(start_epoch=0)):
         whole, first = Average(config, one), Average(config, one)
         for w in (1.0, 5.0):
             one.put(w)
@@ -258,7 +268,7 @@ def test_an_average_goes_on_from_its_state() -> None:
 
 def test_refreshed_statistics_are_those_of_the_averaged_weights() -> None:
     model = conv_bn()
-    average = Average(SwaConfig(name="swa", start_epoch=0), model)
+    average = Average(swa(start_epoch=0), model)
     for seed in range(3):
         with torch.no_grad():
             for p, q in zip(model.parameters(), conv_bn(seed).parameters(), strict=True):
@@ -283,7 +293,7 @@ def test_refreshed_statistics_are_those_of_the_averaged_weights() -> None:
 def test_an_average_leaves_the_model_alone() -> None:
     model = conv_bn()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    for config in (EmaConfig(name="ema", decay=0.9), SwaConfig(name="swa", start_epoch=0)):
+    for config in (ema(decay=0.9), swa(start_epoch=0)):
         average = Average(config, model)
         for _ in range(2):
             average.after_step(model, 0)

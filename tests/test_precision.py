@@ -54,6 +54,7 @@ def test_the_perturbation_has_its_effect_under_autocast(method: str, region: str
     precise = copy.deepcopy(model)
     F.cross_entropy(precise(x), y).backward()
     plain = grads(precise)
+    precise.zero_grad()
     weights.backward(lambda: F.cross_entropy(precise(x), y), precise, generator=g())
     expected = grads(precise)
     effect = relative(expected, plain)
@@ -178,6 +179,7 @@ def test_a_scaler_changes_nothing_but_the_scale(method: str, enabled: bool) -> N
     value = METHODS[method].backward(loss, model, generator=g())
     expected = grads(model)
     scaler = scaled(enabled)
+    model.zero_grad()
     again = METHODS[method].backward(loss, model, generator=g(), scaler=scaler)
     assert float(again) == pytest.approx(float(value), rel=1e-5)
     if enabled:
@@ -193,9 +195,11 @@ def test_a_scaler_works_through_msam_and_nsam() -> None:
         (rf.msam(rf.gsam(1.0, 0.4), 4), lambda r: F.cross_entropy(model(x[r]), y[r])),
         (rf.nsam(rf.amp(1.0, 3.0), 2), lambda i: F.cross_entropy(model(x.flip(0) if i else x), y)),
     ):
+        model.zero_grad()
         weights.backward(loss, model)  # type: ignore[arg-type]
         expected = grads(model)
         scaler = scaled()
+        model.zero_grad()
         weights.backward(loss, model, scaler=scaler)  # type: ignore[arg-type]
         assert relative(grads(model), [e * 1024 for e in expected]) < 1e-5
 

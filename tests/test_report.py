@@ -408,8 +408,8 @@ def test_settings_and_environments(tmp_path: Path) -> None:
     assert keys == ["seed", "weights.gamma"]
     plain = make(tmp_path / "c", bare=True, seed=3, weights={"name": "none"})
     keys = [t for _, t in Page(written(tmp_path, one, plain)).find("code")]
-    assert {"weights.name", "weights.gamma", "weights.every"} < set(keys)
-    assert "weights.chunk" not in keys, "null where it is known"
+    assert {"weights.name", "weights.gamma", "weights.steps"} < set(keys)
+    assert "weights.when.until_epoch" not in keys, "null where it is known"
     rows = [t for _, t in page.find("tr", "differs")]
     assert rows == ["torch2.02.1", "deviceCPUH100"]
     assert "gamma: 0.5" in page.find("pre")[1][1]

@@ -37,7 +37,7 @@ RICH: dict[str, Any] = {
     "model": SMALL_CNN,
     "data__augment": {"crop": 1, "flip": True},
     "data__mix": {"name": "mixup"},
-    "weights": {"name": "awp", "gamma": 0.05, "warmup_epochs": 1, "every": 2},
+    "weights": {"name": "awp", "gamma": 0.05, "when": {"from_epoch": 2, "every": 2}},
     "optimizer": {"name": "sgd", "lr": 0.05},
     "schedule": {"name": "cosine", "warmup_epochs": 1},
     "train__epochs": 4,
@@ -116,8 +116,8 @@ def test_the_handler_of_the_caller_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["msam", "nsam", "swa", "adamw", "bf16"])
 def test_other_states_go_on_too(tmp_path: Path, method: str) -> None:
     said: dict[str, dict[str, Any]] = {
-        "msam": {"weights": {"name": "sam", "rho": 0.1, "chunk": 4}},
-        "nsam": {"weights": {"name": "sam", "rho": 0.1, "batches": 2}},
+        "msam": {"weights": {"name": "msam", "chunk": 4, "inner": "sam"}},
+        "nsam": {"weights": {"name": "nsam", "batches": 2, "inner": "sam"}},
         "swa": {"train__average": {"name": "swa", "start_epoch": 0}, "model": SMALL_CNN},
         "adamw": {"optimizer": {"name": "adamw"}, "objective": {"name": "trades"}},
         "bf16": {"train__precision": "bf16", "weights": {"name": "random", "gamma": 0.1}},
@@ -135,7 +135,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     said = RICH | {
         "train__epochs": 12,
         "train__checkpoint_minutes": 1e-4,
-        "train__tensorboard": True,
+        "listeners": ["tensorboard"],
     }
     uninterrupted = trained(tmp_path / "whole", **said)
     (tmp_path / "killed").mkdir()
@@ -164,7 +164,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert killed_at[0] < (12, 0)
     time.sleep(1.1)  # event files are ordered by the second in which they were begun
     resumed, finished = train(
-        read_config(path), resume=True, listeners=lambda f: [TensorBoard(f.tensorboard)]
+        read_config(path), resume=True, listeners=lambda f: [TensorBoard(f.root)]
     )
     assert finished
     same_run(resumed, uninterrupted)
@@ -183,7 +183,7 @@ def test_an_epoch_told_but_not_saved_is_told_once(tmp_path: Path, first: bool) -
     said: dict[str, Any] = {"train__epochs": 3}
 
     def listeners(folder: RunFolder, *stop: int) -> list[Any]:
-        told: list[Any] = [Stop(*stop), TensorBoard(folder.tensorboard)]
+        told: list[Any] = [Stop(*stop), TensorBoard(folder.root)]
         return told if first else told[::-1]
 
     with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from train_support import SMALL_CNN, config, saved, trained
 from robustflat.errors import UserError
 from robustflat.report.tables import comparison_table
 from robustflat.runs.comparison import Cell, columns, compare, method_of
-from robustflat.runs.description import catalogue, describe
+from robustflat.runs.description import describe
 from robustflat.runs.evaluation import Wanted, evaluate_subject
 from robustflat.runs.flatness import measure_subject
 from robustflat.subject import open_subject
@@ -246,6 +246,3 @@ def test_description_and_catalogue() -> None:
     assert "2 epochs of 3" in lines  # 24, 24 and 2
     lines = "\n".join(describe(config(data__train_samples=50, train__batch_size=7)))
     assert "2 epochs of 7" in lines  # the last one alone is left out
-    kinds = catalogue()
-    for kind in ("weights", "attack", "objective", "optimizer", "schedule", "scales", "measures"):
-        assert all(kinds[kind].values()), kind  # each with a line on it

@@ -108,7 +108,7 @@ def test_curves_read_back_from_tensorboard(tmp_path: Path) -> None:
     board.on_epoch(row(3, **averaged, flatness={"worst_clean": 0.125}))
     board.on_step(3, 0)
     board.on_end()
-    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
 
     def curve(tag: str) -> list[tuple[int, float]]:
         return [(event.step, event.value) for event in events.Scalars(tag)]
@@ -137,7 +137,7 @@ def test_resuming_replaces_the_points_after_it(tmp_path: Path) -> None:
         again.on_epoch(row(epoch, train_loss=0.5))
     again.on_end()
     # TensorBoard reads the files of a folder in the order of their names: times, then processes.
-    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     found = [(event.step, event.value) for event in events.Scalars("optimisation/train_loss")]
     assert found == [(1, 1.0), (2, 0.5), (3, 0.5)]
 
@@ -156,7 +156,7 @@ def test_a_flatness_figure_that_is_not_known_has_no_point(tmp_path: Path) -> Non
     board.on_start(1, 8, 0)
     board.on_epoch(row(flatness={"hessian_max": None, "worst_clean": 0.25}))
     board.on_end()
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = events.Tags()["scalars"]
     assert "flatness/worst_clean" in tags
     assert "flatness/hessian_max" not in tags

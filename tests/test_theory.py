@@ -134,6 +134,7 @@ def test_the_ascent_direction_has_the_whole_derivative_and_sam_has_not() -> None
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
 
     g = gradient(point)
+    model.zero_grad()
     rf.sam(rho).backward(model, model)
     sam = np.array([model.theta.grad.item(), *model.x.grad.tolist()])
     np.testing.assert_allclose(sam, gradient(point + rho * g / np.linalg.norm(g)), rtol=1e-12)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from train_support import (
@@ -27,7 +26,7 @@ from train_support import (
 )
 
 import robustflat as rf
-from robustflat.config.perturbations import WeightsConfig
+from robustflat import registry
 from robustflat.data import Data
 from robustflat.errors import UserError
 from robustflat.evaluate import measure
@@ -197,8 +196,8 @@ def test_watching_changes_no_bit(tmp_path: Path) -> None:
     said: dict[str, Any] = {"model": SMALL_CNN, "train__average": {"name": "ema"}}
     quiet = trained(tmp_path, name="quiet", monitor__every=0, **said)
     often = {"monitor__flatness_every": 1, "monitor__flatness": ["ascent_robust", "average_clean"]}
-    watched = config(tmp_path, name="watched", train__tensorboard=True, **often, **said)
-    folder, _ = train(watched, listeners=lambda f: [TensorBoard(f.tensorboard)])
+    watched = config(tmp_path, name="watched", listeners=["tensorboard"], **often, **said)
+    folder, _ = train(watched, listeners=lambda f: [TensorBoard(f.root)])
     one, two = saved(quiet.last), saved(folder.last)
     for key in ("model", "optimizer", "average", "average_model", "epoch", "step"):
         assert differences(one[key], two[key]) == [], key
@@ -210,7 +209,7 @@ def test_watching_changes_no_bit(tmp_path: Path) -> None:
 
 def test_tensorboard_says_what_the_metrics_say(tmp_path: Path) -> None:
     settings = config(tmp_path, train__epochs=3, train__average={"name": "swa", "start_epoch": 1})
-    folder, _ = train(settings, listeners=lambda f: [TensorBoard(f.tensorboard)])
+    folder, _ = train(settings, listeners=lambda f: [TensorBoard(f.root)])
     events = EventAccumulator(str(folder.tensorboard))
     events.Reload()
     told = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
@@ -253,7 +252,7 @@ def test_each_epoch_is_on_disk_before_the_next_begins(tmp_path: Path) -> None:
                 seen.append(len(events.Scalars("optimisation/lr")) if tags else 0)
 
     settings = config(tmp_path, train__epochs=3)
-    train(settings, listeners=lambda f: [TensorBoard(f.tensorboard), Look(f)])
+    train(settings, listeners=lambda f: [TensorBoard(f.root), Look(f)])
     assert seen == [0, 1, 2]
 
 
@@ -278,13 +277,24 @@ def test_flatness_is_watched_on_images_of_every_class(monkeypatch: pytest.Monkey
 
 WEIGHTS: dict[str, dict[str, Any]] = {
     "none": {"name": "none"},
-    "awp": {"name": "awp", "gamma": "1/100", "steps": 2, "warmup_epochs": 1},
+    "awp": {"name": "awp", "gamma": "1/100", "steps": 2, "when": {"from_epoch": 2}},
     "awp_global": {"name": "awp_global", "gamma": 0.01, "parameters": "matrices"},
     "amp": {"name": "amp", "epsilon": 0.1, "steps": 2, "group": "global"},
-    "sam": {"name": "sam", "rho": 0.05, "norm": "linf", "radius_schedule": "lr"},
+    "sam": {"name": "sam", "rho": 0.05, "norm": "linf", "when": {"radius": "lr"}},
     "asam": {"name": "asam", "rho": 0.5, "statistics": "centre"},
-    "gsam": {"name": "gsam", "rho": 0.05, "alpha": 0.2, "every": 2},
-    "random": {"name": "random", "gamma": 0.1, "group": "row", "reattack": "descent"},
+    "gsam": {"name": "gsam", "rho": 0.05, "alpha": 0.2, "when": {"every": 2}},
+    "random": {"name": "random", "gamma": 0.1, "group": "row", "step": {"reattack": "descent"}},
+    "rwp": {"name": "rwp", "gamma": 0.01, "threshold": 2.2, "steps": 2},
+    "gnp": {"name": "gnp", "rho": 0.05},
+    "gam": {"name": "gam", "norm_rho": 0.05},
+    "fsam": {"name": "fsam", "rho": 0.05},
+    "vasso": {"name": "vasso", "rho": 0.06, "theta": 0.5},
+    "momentum_sam": {"name": "momentum_sam", "rho": 0.05},
+    "looksam": {"name": "looksam", "rho": 0.05, "every": 2},
+    "lesam": {"name": "lesam", "rho": 0.05, "sigma": 0.01},
+    "esam": {"name": "esam", "rho": 0.05},
+    "zsharp": {"name": "zsharp", "rho": 0.05, "quantile": 0.5},
+    "rwp_mix": {"name": "rwp_mix", "gamma": 0.05},
     "custom": {
         "name": "custom",
         "radius": 0.1,
@@ -296,16 +306,20 @@ WEIGHTS: dict[str, dict[str, Any]] = {
         "steps": 2,
         "parameters": r"re:weight$",
     },
-    "msam": {"name": "sam", "rho": 0.05, "chunk": 4},
-    "nsam": {"name": "sam", "rho": 0.05, "batches": 3, "last_epoch": 1},
-    "alternating": {"name": "awp", "gamma": 0.01, "steps": 2, "reattack": "ascent"},
-    "released": {"name": "awp", "gamma": 0.01, "step_at": "perturbed"},
+    "msam": {"name": "msam", "chunk": 4, "inner": {"name": "sam", "rho": 0.05}},
+    "nsam": {
+        "name": "nsam",
+        "batches": 3,
+        "inner": {"name": "sam", "rho": 0.05},
+        "when": {"until_epoch": 1},
+    },
+    "alternating": {"name": "awp", "gamma": 0.01, "steps": 2, "step": {"reattack": "ascent"}},
+    "released": {"name": "awp", "gamma": 0.01, "step": {"at": "perturbed"}},
 }
 
 
 def test_the_table_of_methods_is_complete() -> None:
-    schema = TypeAdapter(WeightsConfig).json_schema()
-    assert set(schema["discriminator"]["mapping"]) == {w["name"] for w in WEIGHTS.values()}
+    assert set(registry.weights) == {w["name"] for w in WEIGHTS.values()}
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +350,7 @@ def test_every_method_trains_and_is_not_another(method: str, by_method: dict[str
         {"attack": {"name": "pgd", "eps": 0.5, "norm": "l1", "loss": "margin", "restarts": 2}},
         {"attack": {"name": "pgd", "eps": 0.1, "loss": "dlr", "mode": "batch", "keep": "best"}},
         {"data__label_noise": {"rate": 0.4}},
-        {"data__mix": {"name": "mixup"}, "weights": {"name": "sam", "rho": 0.1, "chunk": 4}},
+        {"data__mix": {"name": "mixup"}, "weights": {"name": "msam", "chunk": 4, "inner": "sam"}},
         {"data__mix": {"name": "cutmix", "alpha": 0.5}, "objective": {"name": "trades"}},
         {"train__precision": "fp16", "objective": {"name": "trades"}},
         {"schedule": {"name": "one_cycle"}, "train__on_nonfinite": "skip"},
@@ -595,7 +609,7 @@ LATE: dict[str, tuple[dict[str, Any], str]] = {
         "re:nothing",
     ),
     "chunk beyond the images": (
-        {"train__batch_size": 128, "weights": {"name": "sam", "rho": 0.1, "chunk": 100}},
+        {"train__batch_size": 128, "weights": {"name": "msam", "chunk": 100, "inner": "sam"}},
         "chunk",
     ),
     "no such device": ({"device": "cuda:77"}, "device"),

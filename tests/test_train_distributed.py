@@ -41,7 +41,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "train__average": {"name": "swa", "start_epoch": 0},
     },
     "msam_uneven": {
-        "weights": {"name": "sam", "rho": 0.1, "chunk": 4},
+        "weights": {"name": "msam", "chunk": 4, "inner": {"name": "sam", "rho": 0.1}},
         "data__train_samples": 50,
         "train__precision": "bf16",
     },

@@ -27,7 +27,8 @@ BASE: dict[str, Any] = {
     "attack": {"name": "pgd", "eps": 0.1, "steps": 2},
     "objective": {"name": "adversarial"},
     "weights": {"name": "awp", "gamma": 0.02},
-    "train": {"epochs": 2, "batch_size": 16, "tensorboard": False},
+    "train": {"epochs": 2, "batch_size": 16},
+    "listeners": [],
     "monitor": {"steps": 2, "train_samples": 40},
 }
 SMALL_CNN = {"name": "small_cnn", "options": {"width": 4, "depth": 2}}

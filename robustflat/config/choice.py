@@ -1,4 +1,4 @@
-"""Sections made from what they build: keys, bounds, defaults and meaning of a callable's signature."""
+"""Sections made from what they build: a callable's arguments, bounds, defaults and docstring."""
 
 from __future__ import annotations
 
@@ -126,9 +126,7 @@ class Choice:
 
 
 @cache
-def section(
-    factory: Callable[..., Any], name: str, kind: Kind, base: type[Built]
-) -> type[Built]:
+def section(factory: Callable[..., Any], name: str, kind: Kind, base: type[Built]) -> type[Built]:
     """The section of one callable.
 
     Args:
@@ -139,7 +137,7 @@ def section(
     """
     signature = inspect.signature(factory)
     hints = _hints(factory)
-    keys: dict[str, Any] = {}
+    keys: dict[str, Any] = {"name": (Literal[name], name)}
     for parameter in signature.parameters.values():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
@@ -147,10 +145,8 @@ def section(
             continue
         default = ... if parameter.default is parameter.empty else parameter.default
         keys[parameter.name] = (_readable(hints.get(parameter.name, Any)), default)
-    made = create_model(
-        name, __base__=base, __doc__=inspect.getdoc(factory), name=(Literal[name], name), **keys
-    )
-    made.kind, made.own = kind, tuple(keys)
+    made = create_model(name, __base__=base, __doc__=inspect.getdoc(factory), **keys)
+    made.kind, made.own = kind, tuple(k for k in keys if k != "name")
     return made
 
 
@@ -204,7 +200,7 @@ def _readable(annotation: Any) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner, *bounds = arguments
-        return Annotated[(_readable(inner), *bounds)]
+        return Annotated.__class_getitem__((_readable(inner), *bounds))
     if origin in (Union, types.UnionType):
         return Union[tuple(_readable(a) for a in arguments if a is not Tensor)]  # noqa: UP007
     if origin in (tuple, list, dict):

@@ -235,10 +235,10 @@ def _explain(problem: Any, places: dict[Path_, str], source: str) -> str:
     message = message.removeprefix("Value error, ").rstrip(".")
     if kind == "missing":
         return f"  {where}: {_dotted(keys)} is required and missing."
+    if kind in ("unknown_key", "unknown_name"):
+        return f"  {where}: {_dotted(keys)} {message if message.endswith('?') else message + '.'}"
     if kind == "rule" or not keys:
         return f"  {where}: {message}."
-    if kind in ("unknown_key", "unknown_name"):
-        return f"  {where}: {_dotted(keys)} {message}."
     said = f" (got {short(got)})" if not isinstance(got, dict) else ""
     separator = " " if message.startswith(("must", "is ")) else ": "
     return f"  {where}: {_dotted(keys)}{separator}{message}{said}."

@@ -13,7 +13,6 @@ from robustflat.config.choice import Built, Choice
 from robustflat.config.together import conflicts
 from robustflat.config.values import (
     Count,
-    NonNegative,
     Number,
     Positive,
     Section,
@@ -22,6 +21,7 @@ from robustflat.config.values import (
     problem,
     problems,
 )
+from robustflat.objectives import FromFunction, Objective
 
 
 class When(Section):
@@ -74,6 +74,15 @@ class WeightsSection(Built):
         return built if self.step.sync == "local" else built.synchronised(self.step.sync)
 
 
+class ObjectiveSection(Built):
+    """An objective, which may be any function of one's own."""
+
+    def build(self, **offered: Any) -> Objective:
+        """The objective."""
+        built = super().build(**offered)
+        return built if isinstance(built, Objective) else FromFunction(built)
+
+
 class OptimizerSection(Built):
     """What every optimizer can be told beside its own keys.
 
@@ -99,7 +108,9 @@ class ListenerSection(Built):
 
 
 Attack = Annotated[Built, Choice(registry.attacks, unnamed="pgd")]
-Objective = Annotated[Built, Choice(registry.objectives, unnamed="adversarial")]
+Objectives = Annotated[
+    ObjectiveSection, Choice(registry.objectives, ObjectiveSection, unnamed="adversarial")
+]
 Weights = Annotated[WeightsSection, Choice(registry.weights, WeightsSection)]
 Optimizer = Annotated[OptimizerSection, Choice(registry.optimizers, OptimizerSection, "sgd")]
 Schedule = Annotated[Built, Choice(registry.schedules, unnamed="piecewise")]
@@ -218,7 +229,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     attack: Attack = Field(default="pgd", validate_default=True)
-    objective: Objective = Field(default="adversarial", validate_default=True)
+    objective: Objectives = Field(default="adversarial", validate_default=True)
     weights: Weights = Field(default="none", validate_default=True)
     optimizer: Optimizer = Field(default="sgd", validate_default=True)
     schedule: Schedule = Field(default="piecewise", validate_default=True)
@@ -237,7 +248,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         said = {key: getattr(self.attack, key) for key in self.attack.model_fields_set}
-        usual = getattr(self.objective.build(), "attack_options", {})
+        usual = self.objective.build().attack_options
         usual = {k: v for k, v in usual.items() if k in self.attack.own and k not in said}
         whole = self
         if usual:

@@ -26,10 +26,10 @@ def conflicts(config: RunConfig) -> list[Conflict]:
 
 def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
     attack, objective = config.attack, config.objective
-    needed = getattr(objective.build(), "needs_attack", True)
+    needed = objective.build().needs_attack
     if needed and attack.name == "none":
-        yield (
-            ("attack",),
+        yield _told(
+            "attack",
             f"objective {objective.name} trains on adversarial images but attack is none. "
             "Configure an attack, or use objective standard",
         )
@@ -37,57 +37,57 @@ def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
         try:
             pgd(*config.threat)  # what monitors and evaluates the run
         except ValueError as error:
-            yield ("attack",), f"attack: {error}".rstrip(".")
+            yield _told("attack", f"attack: {error}".rstrip("."))
 
 
 def _of_the_weights(config: RunConfig) -> Iterator[Conflict]:
     weights, when, step = config.weights, config.weights.when, config.weights.step
     built, objective = weights.build(), config.objective.build()
     if when.from_epoch > config.train.epochs:
-        yield (
-            ("weights", "when", "from_epoch"),
+        yield _told(
+            "weights.when.from_epoch",
             f"weights.when.from_epoch is {when.from_epoch} of train.epochs {config.train.epochs}, "
             "so the weights would never be perturbed. Lower it, or set weights: none",
         )
     elif when.until_epoch is not None and when.until_epoch < when.from_epoch:
-        yield (
-            ("weights", "when", "until_epoch"),
+        yield _told(
+            "weights.when.until_epoch",
             f"weights.when.until_epoch is {when.until_epoch} and from_epoch {when.from_epoch}, so "
             "the weights would never be perturbed. Set until_epoch later, or weights: none",
         )
     if built.least_rows > config.train.batch_size:
-        yield (
-            ("weights", "chunk"),
+        yield _told(
+            "weights.chunk",
             f"weights.chunk is {built.least_rows} but train.batch_size only "
             f"{config.train.batch_size}: a chunk is a part of the batch. Choose at most "
             f"{config.train.batch_size}",
         )
     one_batch = built.least_rows == 1 and built.batches == 1
     if step.at == "perturbed" and built.least_rows > 1:
-        yield (
-            ("weights", "step", "at"),
+        yield _told(
+            "weights.step.at",
             f"weights.step.at is perturbed, but {weights.name} gives every part of the batch its "
             "own perturbed weights. Use at: centre",
         )
-    if built.wants_rows and not hasattr(objective, "rows"):
-        yield (
-            ("objective",),
+    if built.wants_rows and not objective.has_rows:
+        yield _told(
+            "objective",
             f"weights {weights.name} chooses examples by their losses, and objective "
-            f"{config.objective.name} has no rows(model, x, x_adv, y) that returns one loss each. "
+            f"{config.objective.name} is no mean of one loss a row. "
             "Use another objective, or another weight perturbation",
         )
     if step.reattack == "never":
         return
-    if config.attack.name == "none" or not getattr(objective, "needs_attack", True):
-        yield (
-            ("weights", "step", "reattack"),
+    if config.attack.name == "none" or not objective.needs_attack:
+        yield _told(
+            "weights.step.reattack",
             f"weights.step.reattack is {step.reattack} but there is nothing to attack again: "
             f"objective is {config.objective.name}, attack is {config.attack.name}. Use reattack: "
             "never",
         )
     if not one_batch:
-        yield (
-            ("weights", "step", "reattack"),
+        yield _told(
+            "weights.step.reattack",
             "weights.step.reattack works with one perturbation of the whole batch, not with "
             f"{weights.name}. Use reattack: never",
         )
@@ -96,15 +96,15 @@ def _of_the_weights(config: RunConfig) -> Iterator[Conflict]:
 def _of_the_lengths(config: RunConfig) -> Iterator[Conflict]:
     epochs, average = config.train.epochs, config.train.average
     if average is not None and average.start_epoch >= epochs:
-        yield (
-            ("train", "average", "start_epoch"),
+        yield _told(
+            "train.average.start_epoch",
             f"train.average.start_epoch is {average.start_epoch} of train.epochs {epochs}, so "
             "nothing would be averaged. Start earlier",
         )
     warmup = getattr(config.schedule, "warmup_epochs", 0)
     if warmup >= epochs:
-        yield (
-            ("schedule", "warmup_epochs"),
+        yield _told(
+            "schedule.warmup_epochs",
             f"schedule.warmup_epochs is {warmup:g} of train.epochs {epochs}, so the base learning "
             "rate would never be reached. Lower it",
         )
@@ -115,14 +115,14 @@ def _of_the_mix(config: RunConfig) -> Iterator[Conflict]:
         return
     mix, loss = config.data.mix.name, getattr(config.attack, "loss", "ce")
     if loss in ("margin", "dlr"):
-        yield (
-            ("attack", "loss"),
+        yield _told(
+            "attack.loss",
             f"attack.loss {loss} is not defined for the mixed labels of data.mix {mix}. Leave "
             "data.mix out, or use attack.loss ce or kl",
         )
-    if not getattr(config.objective.build(), "takes_soft_labels", True):
-        yield (
-            ("objective",),
+    if not config.objective.build().takes_soft_labels:
+        yield _told(
+            "objective",
             f"objective {config.objective.name} is not defined for the mixed labels of data.mix "
             f"{mix}. Leave data.mix out, or use objective adversarial or trades",
         )
@@ -130,9 +130,13 @@ def _of_the_mix(config: RunConfig) -> Iterator[Conflict]:
 
 def _of_the_monitor(config: RunConfig) -> Iterator[Conflict]:
     if config.data.validation_samples == 0 and config.monitor.every:
-        yield (
-            ("monitor", "every"),
+        yield _told(
+            "monitor.every",
             "monitor.every asks for validation but data.validation_samples is 0, so there would be "
             "no best checkpoint. Set data.validation_samples, or monitor.every: 0 to keep the last "
             "checkpoint only",
         )
+
+
+def _told(key: str, text: str) -> Conflict:
+    return tuple(key.split(".")), text

@@ -122,7 +122,7 @@ class Section(BaseModel):
         if key in cls.moved:
             return f"has moved. {cls.moved[key]}"
         valid = sorted(cls.model_fields)
-        near = difflib.get_close_matches(key, valid, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Valid keys: {', '.join(valid)}."
+        near = [repr(k) for k in difflib.get_close_matches(key, valid, n=2)]
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Valid keys: {', '.join(valid)}."
         said = "" if isinstance(got, dict) else f" (got {short(got)})"
         return f"is not a known key{said}. {hint}"

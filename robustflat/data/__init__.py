@@ -6,7 +6,7 @@ from robustflat.data.augment import Augment
 from robustflat.data.batches import Extra, batch_count, batches, share
 from robustflat.data.extra import load_extra
 from robustflat.data.images import FileImages, Images, MemoryImages
-from robustflat.data.load import NAMES, Data, load, statistics
+from robustflat.data.load import DESCRIPTIONS, NAMES, Data, load, statistics
 from robustflat.data.mix import cutmix, mixup
 from robustflat.data.noise import LabelNoise
 from robustflat.data.seeding import generator_for
@@ -14,6 +14,7 @@ from robustflat.data.shards import ShardImages, StoredArray
 from robustflat.data.split import balanced, proportional
 
 __all__ = [
+    "DESCRIPTIONS",
     "NAMES",
     "Augment",
     "Data",

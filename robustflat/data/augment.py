@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustflat.bounds import Whole
 from robustflat.data.images import moved
 from robustflat.errors import UserError
-from robustflat.perturb.bounds import Whole
 
 
 @dataclass(frozen=True, kw_only=True)

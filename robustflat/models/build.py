@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +15,7 @@ from robustflat.models.normalized import Normalized
 from robustflat.models.resnet import preact_resnet18
 from robustflat.models.small import mlp, small_cnn
 from robustflat.models.wide import wide_resnet, wide_resnet_silu
+from robustflat.plugins import imported
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
@@ -83,7 +81,7 @@ def build(
         return _timm(name.removeprefix("timm:"), num_classes, in_channels, mean, std, options)
     if ":" in name:
         normalize = options.pop("normalize", False)
-        net = _call(name, _factory(name), offered, options)
+        net = _call(name, imported(name, "model"), offered, options)
         return Normalized(net, mean, std) if normalize else net
     if wide := _WRN.fullmatch(name):
         name = "wide_resnet_silu" if wide[3] else "wide_resnet"
@@ -136,37 +134,6 @@ def _refuse_options(name: str, unknown: list[str], valid: Iterable[str]) -> None
             f"The model {name} has no option {', '.join(map(repr, unknown))}. Its options: "
             f"{', '.join(sorted(valid)) or 'none'}."
         )
-
-
-def _factory(name: str) -> Callable[..., object]:
-    """Import what `package.module:factory` names, with the current directory importable."""
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise UserError(f"A model of your own is written package.module:factory, got {name!r}.")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        importlib.invalidate_caches()
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"The model {name} needs the module {module_name}, which could not be imported "
-            f"({type(error).__name__}: {error}). It is looked for on the Python path and in {here}."
-        ) from error
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
-    found = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [n for n in dir(found) if not n.startswith("_")]
-            near = difflib.get_close_matches(part, public, n=3)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise UserError(f"The module {module_name} has no {attribute!r}.{hint}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"The model factory {name} is not callable: {type(found).__name__}.")
-    return found
 
 
 def _timm(

@@ -36,6 +36,9 @@ class Objective:
     # Whether it looks at adversarial images, and whether it looks at clean ones.
     needs_attack: ClassVar[bool] = True
     sees_clean: ClassVar[bool] = True
+    # Whether it is defined for labels that are probabilities, and whether it is a mean over rows.
+    takes_soft_labels: ClassVar[bool] = True
+    has_rows: ClassVar[bool] = True
 
     def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch, a scalar with gradient; see :meth:`rows`."""
@@ -79,6 +82,23 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, after :meth:`start`."""
+
+
+class FromFunction(Objective):
+    """Any function of model, images, adversarial images and labels as an objective.
+
+    Args:
+        function: returns the loss of a batch, a scalar with gradient.
+    """
+
+    has_rows: ClassVar[bool] = False
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+
+    def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        """What the function returns."""
+        return self._function(model, x, x_adv, y)
 
 
 def check_weight(name: str, value: float, hint: str) -> None:

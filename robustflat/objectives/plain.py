@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustflat.bounds import BelowOne, NonNegative
 from robustflat.objectives.base import Objective, check_weight
 
 _PAPERS_BETA = "It weighs the robust term; the papers use 6."
@@ -28,7 +29,7 @@ class standard(Objective):  # noqa: N801 - a constructor of the library's surfac
         label_smoothing: share of the label spread over all classes.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: BelowOne = 0.0
     needs_attack: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class adversarial(Objective):  # noqa: N801
         label_smoothing: share of the label spread over all classes.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: BelowOne = 0.0
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "ce", "start": "uniform"}
     sees_clean: ClassVar[bool] = False
 
@@ -74,8 +75,8 @@ class trades(Objective):  # noqa: N801
         label_smoothing: share of the label spread over all classes in the cross-entropy.
     """
 
-    beta: float = 6.0
-    label_smoothing: float = 0.0
+    beta: NonNegative = 6.0
+    label_smoothing: BelowOne = 0.0
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "kl", "start": "normal"}
 
     def __post_init__(self) -> None:
@@ -101,7 +102,8 @@ class mart(Objective):  # noqa: N801
         beta: weight of the divergence, lambda in the paper.
     """
 
-    beta: float = 6.0
+    beta: NonNegative = 6.0
+    takes_soft_labels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_weight("beta", self.beta, _PAPERS_BETA)
@@ -147,7 +149,7 @@ class mlcat(Objective):  # noqa: N801
         hold_factor: whether c / l is held fixed; false is the released code.
     """
 
-    threshold: float = 1.5
+    threshold: NonNegative = 1.5
     hold_factor: bool = True
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "ce", "start": "uniform"}
     sees_clean: ClassVar[bool] = False

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from robustflat.bounds import BelowOne, NonNegative, Positive, Whole
 from robustflat.objectives.base import Mean, Objective, alone, check_weight
 from robustflat.objectives.plain import divergence
 
@@ -82,9 +83,9 @@ class ikl(Objective):  # noqa: N801
         temperature: softens the outputs that make the priors.
     """
 
-    alpha: float = 4.0
-    beta: float = 20.0
-    temperature: float = 4.0
+    alpha: NonNegative = 4.0
+    beta: NonNegative = 20.0
+    temperature: Positive = 4.0
     _priors: _Priors = field(default_factory=_Priors, init=False, repr=False, compare=False)
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "kl", "start": "normal"}
 
@@ -149,8 +150,9 @@ class gkl(ikl):  # noqa: N801
             temperature 1).
     """
 
-    temperature: float = 1.0
-    gamma: float = 0.2
+    temperature: Positive = 1.0
+    gamma: NonNegative = 0.2
+    has_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,9 +201,9 @@ class rebat(Objective):  # noqa: N801
             milestones at 100 and 150.
     """
 
-    beta: float = 1.0
-    decay: float = 0.999
-    start_epoch: int = 0
+    beta: NonNegative = 1.0
+    decay: BelowOne = 0.999
+    start_epoch: Whole = 0
     _average: _Averaged = field(default_factory=_Averaged, init=False, repr=False, compare=False)
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "ce", "start": "uniform"}
     sees_clean: ClassVar[bool] = False

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from robustflat.bounds import Count
 from robustflat.perturb import gradients
-from robustflat.perturb.bounds import Count
 from robustflat.perturb.weights import Sync, WeightPerturbation
 
 RowLoss = Callable[[slice], Tensor]

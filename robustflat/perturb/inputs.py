@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustflat.bounds import Count, NonNegative
 from robustflat.perturb.ascent import Ascent, Keep, Start, check_projection, maximise
 from robustflat.perturb.ball import Ball, Norm, parse_norm
-from robustflat.perturb.bounds import Count, NonNegative
 from robustflat.perturb.displace import buffers_kept
 from robustflat.perturb.modes import MODES, Mode, attack_mode
 

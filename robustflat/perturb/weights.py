@@ -286,8 +286,8 @@ class WeightPerturbation:
         Run forward *and* backward inside. On exit, whatever happened, every weight is restored bit
         for bit.
 
-        This is the perturbation alone: what a method does to the gradient afterwards (GSAM, GNP), or
-        remembers of the step, is :meth:`backward`'s.
+        This is the perturbation alone: what a method does to the gradient afterwards (GSAM, GNP),
+        or remembers of the step, is :meth:`backward`'s.
         """
         with self._ascended(loss, model, generator, None, carry=False):
             yield
@@ -400,6 +400,9 @@ class WeightPerturbation:
         trail.losses.append(found.detach())
         return found.mean() if choice is None else choice(found, trail)
 
+    def _climbed_value(self, closure: Callable[[], Tensor], trail: Trail) -> Tensor:
+        return self._value(closure(), self.climbed, trail)
+
     def _gradient(
         self,
         loss: Loss,
@@ -417,7 +420,7 @@ class WeightPerturbation:
         total: list[Tensor] = []
         for i, closure in enumerate(self._closures(loss)):
             value, gradient = gradients.take(
-                lambda closure=closure: self._value(closure(), self.climbed, trail),
+                partial(self._climbed_value, closure, trail),
                 model,
                 parameters,
                 scaler,

@@ -11,17 +11,17 @@ _OPTIMISATION = ("train_loss", "gradient_norm", "lr", "skipped_steps", "seconds"
 
 
 class TensorBoard:
-    """Writes each epoch's row of metrics as scalars, the x axis counting epochs.
+    """TensorBoard: writes each epoch's row of metrics as scalars, the x axis counting epochs.
 
     Robust accuracy of train and validation and their difference, the robust-generalization gap,
     stand in one chart each.
 
     Args:
-        folder: where the event files go.
+        folder: of the run; the event files go into its ``tensorboard``.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder = folder / "tensorboard"
         self._writer: SummaryWriter | None = None
 
     def on_start(self, epochs: int, steps: int, done: int) -> None:

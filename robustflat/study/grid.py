@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from robustflat.config import ConfigError, RunConfig, check_config
-from robustflat.config.perturbations import NoAttackConfig
 from robustflat.errors import UserError
 from robustflat.flatness import cost
 from robustflat.study.schema import StudyConfig
@@ -117,7 +116,7 @@ def _put(values: dict[str, Any], keys: tuple[str, ...], value: Any, place: str) 
 def _unmeasurable(study: StudyConfig, config: RunConfig) -> list[str]:
     """What would only be found out after the training."""
     problems = []
-    if isinstance(config.attack, NoAttackConfig):
+    if config.threat is None:
         problems.append(
             "  attack is none, so there is no norm and eps to measure a robust gap at. Configure "
             "an attack; objective standard trains on clean images all the same."
@@ -128,8 +127,8 @@ def _unmeasurable(study: StudyConfig, config: RunConfig) -> list[str]:
             cost(
                 study.measures,
                 1,
-                eps=config.attack.eps,
-                norm=config.attack.norm,
+                eps=config.threat[1],
+                norm=config.threat[0],
                 **options,
             )
         except UserError as error:

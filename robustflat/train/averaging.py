@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from robustflat.perturb.bounds import BelowOne, Count, Whole
+from robustflat.bounds import BelowOne, Count, Whole
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,9 @@ class Feed:
         alone = len(self._images) == rest and extra is None
         if too_small and alone and weights.least_rows > 1:
             raise UserError(
-                f"weights.chunk is {weights.least_rows}, but the {rest} training images make one batch of "
-                f"{rest // processes.world}, and a chunk is a part of it. Choose a smaller one."
+                f"weights.chunk is {weights.least_rows}, but the {rest} training images make one "
+                f"batch of {rest // processes.world}, and a chunk is a part "
+                "of it. Choose a smaller one."
             )
         self._cut: dict[str, Any] = {
             "drop_last": too_small and len(self._images) > rest,

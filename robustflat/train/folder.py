@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from robustflat.config import RunConfig, read_config, write_config
+from robustflat.config.choice import plugins
 from robustflat.errors import UserError
 from robustflat.files import json_safe, locked, write_json, write_whole
+from robustflat.plugins import origin
 
 _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
 # What changes neither the weights nor the figures of a run.
@@ -128,7 +130,7 @@ class RunFolder:
             if self.root.is_dir():
                 self._clear()
             self.last.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.environment_file, environment(machines or [machine("cpu")]))
+            write_json(self.environment_file, environment(config, machines or [machine("cpu")]))
             # Last and whole, because it makes this the folder of a run.
             write_config(config, self.config_file)
         except OSError as error:
@@ -206,13 +208,16 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def environment(machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a result may depend on beside the configuration.
+def environment(config: RunConfig, machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a result may depend on beside the configuration: versions, machines, one's own code.
 
     Args:
+        config: which names the code of one's own.
         machines: :func:`machine` of every process that trains together, by rank.
     """
+    named = plugins(config)
     return {
+        "plugins": {where: f"{name} ({origin(name)})" for where, name in named.items()},
         "versions": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -182,9 +182,7 @@ class Trainer:
             generator.manual_seed(derived_seed(config.seed, "attack", *where))
             of_weights.manual_seed(derived_seed(config.seed, "weights", *where[:2], apart))
             length = 1 / self.steps_per_epoch
-            factor = self._lr_factor(
-                self.epoch + self.step * length, config.train.epochs, length
-            )
+            factor = self._lr_factor(self.epoch + self.step * length, config.train.epochs, length)
             for group in self._step.optimizer.param_groups:
                 group["lr"] = config.optimizer.lr * factor
             weights = self._weights_now(factor)
@@ -352,4 +350,3 @@ class Trainer:
         finally:
             for which, handler in before.items():
                 signal.signal(which, handler)
-

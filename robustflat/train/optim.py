@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustflat.bounds import BelowOne, Inside, NonNegative, Positive, Share
 from robustflat.config.schema import OptimizerSection
-from robustflat.perturb.bounds import BelowOne, Inside, NonNegative, Positive, Share
 
 # From epochs done (fractions included), all epochs, and the length of a step in epochs to the
 # factor, in [0, 1], of the base learning rate.
@@ -63,10 +63,7 @@ def _of_torch() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     }
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": sgd,
-    "adamw": adamw,
-} | {name: c for name, c in _of_torch().items() if name not in ("sgd", "adamw")}
+OPTIMIZERS = {**_of_torch(), "sgd": sgd, "adamw": adamw}
 
 
 def build_optimizer(config: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:

@@ -109,7 +109,7 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
     perturbed_parameters(config, model)
     half = config.train.precision == "fp16"
     return TrainStep(
-        attack=config.attack.build() if getattr(objective, "needs_attack", True) else None,
+        attack=config.attack.build(),
         objective=objective,
         optimizer=build_optimizer(config.optimizer, model),
         clip=config.optimizer.clip,

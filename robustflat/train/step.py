@@ -128,7 +128,9 @@ class TrainStep:
     def _attack(
         self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        return x if self.attack is None else self.attack(model, x, y, generator=generator)
+        if self.attack is None or not self.objective.needs_attack:
+            return x
+        return self.attack(model, x, y, generator=generator)
 
     def _reattacking(
         self,
@@ -146,7 +148,8 @@ class TrainStep:
 
         def closure() -> Tensor:
             nonlocal calls
-            again = 0 < calls < last or (0 < calls == last and self.reattack == "descent")
+            descends = calls == last and self.reattack == "descent" and not weights.is_off
+            again = 0 < calls < last or descends
             calls += 1
             if again:
                 adversarial[0] = self._attack(attacked, *batch, generator)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from robustflat.bounds import Count, NonNegative
 from robustflat.perturb import scales
 from robustflat.perturb.ascent import Ascent
 from robustflat.perturb.ball import Ball, Group
-from robustflat.perturb.bounds import Count, NonNegative
 from robustflat.perturb.memory import Trail
 from robustflat.perturb.weights import Statistics, WeightPerturbation
 

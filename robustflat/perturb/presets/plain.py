@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustflat.bounds import NonNegative, Share, Whole
 from robustflat.perturb import scales
 from robustflat.perturb.ascent import Ascent, Direction, Keep, Onto, Start
 from robustflat.perturb.ball import Ball, Group, Norm, parse_norm
-from robustflat.perturb.bounds import NonNegative, Share, Whole
 from robustflat.perturb.memory import Rule, Trail
 from robustflat.perturb.weights import Statistics, WeightPerturbation
 

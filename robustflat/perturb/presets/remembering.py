@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from robustflat.bounds import BelowOne, Count, NonNegative, Share, Whole
 from robustflat.perturb.ascent import Ascent
 from robustflat.perturb.ball import Ball
-from robustflat.perturb.bounds import BelowOne, Count, NonNegative, Share, Whole
 from robustflat.perturb.memory import Trail
 from robustflat.perturb.presets.sharpness import count_steps, dot, sam, unit
 from robustflat.perturb.weights import Statistics, WeightPerturbation

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from robustflat.bounds import Count, NonNegative, Share
 from robustflat.perturb import scales
 from robustflat.perturb.ascent import Ascent
 from robustflat.perturb.ball import Ball, Norm, parse_norm
-from robustflat.perturb.bounds import Count, NonNegative, Share
 from robustflat.perturb.memory import Trail
 from robustflat.perturb.presets.adversarial import check_steps
 from robustflat.perturb.presets.plain import mixing
