@@ -36,7 +36,8 @@ WEIGHTS = [{"name": "none"}, {"name": "awp", "gamma": 0.02}]
 
 def study_values(output: Path | str = "unused", **changes: Any) -> dict[str, Any]:
     base = values(
-        train={"epochs": 1, "batch_size": 16, "tensorboard": False},
+        train={"epochs": 1, "batch_size": 16},
+        listeners=[],
         evaluate={"gap_samples": 20},
         flatness={"samples": 16, "options": {"steps": 2}},
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from robustflat.config import RunConfig
+from robustflat.config.choice import Built
 from robustflat.errors import UserError
 from robustflat.train.folder import RunFolder
 
@@ -58,13 +59,16 @@ def method_of(config: RunConfig) -> str:
     weights = config.weights
     if weights.name == "none":
         return words
-    shown = {
-        key: value
-        for key, value in weights.model_dump(exclude_defaults=True).items()
-        if key != "name"
-    }
-    arguments = ", ".join(f"{key}={_plain(value)}" for key, value in shown.items())
-    return f"{words} + {weights.name}({arguments})"
+    return f"{words} + {_call(weights)}"
+
+
+def _call(section: Built) -> str:
+    """A section as a call: its first key, which says how strong it is, and what is not usual."""
+    unusual = section.model_dump(exclude_defaults=True)
+    shown = {k: getattr(section, k) for k in section.own if k == section.own[0] or k in unusual}
+    shown |= {k: v for k, v in unusual.items() if k in ("when", "step")}
+    said = (f"{k}={_call(v) if isinstance(v, Built) else _plain(v)}" for k, v in shown.items())
+    return f"{section.name}({', '.join(said)})"
 
 
 def read_json(folder: RunFolder, kind: str) -> dict[str, Any] | None:
