@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,8 +144,12 @@ def evaluate(
     root: Annotated[Path | None, typer.Option(help="Of a model: where the data are.")] = None,
     trust: Annotated[bool, typer.Option(help="Load a program, which can run any code.")] = False,
 ) -> None:
-    """Attack runs or any models on test images; of runs also measure the robust gap."""
+    """Attack runs or any models on test images; of runs also measure the robust gap.
+
+    With several processes: torchrun -m robustflat evaluate ...
+    """
     from robustflat.elsewhere import Elsewhere
+    from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
     from robustflat.report.tables import evaluation_table
     from robustflat.runs.evaluation import Wanted, check, evaluate_subject
@@ -182,15 +187,23 @@ def evaluate(
             device=device,
             output=output,
             elsewhere=elsewhere,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         )
         for target in targets
     ]
     for subject in subjects:
         check(subject, wanted)
-    console = _wide_console()
+    team = Team.of_torchrun()
+    console = _console(quiet=not team.is_first)
+    if team.is_first:
+        _speak()
     for subject in subjects:
         with Counter(console, subject.name) as counter:
-            report = evaluate_subject(subject, wanted, counter.on_attack)
+            report = evaluate_subject(subject, wanted, counter.on_attack, team)
+        if not team.is_first:
+            continue
+        for note in report["notes"]:
+            console.print(f"note: {note}", style="yellow", markup=False)
         for name, entry in report["checkpoints"].items():
             if entry["test"] is None:
                 continue
@@ -227,7 +240,7 @@ def flatness(
     from robustflat.report.progress import Counter
     from robustflat.runs.flatness import measure_subject
 
-    _say_costs()
+    _speak()
     console = Console()
     for subject in _runs(runs, norm, eps, device):
         with Counter(console, subject.name) as counter:
@@ -277,7 +290,7 @@ def landscape(
     from robustflat.subject import distinct_names
 
     opened = _runs(runs, norm, eps, device)
-    _say_costs()
+    _speak()
     common: dict[str, Any] = {"points": points, "seed": seed, "losses": loss or ["clean", "robust"]}
     common |= {"checkpoint": checkpoint, "weights": weights, "samples": samples}
     around: dict[str, Any] = {"dimensions": dimensions, "directions": directions, "span": span}
@@ -319,12 +332,18 @@ def compare(
     from dataclasses import asdict
 
     from robustflat.files import write_json
-    from robustflat.report.tables import comparison_table
+    from robustflat.report.page_text import comparability
+    from robustflat.report.record import read_records
+    from robustflat.report.tables import Comparison
     from robustflat.runs.comparison import compare as compare_runs
     from robustflat.train.folder import RunFolder
 
-    rows = compare_runs([RunFolder(root) for root in runs])
-    _wide_console().print(comparison_table(rows))
+    folders = [RunFolder(root) for root in runs]
+    rows = compare_runs(folders)
+    console = _console()
+    console.print(Comparison(rows))
+    for note in comparability(read_records(folders)):
+        console.print(f"note: {note}", style="yellow", markup=False)
     if json is not None:
         write_json(json, [asdict(row) for row in rows])
 
@@ -347,7 +366,7 @@ def study(
         typer.echo(text.rstrip())
 
     result = run_study(settings, jobs, tell)
-    console = _wide_console()
+    console = _console()
     for table in tables(result):
         console.print(table)
     folder = StudyFolder(settings)
@@ -377,17 +396,26 @@ def main() -> None:
         raise
 
 
-def _say_costs() -> None:
-    """Let the measurements say, on stderr, how many passes they will take before they start."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("robustflat.flatness").setLevel(logging.INFO)
+class _Lines(logging.Handler):
+    """Says on stderr, a line each, what the measurements tell: their cost before they start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
 
 
-def _wide_console() -> Any:
-    """Wide enough for every column when the output is no terminal."""
+def _speak() -> None:
+    logger = logging.getLogger("robustflat")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())
+
+
+def _console(quiet: bool = False) -> Any:
+    """As wide as COLUMNS says, or the terminal is; where there is none, wide enough for most."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(quiet=quiet) if known else Console(width=200, quiet=quiet)
 
 
 def _runs(roots: list[Path], norm: str | None, eps: str | None, device: str) -> list[Any]:

@@ -19,8 +19,8 @@ from robustflat.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and put it in place in one step.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) aside and put it in place in one step.
 
     Raises:
         OSError: if it cannot be written; what stood there before is then intact.
@@ -28,8 +28,8 @@ def write_whole(path: Path, text: str) -> None:
     # A name of its own: another process may be writing the same file.
     aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with aside.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

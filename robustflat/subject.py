@@ -58,6 +58,7 @@ class Subject:
         evaluation: What is done where nothing else is said, and the size of batches.
         flatness: Likewise.
         seed: That of the training.
+        data: The name of the data set.
         images: The data set, split; nothing is decoded before it is needed.
         restore: From the name of a checkpoint, and of weights in it, to the network.
     """
@@ -70,6 +71,7 @@ class Subject:
     evaluation: EvaluateConfig
     flatness: FlatnessConfig
     seed: int
+    data: str
     images: Callable[[], Data]
     restore: Callable[[str, str], Network]
 
@@ -218,6 +220,7 @@ def _of_run(
         evaluation=config.evaluate,
         flatness=config.flatness,
         seed=config.seed,
+        data=config.data.name,
         images=images,
         restore=lambda checkpoint, weights: _restored(
             files[checkpoint], config, images(), device, checkpoint, weights
@@ -296,6 +299,7 @@ def _of_model(
         evaluation=EvaluateConfig(attacks=("autoattack",)),
         flatness=FlatnessConfig(),
         seed=0,
+        data=name,
         images=images,
         restore=lambda checkpoint, _: Network(
             model=make(target, elsewhere, images(), device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from train_support import SMALL_CNN, contents, python, rows, saved, trained, values, write
 
 from robustflat.cli import main
+from robustflat.runs.records import evaluation_of
 from robustflat.train.folder import RunFolder
 
 
@@ -263,11 +265,22 @@ def test_evaluate_writes_what_it_says(run: Any, evaluated: RunFolder) -> None:
     ran = run("evaluate", evaluated.root, "--checkpoint", "both", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "pgd-5" in ran.out
-    report = json.loads(evaluated.evaluation.read_text())
-    assert list(report) == [
-        "run", "seed", "norm", "eps", "gap_attack", "checkpoints", "overfitting"
-    ]  # fmt: skip
-    assert (report["run"], report["norm"], report["eps"]) == ("run", "linf", 0.1)
+    content = json.loads(evaluated.evaluation.read_text())
+    assert list(content) == ["format", "subject", "measurements"]
+    assert content["subject"] == "run"
+    report = evaluation_of(content["measurements"])
+    assert (report["norm"], report["eps"]) == ("linf", 0.1)
+    for one in content["measurements"]:
+        # A figure carries its circumstances.
+        for key in ("checkpoint", "weights", "norm", "eps", "data", "samples", "seed",
+                    "batch_size", "device", "versions"):  # fmt: skip
+            assert key in one, (one["kind"], key)
+        assert one["versions"]["pyautoattack"]
+    log = (evaluated.root / "evaluate.log").read_text()
+    for said in (log, ran.err):
+        assert "At most 14 forward-pass equivalents for each of" in said
+        assert re.search(r"pgd-5: \d+\.\d\d % of 40 left after \d+ s", said)
+        assert "gap of last, train:" in said
     best = saved(evaluated.best)["epoch"]
     for name, epoch in (("best", best), ("last", 3)):
         entry = report["checkpoints"][name]
@@ -299,7 +312,7 @@ def test_the_evaluated_accuracy_is_that_of_the_weights(run: Any, evaluated: RunF
             run("evaluate", evaluated.root, "--checkpoint", "last", "--weights", which,
                 "--samples", 30, "--attack", "pgd-2", "--norm", "linf", "--eps", "1/100").code == 0
         )  # fmt: skip
-        report = json.loads(evaluated.evaluation.read_text())
+        report = evaluation_of(json.loads(evaluated.evaluation.read_text())["measurements"])
         entry = report["checkpoints"]["last"]
         assert report["eps"] == 0.01
         assert entry["weights"] == which
@@ -383,7 +396,7 @@ def test_a_run_without_the_checkpoint_asked_for(run: Any, refused: Any, tmp_path
     assert "best" in message
     assert "--checkpoint last" in message
     assert run("evaluate", folder.root, "--attack", "pgd-2", "--checkpoint", "last").code == 0
-    report = json.loads(folder.evaluation.read_text())
+    report = evaluation_of(json.loads(folder.evaluation.read_text())["measurements"])
     assert list(report["checkpoints"]) == ["last"]
     assert report["overfitting"] is None
 
@@ -396,7 +409,8 @@ def test_a_run_without_attack_must_be_told_the_threat(
     assert "--eps" in refused("evaluate", folder.root, "--attack", "pgd-2", "--norm", "l2")
     said = ("--attack", "pgd-2", "--norm", "l2", "--eps", "1/2")
     assert run("evaluate", folder.root, *said).code == 0
-    assert json.loads(folder.evaluation.read_text())["eps"] == 0.5
+    found = json.loads(folder.evaluation.read_text())["measurements"]
+    assert {(one["norm"], one["eps"]) for one in found} == {("l2", 0.5)}
 
 
 # --- flatness
@@ -406,8 +420,10 @@ def test_flatness_writes_what_it_says(run: Any, evaluated: RunFolder) -> None:
     ran = run("flatness", evaluated.root, "--measure", "ascent_clean", "--measure", "average_clean",
               "--samples", 20, "--option", "radius=1/100")  # fmt: skip
     assert ran.code == 0, ran.err
-    report = json.loads(evaluated.flatness.read_text())
-    assert list(report) == ["run", "checkpoint", "epoch", "weights", "samples", "measures"]
+    (report,) = json.loads(evaluated.flatness.read_text())["measurements"]
+    assert (report["norm"], report["eps"], report["options"]) == ("linf", 0.1, {"radius": 0.01})
+    said = [line for line in ran.err.splitlines() if line.startswith("At most")]
+    assert len(said) == 1, "what it costs is said once"
     assert (report["checkpoint"], report["epoch"], report["samples"]) == ("last", 3, 20)
     assert report["weights"] == "average"
     for name, figure in report["measures"].items():
@@ -450,7 +466,9 @@ def test_compare(run: Any, evaluated: RunFolder, tmp_path: Path) -> None:
     assert "AT + awp(gamma=0.02)" in ran.out
     for column in ("clean", "pgd-5", "robust gap", "best - last"):
         assert column in ran.out
-        assert column in table[0]["cells"]
+        # What was measured at both checkpoints and under several threats says so.
+        assert any(name.startswith(column) for name in table[0]["cells"])
+    assert any("best" in name and "linf 0.1" in name for name in table[0]["cells"])
 
 
 def test_runs_that_cannot_be_compared(
@@ -460,13 +478,15 @@ def test_runs_that_cannot_be_compared(
     message = refused("compare", evaluated.root, folder.root)
     assert f"robustflat evaluate {folder.root}" in message
     assert "does not exist" in refused("compare", tmp_path / "none")
-    for damaged in ("{", "[]", "{}", '{"checkpoints": 3}', "\x00"):
+    for damaged in ("{", "[]", "{}", '{"checkpoints": 3}', '{"measurements": 3}', "\x00"):
         folder.evaluation.write_text(damaged)
         message = refused("compare", folder.root)
         assert str(folder.evaluation) in message
     folder.evaluation.unlink()
     folder.flatness.write_text('{"measures": {"a": 3}}')
     assert str(folder.flatness) in refused("compare", folder.root)
+    folder.flatness.write_text('{"measurements": [{"kind": "flatness", "measures": {"a": 3}}]}')
+    assert str(folder.root) in refused("compare", folder.root)
     nowhere = tmp_path / "none" / "rows.json"
     ran = run("compare", evaluated.root, "--json", nowhere)
     assert ran.code == 2

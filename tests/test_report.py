@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from train_support import config
+from train_support import config, measurements
 
 from robustflat.config import write_config
 from robustflat.errors import UserError
@@ -76,8 +76,8 @@ def evaluation(robust: float, *, warnings: tuple[str, ...] = (), gap: float = 0.
     attacks = {
         name: {
             "accuracy": robust + more, "interval": [robust + more - 0.0613, robust + more + 0.0587],
-            "alone": robust + more if name == "pgd-20" else None, "attacked": 180 - i,
-            "broken": 40 + i, "outside": 0, "seconds": 1.5,
+            "alone": robust + more, "after": None, "attacked": 180 - i,
+            "broken": 40 + i, "outside": 0, "seconds": 1.5, "options": {},
         }
         for i, (name, more) in enumerate({"pgd-20": 0.043, "square": 0.0}.items())
     }  # fmt: skip
@@ -85,6 +85,10 @@ def evaluation(robust: float, *, warnings: tuple[str, ...] = (), gap: float = 0.
         "count": 200, "clean_accuracy": robust + 0.313, "clean_interval": [0.91, 0.97],
         "robust_accuracy": robust, "robust_interval": [robust - 0.0613, robust + 0.0587],
         "confidence": 0.95, "attacks": attacks, "warnings": list(warnings),
+        "suites": {
+            name: {key: attack[key] for key in ("accuracy", "interval")} | {"attacks": [name]}
+            for name, attack in attacks.items()
+        },
         "settings": {"norm": "linf", "eps": 0.1, "seed": 0, "samples": None, "shard": None,
                      "data": "aa", "labels": "bb"},
     }  # fmt: skip
@@ -124,9 +128,10 @@ def evaluation(robust: float, *, warnings: tuple[str, ...] = (), gap: float = 0.
 
 
 def flatness(scale: float = 1.0) -> dict[str, Any]:
-    details = {"ball": "tensor", "weight_norm": "l2", "radius": 0.1}
-    return {
-        "run": "run", "checkpoint": "last", "epoch": 6, "weights": "raw", "samples": 60,
+    details = {"loss": "clean", "ball": "tensor", "weight_norm": "l2", "radius": 0.1}
+    one = {
+        "kind": "flatness", "checkpoint": "last", "epoch": 6, "weights": "raw", "samples": 60,
+        "norm": "linf", "eps": 0.1,
         "measures": {
             "average_clean": {
                 "value": 0.0271 * scale, "standard_error": 0.0011, "details": details,
@@ -134,6 +139,7 @@ def flatness(scale: float = 1.0) -> dict[str, Any]:
             "hessian_min": {"value": None, "standard_error": None, "details": {}},
         },
     }  # fmt: skip
+    return {"format": "robustflat-record-2", "subject": "run", "measurements": [one]}
 
 
 def metrics(train: float = 0.9) -> list[dict[str, Any]]:
@@ -181,7 +187,7 @@ def make(root: Path, *, bare: bool = False, **changes: Any) -> RunFolder:
     root.mkdir(parents=True)
     write_config(config(root.parent, **changes), folder.config_file)
     if not bare:
-        write_json(folder.evaluation, evaluation(0.5))
+        write_json(folder.evaluation, measurements(evaluation(0.5)))
         write_json(folder.flatness, flatness())
         write_json(folder.environment_file, {"versions": {"torch": "2.0"}, "cuda": None})
         folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in metrics()))
@@ -229,7 +235,8 @@ def test_hostile_names_and_text_are_only_text(tmp_path: Path) -> None:
     found = evaluation(0.5, warnings=(bad,))
     tested = found["checkpoints"]["best"]["test"]
     tested["attacks"] = {bad: tested["attacks"]["square"]}
-    write_json(folder.evaluation, found)
+    tested["suites"] = {bad: tested["suites"]["square"] | {"attacks": [bad]}}
+    write_json(folder.evaluation, measurements(found))
     write_json(folder.environment_file, {"versions": {bad: bad}, "command": [bad]})
     text = written(tmp_path, folder, make(tmp_path / "b"))
     page = Page(text)
@@ -245,7 +252,7 @@ def test_hostile_names_and_text_are_only_text(tmp_path: Path) -> None:
 
 def test_comparison_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
     one, two = make(tmp_path / "a"), make(tmp_path / "b")
-    write_json(two.evaluation, evaluation(0.3, gap=0.35))
+    write_json(two.evaluation, measurements(evaluation(0.3, gap=0.35)))
     text = written(tmp_path, one, two)
     expected = {
         "clean": ([0.813, 0.613], ["81.3%", "61.3%"]),
@@ -263,8 +270,7 @@ def test_comparison_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
     # The interval of the worst case, and the standard error of the sharpness.
     assert cells(text, "worst case")[0][1].endswith("43.9 to 55.9%")
     assert cells(text, "avg clean")[0][1].endswith("± 0.0011")
-    # Square did not run on every image, so it has no column of its own.
-    assert '<th scope="row">square<' not in text.split("</section>")[0]
+    assert cells(text, "square")[0][1].startswith("50.0%")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +293,7 @@ def test_better_only_beyond_the_intervals(
     tmp_path: Path, robust: float, gap: float, scale: float, better: dict[str, int]
 ) -> None:
     one, two = make(tmp_path / "a"), make(tmp_path / "b")
-    write_json(two.evaluation, evaluation(robust, gap=gap))
+    write_json(two.evaluation, measurements(evaluation(robust, gap=gap)))
     write_json(two.flatness, flatness(scale))
     text = written(tmp_path, one, two)
     for label in ("worst case", "pgd-20", "Robust gap, accuracy", "avg clean"):
@@ -357,7 +363,7 @@ def test_a_figure_that_is_not_finite(tmp_path: Path) -> None:
     for entry in found["checkpoints"].values():
         entry["gap"]["splits"]["test"]["robust_loss"] = nothing
         entry["gap"]["gaps"]["train-test"]["robust_loss"] = nothing
-    write_json(folder.evaluation, found)
+    write_json(folder.evaluation, measurements(found))
     assert "not finite" in written(tmp_path, folder)
 
 
@@ -423,7 +429,8 @@ def test_warnings_come_before_the_figures(tmp_path: Path) -> None:
     found["eps"] = 0.5
     found["checkpoints"]["best"]["test"]["settings"] |= {"data": "cc", "shard": "0/2"}
     found["checkpoints"]["best"]["test"]["attacks"].pop("square")
-    write_json(two.evaluation, found)
+    found["checkpoints"]["best"]["test"]["suites"].pop("square")
+    write_json(two.evaluation, measurements(found))
     text = written(tmp_path, one, two)
     assert "raised no doubt" not in text
     assert text.index("Before trusting") < text.index("<h2>Comparison")
@@ -444,7 +451,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def _no_gap(text: str) -> str:
     content = json.loads(text)
-    del content["checkpoints"]["last"]["gap"]["gaps"]["train-test"]
+    (gap,) = [one for one in content["measurements"] if one["kind"] == "gap" and one["epoch"] == 6]
+    del gap["result"]["gaps"]["train-test"]
     return json.dumps(content)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from rich.console import Console
 from train_support import SMALL_CNN, config, saved, trained
 
+from robustflat.config import write_config
 from robustflat.errors import UserError
-from robustflat.report.tables import comparison_table
+from robustflat.report.tables import Comparison
+from robustflat.runs import records
 from robustflat.runs.comparison import Cell, columns, compare, method_of
 from robustflat.runs.description import describe
 from robustflat.runs.evaluation import Wanted, evaluate_subject
@@ -98,9 +101,7 @@ def test_evaluating_again_gives_the_same_and_keeps_what_was_done(folder: RunFold
 
     def figures() -> dict[str, Any]:
         report = evaluate_subject(run, Wanted(checkpoints=("best", "last")))
-        text = json.loads(folder.evaluation.read_text())
-        assert text == json.loads(json.dumps(report))
-        return text
+        return json.loads(json.dumps(report))
 
     one, two = figures(), figures()
     for report in (one, two):
@@ -149,83 +150,218 @@ def test_flatness_of_a_run_without_an_attack(tmp_path: Path) -> None:
 # --- comparing
 
 
-def made(tmp_path: Path, name: str, evaluation: Any = None, flatness: Any = None) -> RunFolder:
-    folder = trained(
-        tmp_path, name=name, train__epochs=1, seed=3, weights={"name": "awp", "gamma": "1/8"}
-    )
-    for path, content in ((folder.evaluation, evaluation), (folder.flatness, flatness)):
-        if content is not None:
-            path.write_text(json.dumps(content))
+def made(root: Path, *entries: dict[str, Any]) -> RunFolder:
+    """The folder of a run with these measurements."""
+    folder = RunFolder(root)
+    root.mkdir(parents=True)
+    weights = {"name": "awp", "gamma": "1/8"}
+    write_config(config(root.parent, seed=3, weights=weights), folder.config_file)
+    for path, kinds in (
+        (folder.evaluation, ("test", "gap", "overfitting")),
+        (folder.flatness, ("flatness",)),
+    ):
+        found = [entry for entry in entries if entry["kind"] in kinds]
+        if found:
+            path.write_text(json.dumps({"format": "x", "measurements": found}))
     return folder
 
 
+COMMON = {
+    "checkpoint": "last", "epoch": 2, "weights": "raw", "norm": "linf", "eps": 8 / 255,
+    "data": "digits", "seed": 0, "attack": "pgd-20",
+}  # fmt: skip
+
+
 def figure(value: float | None) -> dict[str, Any]:
-    return {"value": value, "low": value, "high": value}
+    low, high = (None, None) if value is None else (value - 0.01, value + 0.01)
+    return {"value": value, "low": low, "high": high}
 
 
-def evaluation(robust_loss: float | None = 0.5) -> dict[str, Any]:
-    attack = {"accuracy": 0.5, "interval": [0.4, 0.6], "alone": 0.5, "attacked": 9, "broken": 1}
-    weaker = attack | {"alone": None, "accuracy": 0.4}
-    test = {
-        "clean_accuracy": 0.9,
-        "clean_interval": [0.8, 0.95],
-        "robust_accuracy": 0.4,
-        "robust_interval": [0.3, 0.5],
-        "attacks": {"pgd-20": attack, "apgd-t": weaker},
-        "warnings": [],
-    }
-    gap = {
-        "gaps": {"train-test": {"robust_accuracy": figure(0.3), "robust_loss": figure(robust_loss)}}
-    }
-    return {
-        "checkpoints": {
-            "best": {"epoch": 1, "weights": "raw", "test": test, "gap": gap},
-            "last": {"epoch": 2, "weights": "raw", "test": None, "gap": gap},
+def attacked(robust: float = 0.5, count: int = 360, options: Any = None, **about: Any) -> Any:
+    suites = {"pgd-20": robust, "autoattack": robust - 0.1}
+    result = {
+        "count": count, "clean_accuracy": 0.9, "clean_interval": [0.8, 0.95],
+        "robust_accuracy": robust - 0.2, "robust_interval": [0.1, 0.5],
+        "suites": {
+            name: {
+                "accuracy": share, "interval": [share - 0.1, share + 0.1],
+                "attacks": [name] if name == "pgd-20" else ["apgd-ce", "square"],
+            }
+            for name, share in suites.items()
         },
-        "overfitting": {"robust_accuracy": figure(0.05)},
-    }
+        "attacks": {"pgd-20": {"options": {"steps": 20, **(options or {})}}},
+        "warnings": [], "settings": {"labels": "abcdef0123"},
+    }  # fmt: skip
+    return {"kind": "test", **COMMON, "checkpoint": "best", **about, "result": result}
+
+
+def gauged(robust: float = 0.3, loss: float | None = 0.4, train: int = 500, **about: Any) -> Any:
+    gaps = {"train-test": {"robust_accuracy": figure(robust), "robust_loss": figure(loss)}}
+    counts = {"train": train, "validation": 50, "test": 300}
+    return {"kind": "gap", **COMMON, **about, "result": {"counts": counts, "gaps": gaps}}
+
+
+def overfitted(robust: float = 0.05, **about: Any) -> Any:
+    figures = {"robust_accuracy": figure(robust)}
+    return {"kind": "overfitting", **COMMON, "count": 300, **about, "figures": figures}
+
+
+def flat(name: str = "worst_robust", value: float = 0.25, about: Any = None, **details: Any) -> Any:
+    details = {"loss": name.split("_")[1], "ball": "tensor", "radius": 0.1, **details}
+    measure = {"value": value, "standard_error": 0.05, "details": details}
+    measures = {name: measure, "none": {"value": None, "standard_error": None}}
+    return {"kind": "flatness", **COMMON, "samples": 100, **(about or {}), "measures": measures}
 
 
 def test_rows_say_what_the_files_say(tmp_path: Path) -> None:
-    measures = {
-        "worst_clean": {"value": 0.25, "standard_error": 0.05},
-        "broken": {"value": None, "standard_error": None},
-        "hessian_max": {"value": 12.0, "standard_error": None},
-    }
-    one = made(tmp_path, "one", evaluation(), {"measures": measures})
-    two = made(tmp_path, "two", None, {"measures": {"worst_clean": measures["worst_clean"]}})
+    one = made(tmp_path / "one", attacked(), gauged(), gauged(0.1, checkpoint="best"),
+               overfitted(), flat())  # fmt: skip
+    two = made(tmp_path / "two", flat(value=0.125))
     rows = compare([one, two])
     cells = rows[0].cells
-    assert (rows[0].run, rows[0].seed, rows[0].method) == ("one", 3, "AT + awp(gamma=0.125)")
-    assert cells["clean"] == Cell(0.9, 0.8, 0.95)
-    assert cells["pgd-20"].value == 0.5
-    assert "apgd-t" not in cells  # it ran on what the first left, so it has no figure of its own
-    assert cells["worst case"].value == 0.4
-    assert cells["robust gap"].value == 0.3
+    assert (rows[0].run, rows[0].seed, rows[0].weights) == ("one", 3, "raw")
+    assert rows[0].method == "AT + awp(gamma=0.125)"
+    assert cells["clean"] == Cell(0.9, 0.8, 0.95, metric="clean")
+    assert cells["pgd-20"] == Cell(0.5, pytest.approx(0.4), pytest.approx(0.6), metric="pgd-20")
+    assert cells["AutoAttack"].value == pytest.approx(0.4)
+    assert cells["worst case"].value == pytest.approx(0.3)
+    assert cells["robust gap"].value == 0.3, "that of the last checkpoint"
     assert cells["best - last"].value == 0.05
-    assert not cells["loss gap"].share
-    assert cells["worst_clean"] == Cell(0.25, pytest.approx(0.2), pytest.approx(0.3), share=False)
-    assert "broken" not in cells
-    assert cells["hessian_max"].low is None
-    assert set(rows[1].cells) == {"worst_clean"}
-    assert columns(rows)[:2] == ["clean", "pgd-20"]
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(comparison_table(rows))
+    assert (cells["loss gap"].value, cells["loss gap"].share) == (0.4, False)
+    low, high = pytest.approx(0.2), pytest.approx(0.3)
+    assert cells["worst_robust"] == Cell(0.25, low, high, False, "worst_robust")
+    assert "none" not in cells
+    assert set(rows[1].cells) == {"worst_robust"}
+    assert columns(rows) == ["clean", "pgd-20", "AutoAttack", "worst case", "robust gap",
+                             "loss gap", "best - last", "worst_robust"]  # fmt: skip
+    console = Console(width=200, record=True, quiet=False, file=io.StringIO())
+    console.print(Comparison(rows))
     text = console.export_text()
     assert "90.0%" in text
     assert "0.250" in text
-    two_line = next(line for line in text.splitlines() if "two" in line)
-    assert two_line.count(" - ") >= 3
-    console.file.close()
+
+
+DIFFERENT: list[tuple[Any, Any, str]] = [
+    (attacked(), attacked(norm="l2", eps=0.5), "pgd-20 [{}];linf 8/255;l2 0.5"),
+    (attacked(), attacked(eps=0.1), "AutoAttack [{}];linf 8/255;linf 0.1"),
+    (attacked(), attacked(count=100), "worst case [{}];360 images of digits;100 images of digits"),
+    (attacked(), attacked(data="mnist5k"), "clean [{}];360 images of digits;360 images of mnist5k"),
+    (attacked(), attacked(checkpoint="last"), "clean [{}];best;last"),
+    (attacked(), attacked(seed=1), "pgd-20 [{}];seed 0;seed 1"),
+    (attacked(options={"step_size": 0.1}), attacked(options={"step_size": 0.2}),
+     "pgd-20 [{}];step size 0.1;step size 0.2"),
+    (gauged(), gauged(eps=0.1), "robust gap [{}];linf 8/255;linf 0.1"),
+    (gauged(), gauged(train=90),
+     "loss gap [{} and 300 images of digits];500;90"),
+    (gauged(), gauged(attack="pgd-50"), "robust gap [{}];pgd-20;pgd-50"),
+    (overfitted(), overfitted(eps=0.1), "best - last [{}];linf 8/255;linf 0.1"),
+    (flat(), flat(radius=0.2), "worst_robust [{}];radius 0.1;radius 0.2"),
+    (flat(), flat(about={"samples": 7}), "worst_robust [{}];100 images;7 images"),
+    (flat(), flat(about={"eps": 0.1}), "worst_robust [{}];linf 8/255;linf 0.1"),
+    (flat(), flat(about={"checkpoint": "best"}), "worst_robust [{}];last;best"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "two", "expected"), DIFFERENT)
+def test_figures_of_different_circumstances_share_no_column(
+    tmp_path: Path, one: Any, two: Any, expected: str
+) -> None:
+    pattern, *said = expected.split(";")
+    rows = compare([made(tmp_path / "one", one), made(tmp_path / "two", two)])
+    for row, words, other in zip(rows, said, said[::-1], strict=True):
+        assert pattern.format(words) in row.cells
+        assert pattern.format(other) not in row.cells
+    # Within one run nothing is lost either.
+    (row,) = compare([made(tmp_path / "both", one, two)])
+    assert {pattern.format(words) for words in said} <= set(row.cells)
+
+
+def test_what_does_not_concern_a_figure_does_not_part_it(tmp_path: Path) -> None:
+    one = made(tmp_path / "one", attacked(), flat("worst_clean"))
+    two = made(tmp_path / "two", attacked(eps=0.1), flat("worst_clean", about={"eps": 0.1}))
+    rows = compare([one, two])
+    assert "clean" in rows[0].cells
+    assert "worst_clean" in rows[1].cells
+
+
+def test_raw_and_averaged_weights_are_told_apart(tmp_path: Path) -> None:
+    raw, average = attacked(), attacked(0.6, weights="average")
+    rows = compare([made(tmp_path / "one", raw), made(tmp_path / "two", average)])
+    # Which weights a run has belongs to its method ...
+    assert [row.weights for row in rows] == ["raw", "average"]
+    assert all("pgd-20" in row.cells for row in rows)
+    # ... unless it was measured at both.
+    (row,) = compare([made(tmp_path / "both", raw, average)])
+    assert row.cells["pgd-20 [raw]"].value == 0.5
+    assert row.cells["pgd-20 [average]"].value == 0.6
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [made(tmp_path / place / "run", attacked()) for place in ("a", "b")]
+    assert [row.run for row in compare(folders)] == ["a/run", "b/run"]
 
 
 def test_a_gap_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
     # An infinite robust loss is null in JSON.
-    rows = compare([made(tmp_path, "one", evaluation(None))])
-    comparison = comparison_table(rows)
+    rows = compare([made(tmp_path / "one", gauged(loss=None))])
     assert "loss gap" not in rows[0].cells
     console = Console(width=200, quiet=True)
-    console.print(comparison)
+    console.print(Comparison(rows))
+
+
+# --- records
+
+
+def test_records_are_added_to_and_replace_only_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    first = [attacked(), gauged(), overfitted()]
+    records.add(path, "evaluate", "run", first)
+    others = [
+        attacked(checkpoint="last"), attacked(eps=0.1), attacked(norm="l2"), attacked(seed=1),
+        attacked(samples=7), attacked(weights="average"), attacked(data="mnist5k"),
+        gauged(attack="pgd-50"), gauged(eps=0.1), overfitted(samples=7),
+    ]  # fmt: skip
+    for one in others:
+        records.add(path, "evaluate", "run", [one])
+    assert records.read(path, "evaluate") == [*first, *others]
+    # The same measurement again, of a run that has been trained further.
+    again = attacked(0.7, epoch=9)
+    records.add(path, "evaluate", "run", [again])
+    assert records.read(path, "evaluate") == [*first[1:], *others, again]
+
+
+def test_flatness_is_added_measure_by_measure(tmp_path: Path) -> None:
+    path = tmp_path / "flatness.json"
+    for one in (flat("worst_robust", 1.0), flat("worst_clean", 2.0), flat("worst_robust", 3.0)):
+        records.add(path, "flatness", "run", [one])
+    (found,) = records.read(path, "flatness")
+    values = {name: figure["value"] for name, figure in found["measures"].items()}
+    assert values == {"worst_robust": 3.0, "worst_clean": 2.0, "none": None}
+    for about in ({"samples": 7}, {"checkpoint": "best"}, {"options": {"radius": 1}}):
+        records.add(path, "flatness", "run", [flat(about=about)])
+    assert len(records.read(path, "flatness")) == 4
+    # Of another state of the network nothing old is kept.
+    records.add(path, "flatness", "run", [flat("worst_clean", 5.0, about={"epoch": 8})])
+    newest = records.flatness_of(records.read(path, "flatness"))
+    assert newest is not None
+    assert set(newest["measures"]) == {"worst_clean", "none"}
+
+
+def test_the_newest_evaluation_is_of_one_threat_and_one_state() -> None:
+    found = records.evaluation_of(
+        [attacked(eps=0.1), gauged(0.2, eps=0.1), attacked(0.4), gauged(), overfitted()]
+    )
+    assert found is not None
+    assert (found["norm"], found["eps"], found["gap_attack"]) == ("linf", 8 / 255, "pgd-20")
+    assert list(found["checkpoints"]) == ["best", "last"]
+    assert found["checkpoints"]["best"]["test"]["robust_accuracy"] == pytest.approx(0.2)
+    assert found["checkpoints"]["best"]["gap"] is None
+    assert found["overfitting"]["robust_accuracy"]["value"] == 0.05
+    # Another epoch's figures are not this one's.
+    later = records.evaluation_of([gauged(), attacked(checkpoint="last", epoch=9)])
+    assert later is not None
+    assert later["checkpoints"]["last"]["gap"] is None
+    assert records.evaluation_of([]) is None
 
 
 def test_methods_in_words() -> None:

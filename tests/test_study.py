@@ -449,12 +449,12 @@ def test_a_study_leaves_ordinary_runs_and_their_figures(uninterrupted: StudyResu
     assert written["complete"] is True
     for run in written["runs"]:
         folder = result.folder / run["folder"]
-        evaluation = json.loads((folder / "evaluation.json").read_text())
-        gap = evaluation["checkpoints"]["last"]["gap"]
+        found = json.loads((folder / "evaluation.json").read_text())["measurements"]
+        (gap,) = [o["result"] for o in found if (o["kind"], o["checkpoint"]) == ("gap", "last")]
         assert run["gap"] == gap["gaps"]["train-test"]
         both = [gap["splits"][s]["robust_accuracy"]["value"] for s in ("train", "test")]
         assert run["gap"]["robust_accuracy"]["value"] == pytest.approx(both[0] - both[1])
-        flatness = json.loads((folder / "flatness.json").read_text())
+        (flatness,) = json.loads((folder / "flatness.json").read_text())["measurements"]
         assert flatness["checkpoint"] == "last"
         for name, figure in flatness["measures"].items():
             assert run["measures"][name]["value"] == figure["value"]

@@ -13,13 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from robustflat.flatness import Progress
 from robustflat.report.progress import Counter, ProgressBar
-from robustflat.report.tables import comparison_table, evaluation_table
+from robustflat.report.tables import Comparison, evaluation_table, significant
 from robustflat.report.tensorboard import TensorBoard, scalars
 from robustflat.runs.comparison import Cell, Row, columns
 
 
-def shown(thing: Any) -> str:
-    console = Console(file=io.StringIO(), width=200)
+def shown(thing: Any, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(thing)
     file = console.file
     assert isinstance(file, io.StringIO)
@@ -28,7 +28,7 @@ def shown(thing: Any) -> str:
 
 def line(text: str, name: str) -> list[str]:
     """The cells of the row that a table begins with a name."""
-    (found,) = [row for row in text.splitlines() if name in row]
+    (found,) = [row for row in text.splitlines() if row.strip("│┃ ").startswith(name)]
     return [cell.strip() for cell in found.strip("│┃").replace("┃", "│").split("│")]
 
 
@@ -63,31 +63,75 @@ def test_comparison_has_every_column_and_leaves_out_nothing() -> None:
         Row("two", "AT + awp(gamma=0.01)", 1, {"clean": Cell(0.5), "best - last": Cell(-0.025)}),
     ]
     assert columns(rows) == ["clean", "worst_clean", "best - last"]
-    text = shown(comparison_table(rows))
-    assert line(text, "method") == ["run", "method", "clean", "worst clean", "best - last"]
-    assert line(text, "one") == ["one", "AT", "90.1%", "0.012", "-"]
-    assert line(text, "two") == ["two", "AT + awp(gamma=0.01)", "50.0%", "-", "-2.5%"]
+    text = shown(Comparison(rows))
+    assert line(text, "run ") == ["run", "one", "two"]
+    assert line(text, "method") == ["method", "AT", "AT + awp(gamma=0.01)"]
+    assert line(text, "seed") == ["seed", "0", "1"]
+    assert line(text, "clean ") == ["clean", "90.1%", "50.0%"]
+    assert line(text, "worst clean") == ["worst clean", "0.0123", "-"]
+    assert line(text, "best - last ") == ["best - last", "-", "-2.5%"]
+
+
+@pytest.mark.parametrize(("width", "tables"), [(60, 4), (80, 3), (100, 2), (130, 2), (200, 1)])
+def test_no_name_is_cut_however_narrow_the_terminal(width: int, tables: int) -> None:
+    names = [f"cifar10-preact-resnet18-{method}" for method in ("at", "awp", "sam", "trades-awp")]
+    cells = {"AutoAttack": Cell(0.5), "worst_robust": Cell(0.0009, share=False)}
+    rows = [Row(name, f"AT + method{i}(gamma=0.01)", i, cells) for i, name in enumerate(names)]
+    text = shown(Comparison(rows), width)
+    for i, name in enumerate(names):
+        assert name in text
+        assert f"AT + method{i}(gamma=0.01)" in text
+    assert "..." not in text
+    assert "…" not in text
+    assert all(len(row) <= width for row in text.splitlines())
+    assert text.count("Runs compared") == text.count("AutoAttack ") == tables
+    assert text.count("0.000900") == 4
+
+
+def test_a_name_longer_than_the_terminal_is_folded_not_cut() -> None:
+    name = "".join(f"part{i}-" for i in range(12))
+    text = shown(Comparison([Row(name, "AT", 0, {"clean": Cell(0.5)})]), 40)
+    heads = [part for part in text.splitlines() if "┃" in part]
+    assert name in "".join(heads).translate({ord(c): None for c in "┃ "}).replace("run", "")
+    assert all(len(part) <= 40 for part in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0009, "0.000900"), (0.001, "0.00100"), (0.01234, "0.0123"), (0.25, "0.250"),
+        (12.0, "12.0"), (123.4, "123"), (1234.0, "1230"), (0.9996, "1.00"), (-0.0271, "-0.0271"),
+        (3.21e-9, "3.21e-09"), (4.56e9, "4.56e+09"), (0.0, "0"),
+    ],
+)  # fmt: skip
+def test_figures_have_three_significant_digits(value: float, text: str) -> None:
+    assert significant(value) == text
 
 
 def test_evaluation_table_gives_every_attack() -> None:
     attacks = {
         name: {
             "accuracy": accuracy, "interval": [accuracy - 0.01, accuracy + 0.02],
-            "attacked": attacked, "broken": 7, "seconds": 1.26,
+            "attacked": attacked, "broken": 7, "seconds": 1.26, "after": after,
         }
-        for name, accuracy, attacked in (("pgd-20", 0.6543, 180), ("square", 0.6, 131))
+        for name, accuracy, attacked, after in (
+            ("pgd-20", 0.6543, 180, None), ("square", 0.6, 131, "fab-t")
+        )
     }  # fmt: skip
     result = {"clean_accuracy": 0.9, "clean_interval": [0.85, 0.94], "attacks": attacks}
+    result |= {"robust_accuracy": 0.5, "robust_interval": [0.45, 0.55]}
     text = shown(evaluation_table({"title": "run: best", "result": result}))
     assert line(text, "none (clean)")[:3] == ["none (clean)", "90.00%", "85.0% .. 94.0%"]
     assert line(text, "pgd-20") == ["pgd-20", "65.43%", "64.4% .. 67.4%", "180", "7", "1.3"]
-    assert line(text, "square")[3] == "131"
+    assert line(text, "square after fab-t")[3] == "131"
+    assert line(text, "worst case")[1:3] == ["50.00%", "45.0% .. 55.0%"]
 
 
 @pytest.mark.parametrize("name", ["[red]run", "[/]", "a[b]c", "[link=x]y"])
 def test_names_are_no_markup(name: str) -> None:
-    assert name in shown(comparison_table([Row(name, "AT", 0, {name: Cell(0.5)})]))
+    assert name in shown(Comparison([Row(name, "AT", 0, {name: Cell(0.5)})]))
     attack = {"accuracy": 0.5, "interval": [0, 1], "attacked": 1, "broken": 1, "seconds": 0.0}
+    attack["after"] = None
     result = {"clean_accuracy": 0.9, "clean_interval": [0, 1], "attacks": {name: attack}}
     text = shown(evaluation_table({"title": f"{name}: best", "result": result}))
     assert text.count(name) == 2

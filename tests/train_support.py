@@ -135,3 +135,19 @@ def python(*arguments: str, **more: Any) -> subprocess.Popen[str]:
         env=environment,
         **more,
     )
+
+
+def measurements(view: dict[str, Any]) -> dict[str, Any]:
+    """A made-up evaluation, as `records.evaluation_of` shows it, as evaluation.json holds it."""
+    common = {"norm": view["norm"], "eps": view["eps"], "data": "digits", "seed": 0}
+    common |= {"attack": view["gap_attack"]}
+    found: list[dict[str, Any]] = []
+    for name, entry in view["checkpoints"].items():
+        about = {"checkpoint": name, "epoch": entry["epoch"], "weights": entry["weights"]}
+        for kind in ("test", "gap"):
+            if entry[kind] is not None:
+                found.append({"kind": kind, **about, **common, "result": entry[kind]})
+    if view["overfitting"] is not None:
+        about = {"kind": "overfitting", "checkpoint": "best - last", "weights": "raw", "count": 200}
+        found.append({**about, **common, "figures": view["overfitting"]})
+    return {"format": "robustflat-record-2", "subject": "run", "measurements": found}

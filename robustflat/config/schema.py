@@ -173,7 +173,7 @@ class TrainConfig(Section):
 
     epochs: Count = 20
     batch_size: Count = 128
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     deterministic: bool = False
     average: Average | None = None

@@ -28,6 +28,9 @@ from robustflat.files import locked
 
 Progress = Callable[[str, int, int, int], None]
 
+# Seconds between two lines on one attack.
+_SILENCE = 60.0
+
 _log = logging.getLogger("robustflat.evaluate")
 
 
@@ -193,6 +196,7 @@ class _Run:
             return self._batch(attack, batches[number])
 
         count = len(batches) if entry.attacked else 0
+        said = began
         for found in self.team.each(one, range(entry.batches, count)):
             for broke, outside in found:
                 entry.broke = sorted([*entry.broke, *broke])
@@ -203,9 +207,15 @@ class _Run:
             began = time.perf_counter()
             if self.team.is_first:
                 record.save()
+                left = entry.attacked - len(entry.broke)
                 if self.on_progress is not None:
-                    left = entry.attacked - len(entry.broke)
                     self.on_progress(entry.name, entry.batches, count, left)
+                if began - said > _SILENCE and not entry.finished:
+                    said = began
+                    _log.info(
+                        "%s: batch %s of %s, %s of %s left after %.0f s", entry.name, entry.batches,
+                        count, f"{left:,}", f"{entry.attacked:,}", entry.seconds,
+                    )  # fmt: skip
         entry.finished = True
         if self.team.is_first:
             record.save()

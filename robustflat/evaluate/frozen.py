@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.numerics import float32
 from robustflat.perturb import buffers_kept, evaluating
 
 
@@ -87,6 +88,7 @@ def held(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(float32())
         stack.enter_context(evaluating(model))
         stack.enter_context(buffers_kept(model))
         stack.enter_context(_frozen(model))

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from robustflat.numerics import float32
 from robustflat.perturb import buffers_kept, evaluating
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Hold ``model`` in eval mode; buffers, module flags and random states come back on exit.
+    """Hold ``model`` in eval mode, in full float32; what was before comes back on exit.
 
     Weights are kept by whoever moves them (``displaced``), so that only one copy is held. torch's
     (all devices'), numpy's and Python's global random states are restored: a data loader or a
@@ -27,6 +28,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.random.fork_rng(devices=range(torch.cuda.device_count())),
             buffers_kept(model),
             evaluating(model),
+            float32(),
         ):
             yield
     finally:

@@ -14,7 +14,8 @@ from robustflat.report import page_tables as tables
 from robustflat.report import page_text as text
 from robustflat.report.charts import palette
 from robustflat.report.markup import Html, join, node
-from robustflat.report.record import Record, read_records, whole
+from robustflat.report.record import Record, read_records
+from robustflat.runs.comparison import whole
 from robustflat.train.folder import RunFolder
 
 _Part = Callable[[Sequence[Record]], Html]
@@ -48,6 +49,7 @@ def _title(records: Sequence[Record]) -> str:
 def _body(records: Sequence[Record]) -> Html:
     evaluated = [r for r in records if r.evaluation is not None]
     tested = [r for r in evaluated if text.tests([r])]
+    gauged = [r for r in evaluated if any(entry["gap"] for entry in r.checkpoints.values())]
     monitored = [r for r in records if any(row.get("monitor") for row in r.metrics)]
     measured = [r for r in records if r.measures]
     drawn = [r for r in records if r.landscape is not None]
@@ -62,7 +64,7 @@ def _body(records: Sequence[Record]) -> Html:
             text.about_attacks,
         ),
         _section(
-            "Robust-generalization gap", records, evaluated, "evaluate",
+            "Robust-generalization gap", records, gauged, "evaluate",
             [figures.gaps, _details("Clean and robust figures of every split", tables.gaps)],
             text.about_gaps,
             [("square", "train"), ("hollow", "validation"), ("dot", "test")],
@@ -85,9 +87,9 @@ def _body(records: Sequence[Record]) -> Html:
 
 
 _COMPARISON = (
-    "Accuracy: the best checkpoint's, unless only another was attacked; an attack is listed if it "
-    "ran on every image, and the worst case and AutoAttack count an image as lost if any attack of "
-    "the evaluation broke it. Robust gap and sharpness: the last checkpoint's. Beneath a figure: "
+    "Every attack ran on all images that the model classifies; the worst case counts an image as "
+    "lost if any of them broke it. What was measured under other circumstances (threat, images, "
+    "options, checkpoint) stands in a line of its own, which says what differs. Beneath a figure: "
     "its 95% interval, or the standard error of a sharpness. Bold: better than in every other run "
     "by more than those intervals (1.96 standard errors) can explain. Smaller gaps are better, and "
     "lower sharpness is flatter."

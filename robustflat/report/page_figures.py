@@ -76,6 +76,7 @@ def gaps(records: Sequence[Record]) -> Html:
             entries = [
                 _gap_entry(record, name, entry["gap"], figure, unit)
                 for name, entry in record.checkpoints.items()
+                if entry["gap"] is not None
             ]
             drawn = [entry for entry in entries if entry.marks]
             if drawn:

@@ -30,10 +30,14 @@ _ERRORS = 1.96
 def comparison(records: Sequence[Record]) -> Html:
     """The rows of ``robustflat compare``, turned: a column for every run."""
     names = columns([record.row for record in records])
-    measured = {name for record in records for name in record.measures}
+    # A line's name may also say under what circumstances its metric was measured.
+    metrics = {n: c.metric for record in records for n, c in record.row.cells.items()}
+    measured = {n for n in names if metrics[n] in MEASURES or metrics[n] in _all_measures(records)}
     parts = {
-        "Accuracy on test images": [n for n in names if n not in _GAPS and n not in measured],
-        "Robust generalization": [n for n in names if n in _GAPS],
+        "Accuracy on test images": [
+            n for n in names if metrics[n] not in _GAPS and n not in measured
+        ],
+        "Robust generalization": [n for n in names if metrics[n] in _GAPS],
         "Sharpness of the training loss": [n for n in names if n in measured],
     }
     body = []
@@ -44,17 +48,23 @@ def comparison(records: Sequence[Record]) -> Html:
             )
         for name in group:
             cells = {r.index: r.row.cells[name] for r in records if name in r.row.cells}
-            better = _best(cells, name, error=name in measured)
-            label, more = _GAPS.get(name, (LABELS.get(name, name), None))
+            metric, said = metrics[name], name.removeprefix(metrics[name])
+            better = _best(cells, metric, error=name in measured)
+            label, more = _GAPS.get(metric, (LABELS.get(metric, metric), None))
+            label += said
             head = node("th", label, more and node("small", more), scope="row")
             data = [
                 _cell(
-                    r, cells.get(r.index), _unit(name, cells), name in measured, r.index == better
+                    r, cells.get(r.index), _unit(metric, cells), name in measured, r.index == better
                 )
                 for r in records
             ]
             body.append(node("tr", head, *data))
     return _table(records, body, lambda r: r.method)
+
+
+def _all_measures(records: Sequence[Record]) -> set[str]:
+    return {name for record in records for name in record.measures}
 
 
 def flatness(records: Sequence[Record]) -> Html:
@@ -101,8 +111,9 @@ def gaps(records: Sequence[Record]) -> Html:
     rows = []
     for record in records:
         for checkpoint, entry in record.checkpoints.items():
-            for split, found in {**entry["gap"]["splits"], **entry["gap"]["gaps"]}.items():
-                gap = split in entry["gap"]["gaps"]
+            both = entry["gap"] or {"splits": {}, "gaps": {}}
+            for split, found in {**both["splits"], **both["gaps"]}.items():
+                gap = split in both["gaps"]
                 cells = []
                 for key, (_, unit) in figures.items():
                     shown: Unit = "pp" if gap and unit else unit

@@ -93,11 +93,13 @@ def about_attacks(records: Sequence[Record]) -> str:
 
 def about_gaps(records: Sequence[Record]) -> str:
     """How the gap was measured."""
-    attacks = agreed(str((r.evaluation or {})["gap_attack"]) for r in records if r.evaluation)
+    found = (r.evaluation["gap_attack"] for r in records if r.evaluation)
+    attacks = agreed(str(attack) for attack in found if attack)
     counts = agreed(
         ", ".join(f"{count} {split}" for split, count in entry["gap"]["counts"].items())
         for r in records
         for entry in r.checkpoints.values()
+        if entry["gap"] is not None
     )
     return (
         "How much of the robustness on training images is lost on new ones; the longer the line, "

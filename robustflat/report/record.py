@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from robustflat.config import RunConfig
 from robustflat.errors import UserError
 from robustflat.flatness import Landscape
-from robustflat.runs.comparison import Row, compare, method_of, read_json
+from robustflat.runs import records
+from robustflat.runs.comparison import Row, compare, method_of, whole
+from robustflat.subject import distinct_names
 from robustflat.train.folder import RunFolder
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Record:
         root: its folder, quoted for a shell.
         config: its resolved configuration, and ``text``, the file.
         row: its figures in the comparison.
-        evaluation: as in evaluation.json.
-        flatness: as in flatness.json.
+        evaluation: the newest in evaluation.json.
+        flatness: the newest in flatness.json.
         metrics: one row for every epoch.
         environment: as in environment.json.
         landscape: around its weights.
@@ -74,47 +74,37 @@ def read_records(folders: Sequence[RunFolder]) -> list[Record]:
     different = list({folder.root.resolve(): folder for folder in folders}.values())
     if not different:
         raise UserError("There is no run to report on. Name folders that `robustflat train` wrote.")
-    names = _names([folder.root.resolve() for folder in different])
-    return [_record(i, *pair) for i, pair in enumerate(zip(names, different, strict=True))]
+    names = distinct_names([folder.root for folder in different])
+    measured = [f for f in different if f.evaluation.is_file() or f.flatness.is_file()]
+    rows = dict(zip(measured, compare(measured), strict=True))
+    return [
+        _record(i, name, folder, rows.get(folder))
+        for i, (name, folder) in enumerate(zip(names, different, strict=True))
+    ]
 
 
-def _record(index: int, name: str, folder: RunFolder) -> Record:
+def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record:
     config = folder.read_config()
-    evaluation, flatness = read_json(folder, "evaluation"), read_json(folder, "flatness")
-    row = Row(name, method_of(config), config.seed, {})
-    if evaluation is not None or flatness is not None:
-        (row,) = whole(folder.root, lambda: compare([folder]))
+    evaluation, flatness = whole(
+        folder.root,
+        lambda: (
+            records.evaluation_of(records.read(folder.evaluation, "evaluate")),
+            records.flatness_of(records.read(folder.flatness, "flatness")),
+        ),
+    )
     return Record(
         index=index,
         name=name,
         root=shlex.quote(str(folder.root)),
         config=config,
         text=folder.config_file.read_text(encoding="utf-8"),
-        row=row,
+        row=row or Row(name, method_of(config), config.seed, {}),
         evaluation=evaluation,
         flatness=flatness,
         metrics=_metrics(folder),
         environment=_environment(folder.environment_file),
         landscape=Landscape.load(folder.landscape) if folder.landscape.is_file() else None,
     )
-
-
-def whole(root: Path | str, make: Callable[[], _T]) -> _T:
-    """What ``make`` makes of a run's files.
-
-    Raises:
-        UserError: if one of them is JSON but does not hold what it should.
-    """
-    try:
-        return make()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"The files of the run {root} are damaged or of another version of robustflat: "
-            f"{type(error).__name__} {error} while reading them. Run `robustflat evaluate` and "
-            "`robustflat flatness` on it again."
-        ) from error
 
 
 def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
@@ -147,12 +137,3 @@ def _environment(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object. Remove it to do without it.")
     return content
-
-
-def _names(roots: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
-    for length in range(1, max(len(root.parts) for root in roots)):
-        names = ["/".join(root.parts[-length:]) for root in roots]
-        if len(set(names)) == len(names):
-            return names
-    return [str(root) for root in roots]

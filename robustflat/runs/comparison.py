@@ -1,55 +1,87 @@
-"""The rows in which runs are compared, read from the JSON files in their folders."""
+"""Owns what may stand side by side: figures of runs in rows, apart where circumstances differ."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from robustflat.config import RunConfig
 from robustflat.config.choice import Built
 from robustflat.errors import UserError
+from robustflat.evaluate.threat import radius
+from robustflat.runs import records
+from robustflat.runs.records import Measurement
+from robustflat.subject import distinct_names
 from robustflat.train.folder import RunFolder
+
+Circumstances = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, its interval or standard error, and whether it is a share (shown in percent)."""
+    """A figure, its interval or standard error, and whether it is a share (shown in percent).
+
+    ``metric`` is what was measured, whatever the circumstances.
+    """
 
     value: float | None
     low: float | None = None
     high: float | None = None
     share: bool = True
+    metric: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: its name, what was done, and its figures by column."""
+    """One run: its name, what was done, which weights were measured, its figures by column."""
 
     run: str
     method: str
     seed: int
     cells: dict[str, Cell]
+    weights: str = ""
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Row]:
-    """One row for every run.
+    """One row for every run, with every figure of its record.
 
-    Columns, where they were measured: clean and robust accuracy on test images at the best
-    checkpoint (robust by attack; AutoAttack's figure is the worst case over all attacks run),
-    ``robust gap`` (train minus test robust accuracy at the last checkpoint), ``best - last``
-    (robust test accuracy), and the flatness measures.
+    Clean and robust accuracy on test images (``AutoAttack`` is AutoAttack standard, ``worst case``
+    the intersection of all attacks), ``robust gap`` (train minus test robust accuracy at the last
+    checkpoint), ``best - last`` (robust test accuracy), and the flatness measures. Two figures are
+    in one column only if threat, images, attack with its options, checkpoint and ball are the
+    same; else the columns' names say what differs.
 
     Raises:
-        UserError: if a run has not been evaluated.
+        UserError: if a run has not been measured, or its files are damaged.
     """
-    return [_row(folder) for folder in folders]
+    names = distinct_names([folder.root for folder in folders])
+    found = [_figures(folder) for folder in folders]
+    differing = _differing([figure for figures in found for figure in figures])
+    rows = []
+    for name, folder, figures in zip(names, folders, found, strict=True):
+        config = folder.read_config()
+        kinds = dict.fromkeys(about["weights"] for about, _ in figures)
+        mixed = _differing(figures, ("weights",))
+        cells: dict[str, Cell] = {}
+        for about, cell in figures:
+            keys = [*differing.get(cell.metric, ()), *mixed.get(cell.metric, ())]
+            said = ", ".join(_in_words(key, about.get(key)) for key in keys)
+            cells[f"{cell.metric} [{said}]" if said else cell.metric] = cell
+        rows.append(Row(name, method_of(config), config.seed, cells, " and ".join(kinds)))
+    return rows
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """All columns of the rows, in the order in which they first appear."""
-    return list(dict.fromkeys(name for row in rows for name in row.cells))
+    """All columns of the rows, those of one metric together, in the order of first appearance."""
+    metrics: dict[str, list[str]] = {}
+    for row in rows:
+        for name, cell in row.cells.items():
+            group = metrics.setdefault(cell.metric or name, [])
+            if name not in group:
+                group.append(name)
+    return [name for group in metrics.values() for name in group]
 
 
 def method_of(config: RunConfig) -> str:
@@ -71,95 +103,143 @@ def _call(section: Built) -> str:
     return f"{section.name}({', '.join(said)})"
 
 
-def read_json(folder: RunFolder, kind: str) -> dict[str, Any] | None:
-    """``evaluation.json`` or ``flatness.json`` of a run, if it is there.
+def whole(root: Any, make: Callable[[], T]) -> T:
+    """What ``make`` makes of a run's files.
 
     Raises:
-        UserError: if the file is damaged.
+        UserError: if one of them is JSON but does not hold what it should.
     """
-    path = getattr(folder, kind)
-    if not path.is_file():
-        return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        return make()
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{path} cannot be read: {error}. Run `robustflat {_COMMANDS[kind]} {folder.root}` "
-            "again."
-        ) from None
-    return content
+            f"The files of the run {root} are damaged or of another version of robustflat: "
+            f"{type(error).__name__} {error} while reading them. Run `robustflat evaluate` and "
+            "`robustflat flatness` on it again."
+        ) from error
 
 
-_COMMANDS = {"evaluation": "evaluate", "flatness": "flatness"}
+def _differing(
+    figures: Sequence[tuple[Circumstances, Cell]], among: Sequence[str] | None = None
+) -> dict[str, list[str]]:
+    """For each metric, the circumstances that are not the same in all its figures.
+
+    The weights, raw or averaged, belong to a run's method: they are told apart within a run only.
+    """
+    found: dict[str, list[str]] = {}
+    for metric in dict.fromkeys(cell.metric for _, cell in figures):
+        abouts = [about for about, cell in figures if cell.metric == metric]
+        keys = among or [k for k in dict.fromkeys(k for a in abouts for k in a) if k != "weights"]
+        found[metric] = [key for key in keys if len({str(a.get(key)) for a in abouts}) > 1]
+    return found
 
 
-def _row(folder: RunFolder) -> Row:
-    config = folder.read_config()
-    evaluation, flatness = read_json(folder, "evaluation"), read_json(folder, "flatness")
-    if evaluation is None and flatness is None:
+def _in_words(key: str, value: Any) -> str:
+    plain = key in ("threat", "checkpoint", "images", "attacks", "weights")
+    return f"{value}" if plain else f"{key.replace('_', ' ')} {_plain(value)}"
+
+
+def _figures(folder: RunFolder) -> list[tuple[Circumstances, Cell]]:
+    """Every figure of a run's records, with its circumstances."""
+    folder.read_config()
+    evaluation = records.read(folder.evaluation, "evaluate")
+    flatness = records.read(folder.flatness, "flatness")
+    if not evaluation and not flatness:
         raise UserError(
             f"The run {folder.root} has neither {folder.evaluation.name} nor "
             f"{folder.flatness.name}, so there is nothing to compare. Run `robustflat evaluate "
             f"{folder.root}` first."
         )
-    cells: dict[str, Cell] = {}
-    for kind, content, read in (
-        ("evaluation", evaluation, _evaluation_cells),
-        ("flatness", flatness, _flatness_cells),
-    ):
-        try:
-            cells |= {} if content is None else read(content)
-        except (LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{getattr(folder, kind)} is not what `robustflat {_COMMANDS[kind]}` writes "
-                f"({type(error).__name__}: {error}). Run it again on {folder.root}."
-            ) from None
-    return Row(folder.name, method_of(config), config.seed, cells)
+    kinds = {"test": _tested, "gap": _gap, "overfitting": _overfitting, "flatness": _flat}
+    order = ("test", "gap", "overfitting", "flatness")
+
+    def read() -> list[tuple[Circumstances, Cell]]:
+        measured = sorted([*evaluation, *flatness], key=lambda one: order.index(one["kind"]))
+        return [figure for one in measured for figure in kinds[one["kind"]](one)]
+
+    return whole(folder.root, read)
 
 
-def _flatness_cells(flatness: dict[str, Any]) -> dict[str, Cell]:
-    cells: dict[str, Cell] = {}
-    for name, figure in flatness["measures"].items():
-        if figure["value"] is not None:
-            spread = figure["standard_error"]
-            low = None if spread is None else figure["value"] - spread
-            high = None if spread is None else figure["value"] + spread
-            cells[name] = Cell(figure["value"], low, high, share=False)
-    return cells
+def _threat(one: Measurement) -> str:
+    return f"{one['norm']} {radius(one['eps'])}"
 
 
-def _evaluation_cells(evaluation: dict[str, Any]) -> dict[str, Cell]:
-    cells: dict[str, Cell] = {}
-    tested = [entry for entry in evaluation["checkpoints"].values() if entry["test"]]
-    if tested:
-        test = tested[0]["test"]
-        cells["clean"] = Cell(test["clean_accuracy"], *test["clean_interval"])
-        for name, attack in test["attacks"].items():
-            if attack["alone"] is not None:
-                cells[name] = Cell(attack["alone"], *attack["interval"])
-        if len(test["attacks"]) > 1:
-            cells[_worst_name(test["attacks"])] = Cell(
-                test["robust_accuracy"], *test["robust_interval"]
-            )
-    last = evaluation["checkpoints"].get("last")
-    if last is not None:
-        cells["robust gap"] = _cell(last["gap"]["gaps"]["train-test"]["robust_accuracy"])
-        loss = last["gap"]["gaps"]["train-test"]["robust_loss"]
-        if loss["value"] is not None:  # infinite
-            cells["loss gap"] = _cell(loss, share=False)
-    if evaluation["overfitting"] is not None:
-        cells["best - last"] = _cell(evaluation["overfitting"]["robust_accuracy"])
-    return cells
+def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
+    test = one["result"]
+    images = f"{test['count']} images of {one['data']}"
+    about = {"checkpoint": one["checkpoint"], "weights": one["weights"], "images": images}
+    about["labels"] = (test["settings"].get("labels") or "")[:6]
+    yield dict(about), _share(test["clean_accuracy"], test["clean_interval"], "clean")
+    about |= {"threat": _threat(one), "seed": one["seed"]}
+    for name, suite in test["suites"].items():
+        metric = name.partition("#")[0].replace("autoattack", "AutoAttack")
+        attacks = [attack.partition("#")[0] for attack in suite["attacks"]]
+        options: Circumstances = {"attacks": " + ".join(attacks)}
+        if len(attacks) == 1:
+            options |= test["attacks"][suite["attacks"][0]]["options"]
+        cell = _share(suite["accuracy"], suite["interval"], metric)
+        yield {**about, **{k: v for k, v in options.items() if k != "norm"}}, cell
+    if len(test["suites"]) > 1:
+        over = {"attacks": "over " + " and ".join(test["suites"])}
+        yield (
+            {**about, **over},
+            _share(test["robust_accuracy"], test["robust_interval"], "worst case"),
+        )
 
 
-def _worst_name(attacks: dict[str, Any]) -> str:
-    standard = {"apgd-ce", "apgd-t", "fab-t", "square"}
-    return "AutoAttack" if standard <= set(attacks) else "worst case"
+def _gap(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
+    if one["checkpoint"] == "best":
+        return
+    counts = one["result"]["counts"]
+    gaps = one["result"]["gaps"]["train-test"]
+    about = _about_gap(one, f"{counts['train']} and {counts['test']} images of {one['data']}")
+    yield about, _cell(gaps["robust_accuracy"], "robust gap")
+    if gaps["robust_loss"]["value"] is not None:  # infinite
+        yield about, _cell(gaps["robust_loss"], "loss gap", share=False)
 
 
-def _cell(figure: dict[str, Any], share: bool = True) -> Cell:
-    return Cell(figure["value"], figure["low"], figure["high"], share)
+def _overfitting(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
+    about = _about_gap(one, f"{one['count']} images of {one['data']}")
+    yield about, _cell(one["figures"]["robust_accuracy"], "best - last")
+
+
+def _about_gap(one: Measurement, images: str) -> Circumstances:
+    return {
+        "threat": _threat(one),
+        "attacks": one["attack"],
+        "images": images,
+        "weights": one["weights"],
+        "seed": one["seed"],
+    }
+
+
+def _flat(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
+    for name, figure in one["measures"].items():
+        if figure["value"] is None:
+            continue
+        details = figure.get("details") or {}
+        about = {"checkpoint": one["checkpoint"], "weights": one["weights"]}
+        about["images"] = f"{one['samples']} images"
+        if details.get("loss") != "clean":
+            about["threat"] = _threat(one)
+        keys = ("ball", "weight_norm", "radius", "parameters", "m")
+        about |= {key: details[key] for key in keys if key in details}
+        spread = figure["standard_error"]
+        low = None if spread is None else figure["value"] - spread
+        high = None if spread is None else figure["value"] + spread
+        yield about, Cell(figure["value"], low, high, share=False, metric=name)
+
+
+def _cell(figure: dict[str, Any], metric: str, share: bool = True) -> Cell:
+    return Cell(figure["value"], figure["low"], figure["high"], share, metric)
+
+
+def _share(value: float, interval: Sequence[float], metric: str) -> Cell:
+    low, high = interval
+    return Cell(value, low, high, metric=metric)
 
 
 def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

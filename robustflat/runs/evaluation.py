@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from robustflat.data import Images
 from robustflat.errors import UserError
-from robustflat.evaluate import Scores, evaluate, gap, merge, overfitting, scores
+from robustflat.evaluate import Evaluation, Scores, Team, evaluate, gap, merge, overfitting, scores
 from robustflat.evaluate.record import fingerprint_of
-from robustflat.files import write_json
 from robustflat.perturb import pgd
+from robustflat.runs import records
 from robustflat.subject import Network, Subject
+from robustflat.train.folder import environment
 
 GAP_STEPS = 20
 Progress = Callable[[str, int, int, int], None]
+
+_UNLIKE = (
+    "best - last is left out: the best checkpoint has {} weights and the last {} ones. Say "
+    "--weights raw to compare the same kind."
+)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +40,9 @@ class Wanted:
         checkpoints: Where the attacks are run: "best", "last" or both.
         weights: "raw", "average", or "auto": the average if there is one.
         samples: Evaluate a fixed class-balanced subset of the test images.
-        gap_samples: Images of each split for the gap; 0 leaves the gap out.
+        gap_samples: Images of each split for the gap; 0 leaves the gap out. No more than `samples`
+            if nothing is said; none for a model from elsewhere, of which it is not known what it
+            was trained on.
         seed: Of the attacks.
         shard: "i/n" to attack every n-th example only. Nothing else is measured then, and
             ``evaluation.json`` is left alone: when all shards are done, call again with ``merge``.
@@ -47,109 +61,132 @@ class Wanted:
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
-def evaluate_subject(
-    subject: Subject, wanted: Wanted | None = None, on_progress: Progress | None = None
-) -> dict[str, Any]:
-    """Evaluate a subject and write its ``evaluation.json``.
-
-    Attacks run on the test images. The gap of a run is measured at every checkpoint that it has,
-    with PGD-20 from one uniform start, in eval mode at the centre weights, on the same
-    un-augmented training images, the validation images and the test images. Per-example outcomes
-    are kept under ``outcomes/``, so an interrupted evaluation goes on where it stood.
-
-    Args:
-        subject: What is evaluated.
-        wanted: What is done.
-        on_progress: Told the attack, batches done and in all, and how many still stand.
-
-    Returns:
-        What was written: keys ``run``, ``seed``, ``norm``, ``eps``, ``checkpoints`` (each with
-        ``epoch``, ``weights``, ``test`` and ``gap``) and ``overfitting``; of a shard what was
-        found, without a gap.
-
-    Raises:
-        UserError: If the subject cannot be evaluated as wanted.
-    """
-    wanted = Wanted() if wanted is None else wanted
-    config, threat = subject.evaluation, subject.the_threat()
-    attacked = _attacked_at(subject, wanted)
-    networks = {
-        name: subject.network(name, wanted.weights)
-        for name in dict.fromkeys((*attacked, *subject.checkpoints))
-    }
-    found: dict[str, Any] = {}
-    on_test: dict[str, Scores] = {}
-    limit = config.samples if wanted.samples is None else wanted.samples
-    gap_samples = _gap_samples(subject, wanted)
-    splits = subject.splits(gap_samples) if gap_samples else {}
-    for name in subject.checkpoints:
-        network = networks[name]
-        entry: dict[str, Any] = {"epoch": network.epoch, "weights": network.weights, "test": None}
-        found[name] = entry
-        if name in attacked:
-            # Another evaluation, or another state of the subject, has a store of its own.
-            kind = (fingerprint_of(network.model), str(threat), limit, wanted.seed)
-            digest = hashlib.sha256(repr((*kind, config.batch_size)).encode()).hexdigest()[:12]
-            store = subject.home.outcomes / f"{name}-{digest}"
-            entry["test"] = _attacked(subject, network, wanted, limit, store, on_progress)
-        if splits:
-            attack = pgd(threat.norm, threat.eps, GAP_STEPS)
-            by_split = {
-                split: scores(
-                    network.model,
-                    images,
-                    attack,
-                    batch_size=config.batch_size,
-                    device=subject.device,
-                )
-                for split, images in splits.items()
-            }
-            on_test[name] = by_split["test"]
-            entry["gap"] = gap(by_split).to_dict()
-    report = {
-        "run": subject.name,
-        "seed": subject.seed,
-        "norm": threat.norm_name,
-        "eps": threat.eps,
-        "gap_attack": f"pgd-{GAP_STEPS}",
-        "checkpoints": found,
-        "overfitting": None,
-    }
-    if len(on_test) == 2:
-        figures = overfitting(on_test["best"], on_test["last"])
-        report["overfitting"] = {name: figure.to_dict() for name, figure in figures.items()}
-    if wanted.shard is None:
-        subject.home.evaluation.parent.mkdir(parents=True, exist_ok=True)
-        write_json(subject.home.evaluation, report)
-    return report
-
-
 def check(subject: Subject, wanted: Wanted) -> None:
-    """Refuse what cannot be evaluated, before anything else is paid for.
+    """Refuse what cannot be evaluated, before anything is paid for.
 
     Raises:
         UserError: If a checkpoint or the threat is missing, or an option does not fit.
     """
     subject.the_threat()
-    for name in _attacked_at(subject, wanted):
-        subject.network(name, wanted.weights)
     if wanted.merge and wanted.shard is not None:
         raise UserError("--merge joins all shards: leave --shard out.")
-    for name, value, least in (
-        ("samples", wanted.samples, 1),
-        ("gap-samples", wanted.gap_samples, 0),
-    ):
+    bounds = (("samples", wanted.samples, 1), ("gap-samples", wanted.gap_samples, 0))
+    for name, value, least in bounds:
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}.")
+    for name in _attacked_at(subject, wanted):
+        subject.network(name, wanted.weights)
+    records.read(subject.home.evaluation, "evaluate")
+
+
+def evaluate_subject(
+    subject: Subject,
+    wanted: Wanted | None = None,
+    on_progress: Progress | None = None,
+    team: Team | None = None,
+) -> dict[str, Any]:
+    """Evaluate a subject and add what was found to its ``evaluation.json``.
+
+    Attacks run on the test images. The gap is measured at every checkpoint, with PGD-20 from one
+    uniform start, in eval mode at the centre weights, on the same un-augmented training images,
+    the validation images and the test images. Outcomes and scores of every example are kept under
+    ``outcomes/``, so an interrupted evaluation goes on where it stood; ``evaluate.log`` in the
+    subject's home tells what was done when.
+
+    Args:
+        subject: What is evaluated.
+        wanted: What is done.
+        on_progress: Told the attack, batches done and in all, and how many still stand.
+        team: The processes that share the work, all of which call this function alike.
+
+    Returns:
+        What was found now: keys ``run``, ``seed``, ``norm``, ``eps``, ``gap_attack``,
+        ``checkpoints`` (each with ``epoch``, ``weights``, and ``test`` and ``gap`` or None),
+        ``overfitting`` and ``notes``.
+
+    Raises:
+        UserError: If the subject cannot be evaluated as wanted.
+    """
+    wanted = Wanted() if wanted is None else wanted
+    team = Team() if team is None else team
+    check(subject, wanted)
+    with _logged(subject.home.root / "evaluate.log", team):
+        measured, notes = _measured(subject, wanted, on_progress, team)
+    if wanted.shard is None and team.is_first:
+        records.add(subject.home.evaluation, "evaluate", subject.name, measured)
+    threat = subject.the_threat()
+    return {
+        "run": subject.name,
+        "seed": subject.seed,
+        "norm": threat.norm_name,
+        "eps": threat.eps,
+        "gap_attack": f"pgd-{GAP_STEPS}",
+        "checkpoints": {},
+        "overfitting": None,
+        **(records.evaluation_of(measured) or {}),
+        "notes": notes,
+    }
+
+
+def _measured(
+    subject: Subject, wanted: Wanted, on_progress: Progress | None, team: Team
+) -> tuple[list[records.Measurement], list[str]]:
+    """The measurements, and sentences on what was left out."""
+    config, threat = subject.evaluation, subject.the_threat()
+    attacked = _attacked_at(subject, wanted)
+    samples = config.samples if wanted.samples is None else wanted.samples
+    gap_samples = _gap_samples(subject, wanted)
+    networks = {
+        name: subject.network(name, wanted.weights)
+        for name in dict.fromkeys((*attacked, *(subject.checkpoints if gap_samples else ())))
+    }
+    common = {
+        "norm": threat.norm_name,
+        "eps": threat.eps,
+        "data": subject.data,
+        "batch_size": config.batch_size,
+        "device": str(subject.device),
+        "versions": environment([])["versions"],
+    }
+    measured = []
+    for name in attacked:
+        result = _attacked(subject, networks[name], wanted, samples, on_progress, team)
+        about = {**_state(networks[name]), "samples": samples, "seed": wanted.seed}
+        measured.append({"kind": "test", **about, **common, "result": result.to_dict()})
+    if not gap_samples:
+        return measured, []
+    common |= {"samples": gap_samples, "seed": 0, "attack": f"pgd-{GAP_STEPS}"}
+    found = _scores(subject, networks, gap_samples, team)
+    for name, by_split in found.items():
+        about = {**_state(networks[name]), **common}
+        measured.append({"kind": "gap", **about, "result": gap(by_split).to_dict()})
+    if not {"best", "last"} <= found.keys():
+        return measured, []
+    kinds = [networks[name].weights for name in ("best", "last")]
+    if kinds[0] != kinds[1]:
+        return measured, [_UNLIKE.format(*kinds)]
+    figures = overfitting(found["best"]["test"], found["last"]["test"])
+    about = {"checkpoint": "best - last", "weights": kinds[0], **common}
+    about["count"] = len(found["last"]["test"].clean_loss)
+    texts = {name: figure.to_dict() for name, figure in figures.items()}
+    measured.append({"kind": "overfitting", **about, "figures": texts})
+    return measured, []
+
+
+def _state(network: Network) -> dict[str, Any]:
+    return {
+        "checkpoint": network.checkpoint,
+        "epoch": network.epoch,
+        "weights": network.weights,
+        "model": fingerprint_of(network.model),
+    }
 
 
 def _gap_samples(subject: Subject, wanted: Wanted) -> int:
-    """Images of each split: no more than were asked to be attacked, unless more are asked for."""
     if wanted.shard is not None:
         return 0
     if wanted.gap_samples is not None:
         return wanted.gap_samples
-    # Of a model from elsewhere it is not known what it was trained on.
     most = subject.evaluation.gap_samples if subject.is_run else 0
     return most if wanted.samples is None else min(most, wanted.samples)
 
@@ -164,13 +201,16 @@ def _attacked(
     subject: Subject,
     network: Network,
     wanted: Wanted,
-    limit: int | None,
-    store: Path,
+    samples: int | None,
     on_progress: Progress | None,
-) -> dict[str, Any]:
-    if wanted.merge:
-        return merge(store).to_dict()
+    team: Team,
+) -> Evaluation:
+    """The attacks on the test images, with the outcomes in a store of their circumstances."""
     config, threat = subject.evaluation, subject.the_threat()
+    digest = _digest(network, threat, samples, wanted.seed, config.batch_size)
+    store = subject.home.outcomes / f"{network.checkpoint}-{digest}"
+    if wanted.merge:
+        return team.once(lambda: merge(store))
     result = evaluate(
         network.model,
         subject.images().test,
@@ -181,9 +221,79 @@ def _attacked(
         batch_size=config.batch_size,
         device=subject.device,
         store=store,
-        samples=limit,
+        samples=samples,
         shard=wanted.shard,
         precision=wanted.precision,
+        team=team,
         on_progress=on_progress,
     )
-    return result.to_dict()
+    _log.info(
+        "%s, %s, %s: %.2f %% of %s right, %.2f %% in the worst case",
+        subject.name, network.checkpoint, threat, 100 * result.clean_accuracy,
+        f"{result.count:,}", 100 * result.robust_accuracy,
+    )  # fmt: skip
+    return result
+
+
+def _scores(
+    subject: Subject, networks: dict[str, Network], limit: int, team: Team
+) -> dict[str, dict[str, Scores]]:
+    """By checkpoint and split the scores of every example, computed or read from the home."""
+    threat, batch_size = subject.the_threat(), subject.evaluation.batch_size
+    attack = pgd(threat.norm, threat.eps, GAP_STEPS)
+    splits = subject.splits(limit)
+    jobs = [(name, split) for name in subject.checkpoints for split in splits]
+    images = sum(len(splits[split]) for _, split in jobs)
+    _log.info("Gap: %s forward-pass equivalents for each of %s images.", 2 * GAP_STEPS + 2, images)
+
+    def one(number: int) -> Scores:
+        name, split = jobs[number]
+        network, chosen = networks[name], splits[split]
+        labels = hashlib.sha256(chosen.labels.cpu().numpy().tobytes()).hexdigest()
+        digest = _digest(network, threat, GAP_STEPS, split, len(chosen), labels, batch_size)
+        path = subject.home.outcomes / f"gap-{name}-{split}-{digest}.pt"
+        found = Scores.load(path)
+        if found is None:
+            found = _scored(network, chosen, path, f"gap of {name}, {split}")
+        return found
+
+    def _scored(network: Network, chosen: Images, path: Path, what: str) -> Scores:
+        began = time.perf_counter()
+        found = scores(network.model, chosen, attack, batch_size=batch_size, device=subject.device)
+        found.save(path)
+        robust, seconds = found.robust_correct.float().mean(), time.perf_counter() - began
+        _log.info("%s: %.2f %% of %s robust after %.0f s", what, 100 * robust, len(chosen), seconds)
+        return found
+
+    each = [found for together in team.each(one, range(len(jobs))) for found in together]
+    return {
+        name: {split: found for (n, split), found in zip(jobs, each, strict=True) if n == name}
+        for name in subject.checkpoints
+    }
+
+
+def _digest(network: Network, *circumstances: object) -> str:
+    """Another evaluation, or another state of the subject, has a store of its own."""
+    kind = (fingerprint_of(network.model), *map(str, circumstances))
+    return hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _logged(path: Path, team: Team) -> Iterator[None]:
+    """Have the first process say what it does, also in a file that is added to."""
+    if not team.is_first:
+        yield
+        return
+    logger = logging.getLogger("robustflat")
+    level = logger.level
+    # Made with the first line: what is refused leaves nothing behind.
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()

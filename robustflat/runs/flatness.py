@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from robustflat.files import write_json
 from robustflat.flatness import Figure, Progress, flatness
 from robustflat.flatness.measures import find
 from robustflat.flatness.store import tensors_digest
+from robustflat.runs import records
 from robustflat.subject import Subject
 
 
@@ -38,8 +38,8 @@ def measure_subject(
         on_progress: told how far the measurement has come.
 
     Returns:
-        What was written: keys ``run``, ``checkpoint``, ``epoch``, ``weights``, ``samples`` and
-        ``measures``.
+        What was measured now: keys ``run``, ``checkpoint``, ``epoch``, ``weights``, ``norm``,
+        ``eps``, ``data``, ``samples``, ``seed``, ``options`` and ``measures``.
     """
     config = subject.flatness
     network = subject.network(checkpoint or ("last" if subject.is_run else None), weights)
@@ -64,15 +64,20 @@ def measure_subject(
         **{**config.options, **(options or {})},
     )
     report = {
-        "run": subject.name,
+        "kind": "flatness",
         "checkpoint": network.checkpoint,
         "epoch": network.epoch,
         "weights": network.weights,
+        "norm": norm,
+        "eps": eps,
+        "data": subject.data,
         "samples": len(y),
+        "seed": subject.seed,
+        "options": {**config.options, **(options or {})},
         "measures": {name: figure.to_dict() for name, figure in found.items()},
     }
-    write_json(subject.home.flatness, report)
-    return report
+    records.add(subject.home.flatness, "flatness", subject.name, [report])
+    return {"run": subject.name, **report}
 
 
 def _is_attacked(measure: str) -> bool:

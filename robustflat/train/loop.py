@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from robustflat.config import RunConfig
 from robustflat.data import Data
 from robustflat.errors import TrainingDivergedError, UserError
+from robustflat.numerics import deterministic, float32, warn_of_emulation
 from robustflat.perturb import Perturbation, no_perturbation
 from robustflat.train.averaging import Average
 from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
@@ -23,7 +24,7 @@ from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor, score
 from robustflat.train.parallel import Processes
-from robustflat.train.randomness import derived_seed, make_deterministic
+from robustflat.train.randomness import derived_seed
 from robustflat.train.setup import build_model, build_step
 
 _CHECK_EVERY = 50  # steps between two looks, which wait for the device
@@ -71,8 +72,6 @@ class Trainer:
         self.processes = processes or Processes()
         self.listeners = listeners if self.processes.is_first else ()
         self.stop_requested = self.requeue_requested = False
-        if config.train.deterministic:
-            make_deterministic()
 
         self.model = build_model(config, dataset, device)
         self._replica: nn.Module = self.model
@@ -81,6 +80,8 @@ class Trainer:
             self._replica = DistributedDataParallel(
                 self.model, device_ids=ids, broadcast_buffers=False
             )
+        if config.train.precision == "bf16" and self.processes.is_first:
+            warn_of_emulation(device)
         self._step = build_step(config, self.model, device)
         self._weights = config.weights.build()
         average = config.train.average
@@ -109,7 +110,11 @@ class Trainer:
         for listener in self.listeners:
             listener.on_start(self.config.train.epochs, self.steps_per_epoch, self.epoch)
         try:
-            with self._stop_on_signals():
+            with (
+                float32(tf32=self.config.train.precision == "tf32"),
+                deterministic(self.config.train.deterministic),
+                self._stop_on_signals(),
+            ):
                 while self.epoch < self.config.train.epochs:
                     if not self._train_epoch():
                         self._save_last()

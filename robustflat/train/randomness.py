@@ -29,9 +29,3 @@ def derived_seed(seed: int, purpose: Purpose, *where: int) -> int:
     """
     generator = generator_for(seed, _CODES[purpose], *where)
     return int(torch.randint(2**62, (), generator=generator))
-
-
-def make_deterministic() -> None:
-    """Ask for deterministic kernels where there are any, and for no run-time tuning."""
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)

@@ -15,7 +15,7 @@ from robustflat.train.optim import build_optimizer
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import TrainStep
 
-_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_data(config: RunConfig) -> data.Data:

@@ -1,0 +1,121 @@
+"""Owns evaluation.json and flatness.json: measurements that are added to, and replace their own.
+
+A measurement is a mapping with its ``kind`` and its circumstances (checkpoint, weights, threat,
+images, seed, ...). It replaces one of equal circumstances, and never another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from robustflat.errors import UserError
+from robustflat.files import json_safe, read_json, update_json
+
+FORMAT = "robustflat-record-2"
+Measurement = dict[str, Any]
+
+# What tells measurements apart. Not the epoch: of a run that was trained further, the measurement
+# of its present last checkpoint replaces that of an earlier one.
+_OWN = (
+    "kind", "checkpoint", "weights", "norm", "eps", "data", "samples", "seed", "batch_size",
+    "attack", "options",
+)  # fmt: skip
+
+
+def read(path: Path, command: str) -> list[Measurement]:
+    """The measurements of a file, oldest first; empty if there is no file.
+
+    Args:
+        path: The file.
+        command: That writes it, for messages.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    return _measurements(read_json(path), path, command)
+
+
+def add(path: Path, command: str, subject: str, found: Sequence[Measurement]) -> None:
+    """Add measurements to a file; each replaces its own earlier one.
+
+    Raises:
+        UserError: If the file is damaged or cannot be written.
+    """
+    new: list[Measurement] = json_safe(list(found))
+
+    def change(content: Any) -> dict[str, Any]:
+        kept = _measurements(content, path, command)
+        for one in new:
+            same = [old for old in kept if _own(old) == _own(one)]
+            kept = [old for old in kept if old not in same]
+            for old in same:
+                if one["kind"] == "flatness" and old["epoch"] == one["epoch"]:
+                    one["measures"] = {**old["measures"], **one["measures"]}
+            kept.append(one)
+        return {"format": FORMAT, "subject": subject, "measurements": kept}
+
+    update_json(path, change)
+
+
+def evaluation_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
+    """The newest evaluation: the attacks and gaps under the threat that was measured last.
+
+    Returns:
+        Keys ``norm``, ``eps``, ``gap_attack``, ``checkpoints`` (by name, each with ``epoch``,
+        ``weights``, and ``test`` and ``gap`` or None) and ``overfitting``; None if there is none.
+    """
+    if not found:
+        return None
+    norm, eps = found[-1]["norm"], found[-1]["eps"]
+    checkpoints: dict[str, Any] = {}
+    overfitting, attack = None, None
+    for one in found:
+        if (one["norm"], one["eps"]) != (norm, eps):
+            continue
+        if one["kind"] == "overfitting":
+            overfitting = one["figures"]
+            continue
+        place = checkpoints.setdefault(one["checkpoint"], {"test": None, "gap": None})
+        if place.get("epoch") != one["epoch"] or place.get("weights") != one["weights"]:
+            place |= {"test": None, "gap": None}
+        place |= {"epoch": one["epoch"], "weights": one["weights"], one["kind"]: one["result"]}
+        attack = one["attack"] if one["kind"] == "gap" else attack
+    order = sorted(checkpoints, key=("best", "last", "given").index)
+    return {
+        "norm": norm,
+        "eps": eps,
+        "gap_attack": attack,
+        "checkpoints": {name: checkpoints[name] for name in order},
+        "overfitting": overfitting,
+    }
+
+
+def flatness_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
+    """The newest flatness: of each measure the last figure on the same images and weights."""
+    if not found:
+        return None
+    keys = ("checkpoint", "epoch", "weights", "samples")
+    same = [one for one in found if all(one[key] == found[-1][key] for key in keys)]
+    measures = {name: figure for one in same for name, figure in one["measures"].items()}
+    return {**{key: found[-1][key] for key in keys}, "measures": measures}
+
+
+def _measurements(content: Any, path: Path, command: str) -> list[Measurement]:
+    if content is None:
+        return []
+    try:
+        found = content["measurements"]
+        if not isinstance(found, list) or any(not isinstance(one["kind"], str) for one in found):
+            raise TypeError("its measurements are none")
+    except (LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} is not what this version's `robustflat {command}` writes "
+            f"({type(error).__name__}: {error}). Move it away, and measure again."
+        ) from None
+    return list(found)
+
+
+def _own(one: Measurement) -> list[Any]:
+    return [one.get(key) for key in _OWN]
