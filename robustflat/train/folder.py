@@ -130,7 +130,7 @@ class RunFolder:
             if self.root.is_dir():
                 self._clear()
             self.last.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.environment_file, environment(config, machines or [machine("cpu")]))
+            write_json(self.environment_file, environment(machines or [machine("cpu")], config))
             # Last and whole, because it makes this the folder of a run.
             write_config(config, self.config_file)
         except OSError as error:
@@ -208,14 +208,16 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def environment(config: RunConfig, machines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def environment(
+    machines: Sequence[dict[str, Any]], config: RunConfig | None = None
+) -> dict[str, Any]:
     """What a result may depend on beside the configuration: versions, machines, one's own code.
 
     Args:
-        config: which names the code of one's own.
         machines: :func:`machine` of every process that trains together, by rank.
+        config: which names the code of one's own.
     """
-    named = plugins(config)
+    named = {} if config is None else plugins(config)
     return {
         "plugins": {where: f"{name} ({origin(name)})" for where, name in named.items()},
         "versions": {name: _version(name) for name in _PACKAGES},
