@@ -47,6 +47,8 @@ def train(
     from rich.console import Console
 
     from robustflat.config import read_config
+    from robustflat.config.choice import plugins
+    from robustflat.plugins import origin
     from robustflat.report.progress import ProgressBar
     from robustflat.train import train as train_run
     from robustflat.train.folder import RunFolder
@@ -56,6 +58,8 @@ def train(
     settings = read_config(config, overrides or [])
 
     def listeners(folder: RunFolder) -> list[Listener]:
+        for where, name in plugins(settings).items():
+            typer.echo(f"{where}: {name} ({origin(name)})")
         chosen = (section.build(folder=folder.root) for section in settings.listeners)
         return [ProgressBar(Console(), settings.name), *chosen]
 

@@ -16,7 +16,8 @@ from robustflat.errors import UserError
 def is_plugin(name: str) -> bool:
     """Whether ``name`` is of the form package.module:function."""
     module, colon, attribute = name.partition(":")
-    return bool(module and colon and attribute) and module.replace(".", "").isidentifier()
+    identifiers = module.replace(".", "_").isidentifier() and bool(colon and attribute)
+    return identifiers and module != "timm"  # timm:NAME is a model by timm's own names
 
 
 def imported(name: str, what: str = "function") -> Callable[..., Any]:

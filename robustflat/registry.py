@@ -166,7 +166,7 @@ listeners = Kind(
 )
 data = Kind("data", "data set", "robustflat.data:DESCRIPTIONS", also=())
 scales = Kind("scales", "scale", "robustflat.perturb:SCALES", also=())
-measures = Kind("measures", "flatness measure", "robustflat.flatness:MEASURES", also=())
+measures = Kind("measures", "flatness measure", "robustflat.flatness:MEASURES")
 
 KINDS = {
     kind.name: kind

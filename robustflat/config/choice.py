@@ -165,18 +165,22 @@ def _flat(annotation: Any, metadata: list[Any]) -> list[Any]:
     return metadata + [m for a in optional for m in getattr(a, "__metadata__", ())]
 
 
-def plugins(value: Any, at: tuple[str, ...] = ()) -> dict[str, str]:
-    """Every package.module:function that a configuration names, by the key path of its section."""
+def plugins(value: Section, at: tuple[str, ...] = ()) -> dict[str, str]:
+    """Every package.module:function that a configuration names, by its key path."""
     found: dict[str, str] = {}
-    if isinstance(value, Built) and is_plugin(value.name):
-        found[".".join(at)] = value.name
-    if isinstance(value, Section):
-        for key in type(value).model_fields:
-            found |= plugins(getattr(value, key), (*at, key))
-    elif isinstance(value, (tuple, list)):
-        for i, inner in enumerate(value):
-            found |= plugins(inner, (*at, str(i)))
+    for key in type(value).model_fields:
+        inner = getattr(value, key)
+        for i, one in enumerate(inner) if isinstance(inner, tuple) else [(None, inner)]:
+            here = (*at, key) if i is None else (*at, key, str(i))
+            if isinstance(one, Section):
+                found |= plugins(one, here)
+            elif isinstance(one, str) and key in _NAMING and is_plugin(one):
+                found[".".join(here).removesuffix(".name")] = one
     return found
+
+
+# Keys whose text may be imported; no other is.
+_NAMING = ("name", "measures", "flatness")
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:

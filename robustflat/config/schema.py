@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Lt
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
 from robustflat import registry
@@ -107,6 +107,14 @@ class ListenerSection(Built):
         """Nothing can be tried before."""
 
 
+def _known_measure(name: str) -> str:
+    from robustflat.flatness.measures import find
+
+    find(name)
+    return name
+
+
+Measure = Annotated[str, AfterValidator(_known_measure)]
 Attack = Annotated[Built, Choice(registry.attacks, unnamed="pgd")]
 Objectives = Annotated[
     ObjectiveSection, Choice(registry.objectives, ObjectiveSection, unnamed="adversarial")
@@ -192,7 +200,7 @@ class MonitorConfig(Section):
     steps: Count = 10
     train_samples: Count = 500
     flatness_every: Whole = 0
-    flatness: tuple[str, ...] = ("ascent_robust", "hessian_max")
+    flatness: tuple[Measure, ...] = ("ascent_robust", "hessian_max")
     flatness_samples: Count = 256
 
 
@@ -208,7 +216,12 @@ class EvaluateConfig(Section):
 class FlatnessConfig(Section):
     """What ``robustflat flatness`` measures by default, on training and test images."""
 
-    measures: tuple[str, ...] = ("worst_clean", "worst_robust", "average_clean", "average_robust")
+    measures: tuple[Measure, ...] = (
+        "worst_clean",
+        "worst_robust",
+        "average_clean",
+        "average_robust",
+    )
     samples: Count = 500
     options: dict[str, Number | int | str | bool] = Field(default_factory=dict)
 

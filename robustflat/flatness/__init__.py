@@ -3,7 +3,7 @@
 from robustflat.flatness.figure import Cost, Figure, Passes, Progress
 from robustflat.flatness.grid import Landscape
 from robustflat.flatness.landscapes import between, landscape, landscape_cost
-from robustflat.flatness.measures import MEASURES, Measure
+from robustflat.flatness.measures import MEASURES, Measure, measure
 from robustflat.flatness.measuring import cost, flatness
 from robustflat.flatness.options import BALLS, Options
 
@@ -22,4 +22,5 @@ __all__ = [
     "flatness",
     "landscape",
     "landscape_cost",
+    "measure",
 ]

@@ -17,6 +17,7 @@ from robustflat.flatness.figure import Figure, Passes
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.perturb import InputPerturbation, pgd
+from robustflat.plugins import imported, is_plugin
 
 Compute = Callable[[Subject, Options, LossKind, str], Figure]
 # Jobs by a key that two measures share if they share the work.
@@ -57,12 +58,49 @@ class Measure:
         return self.compute(subject, options, self.loss, self.name)
 
 
+def measure(
+    *, loss: LossKind = "clean", cost: Passes | None = None, curvature: bool = False
+) -> Callable[[Compute], Compute]:
+    """Make a function a measure that is called ``package.module:function``.
+
+    The function takes a :class:`~robustflat.flatness.subject.Subject`, :class:`Options`, the kind
+    of loss and its own name, and returns a :class:`Figure`. Its docstring's first line is what is
+    said of it.
+
+    Args:
+        loss: which loss it measures: "clean", "robust" or "robust_fixed".
+        cost: its passes over the examples; none if None.
+        curvature: whether a model in train mode is to be refused.
+    """
+
+    def decorate(compute: Compute) -> Compute:
+        passes = cost or Passes()
+        compute.measure = Measure(  # type: ignore[attr-defined]
+            name=f"{compute.__module__}:{getattr(compute, '__qualname__', '')}",
+            summary=(compute.__doc__ or "").strip().partition("\n")[0],
+            loss=loss,
+            compute=compute,
+            jobs=lambda options, examples: {f"own/{compute!r}": passes},
+            curvature=curvature,
+        )
+        return compute
+
+    return decorate
+
+
 def find(name: str) -> Measure:
-    """The measure of that name.
+    """The measure of that name, or of the decorated function ``package.module:function``.
 
     Raises:
         UserError: if there is none.
     """
+    if is_plugin(name):
+        own = getattr(imported(name, "flatness measure"), "measure", None)
+        if not isinstance(own, Measure):
+            raise UserError(
+                f"{name} is no flatness measure. Put @robustflat.flatness.measure(...) above it."
+            )
+        return replace(own, name=name)
     if name not in MEASURES:
         near = difflib.get_close_matches(str(name), MEASURES, n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
