@@ -30,6 +30,19 @@ def numbered(weights: Any) -> Backward:
     return whole(weights)
 
 
+def rowwise(weights: Any) -> Backward:
+    return lambda m, x, y: weights.backward(lambda: F.cross_entropy(m(x), y, reduction="none"), m)
+
+
+def alternating(one: Backward, two: Backward) -> Backward:
+    """``one`` in steps 0, 2, 4, ...; by the seed of the images, which the model counts."""
+
+    def backward(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (one, two)[len(m.values) % 2](m, x, y)  # type: ignore[arg-type]
+
+    return backward
+
+
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     model.zero_grad()
     value = F.cross_entropy(model(x), y)
@@ -52,7 +65,46 @@ LADDER: dict[str, tuple[Backward, Backward]] = {
     "msam of one chunk is sam": (sliced(rf.msam(rf.sam(0.1), 6)), whole(rf.sam(0.1))),
     "msam of one chunk is awp": (sliced(rf.msam(rf.awp(0.1), 6)), whole(rf.awp(0.1))),
     "nsam of one batch is sam": (numbered(rf.nsam(rf.sam(0.1), 1)), whole(rf.sam(0.1))),
+    "gnp of alpha 1 is sam": (whole(rf.gnp(0.1, 1.0)), whole(rf.sam(0.1))),
+    "gnp 0 is sgd": (whole(rf.gnp(0.0)), plain),
+    "fsam of sigma 0 is sam": (whole(rf.fsam(0.1, 0.0)), whole(rf.sam(0.1))),
+    "fsam 0 is sgd": (whole(rf.fsam(0.0)), plain),
+    "vasso of theta 1 is sam": (
+        whole(rf.vasso(0.1, 1.0, statistics="centre")),
+        whole(rf.sam(0.1)),
+    ),
+    "momentum_sam 0 is sgd": (whole(rf.momentum_sam(0.0)), plain),
+    "looksam of every step is sam": (whole(rf.looksam(0.1, every=1)), whole(rf.sam(0.1))),
+    "looksam of alpha 0 is sam in every second step": (
+        whole(rf.looksam(0.1, 0.0, 2)),
+        alternating(whole(rf.sam(0.1)), plain),
+    ),
+    "lesam of a large sigma is sam": (
+        whole(rf.lesam(0.1, 1e9, statistics="centre")),
+        whole(rf.sam(0.1)),
+    ),
+    "rwp_mix of alpha 0 is sgd": (whole(rf.rwp_mix(0.1, 0.0)), plain),
+    "rwp_mix 0 is sgd": (whole(rf.rwp_mix(0.0)), plain),
+    "gam of gamma 0 and beta1 1 is sam": (
+        whole(rf.gam(0.1, 0.1, beta1=1.0, gamma=0.0)),
+        whole(rf.sam(0.1)),
+    ),
+    "gam 0 is sgd": (whole(rf.gam(0.0, 0.0)), plain),
+    "esam of all tensors and examples is sam": (
+        rowwise(rf.esam(0.1, 1.0, 1.0, statistics="centre")),
+        rowwise(rf.sam(0.1)),
+    ),
+    "esam 0 is sgd": (whole(rf.esam(0.0)), plain),
+    "zsharp 0 is sgd": (whole(rf.zsharp(0.0)), plain),
+    "rwp 0 is sgd": (whole(rf.rwp(0.0)), plain),
+    "rwp below every loss is sgd": (rowwise(rf.rwp(0.1, 0.0)), rowwise(rf.no_perturbation())),
+    "rwp of one step above every loss is global awp of matrices": (
+        rowwise(rf.rwp(0.1, 1e9, 1, 1.0)),
+        rowwise(rf.awp_global(0.1, parameters="matrices", statistics="perturbed")),
+    ),
 }
+# Not to the last bit: a sum of parts, or a path by another way.
+NEARLY = {"gam of gamma 0 and beta1 1 is sam", "rwp_mix of alpha 0 is sgd"}
 
 
 @pytest.mark.parametrize("rung", LADDER)
@@ -67,6 +119,11 @@ def test_three_steps_are_bit_equal(rung: str, dtype: torch.dtype) -> None:
             model.values.append(backward(model, *images(6, seed, dtype)))  # type: ignore[operator,union-attr]
             optimizer.step()
     one, two = models
+    if rung in NEARLY:
+        rtol = 1e-12 if dtype == torch.float64 else 1e-4
+        for a, b in zip(one.parameters(), two.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+        return
     assert all(torch.equal(a, b) for a, b in zip(one.values, two.values, strict=True))  # type: ignore[arg-type]
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
