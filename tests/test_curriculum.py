@@ -195,8 +195,8 @@ def stopped(asked: Any, folder: RunFolder, epoch: int) -> Trainer:
 
 
 def test_the_alarm_tells_a_collapse_from_a_decline() -> None:
-    alarm = Alarm(AlarmConfig(drop=0.5, then="restart", steps=3))
-    for epoch, robust in enumerate((0.1, 0.4, 0.5, 0.4, 0.26), start=1):
+    alarm = Alarm(AlarmConfig(drop=0.5, then="restart", steps=3), 10)
+    for epoch, robust in enumerate((0.19, 0.02, 0.4, 0.5, 0.4, 0.26), start=1):
         assert alarm.collapsed(robust, epoch) is None
     found = alarm.collapsed(0.24, 6)
     assert found == {"epoch": 6, "robust_accuracy": 0.24, "best": 0.5, "steps": 3}
@@ -204,11 +204,15 @@ def test_the_alarm_tells_a_collapse_from_a_decline() -> None:
     assert (alarm.can_go_back, alarm.steps) == (True, None)
     alarm.raised = found
     assert (alarm.can_go_back, alarm.steps) == (False, 3)
-    other = Alarm(AlarmConfig(drop=0.5, then="restart", steps=3))
+    other = Alarm(AlarmConfig(drop=0.5, then="restart", steps=3), 10)
     other.load_state_dict(alarm.state_dict())
     assert other.collapsed(0.24, 6) == found
     assert other.steps == 3
-    assert not Alarm(AlarmConfig(then="stop")).can_go_back
+    assert not Alarm(AlarmConfig(then="stop"), 10).can_go_back
+    # With two classes, guessing is right half of the time.
+    few = Alarm(AlarmConfig(), 2)
+    assert few.collapsed(0.9, 1) is None
+    assert few.collapsed(0.0, 2) is None
 
 
 ALARMED = {

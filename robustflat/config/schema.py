@@ -204,12 +204,13 @@ class ModelConfig(Section):
 class AlarmConfig(Section):
     """What happens if robust validation accuracy collapses (catastrophic overfitting).
 
-    It has collapsed if more than ``drop`` of its best is lost. ``then: stop`` ends the run with a
+    It has collapsed if more than ``drop`` of its best is lost, once that was twice the accuracy of
+    guessing. ``then: stop`` ends the run with a
     sentence; ``restart`` goes back to the last measured epoch before, and goes on with PGD of
     ``steps`` steps in place of the attack; a second collapse ends the run.
     """
 
-    drop: Annotated[Share, Gt(0), Lt(1)] = 0.5
+    drop: Annotated[Share, Gt(0), Lt(1)] = 0.8
     then: Literal["stop", "restart"] = "stop"
     steps: Count = 10
 

@@ -14,14 +14,17 @@ class Alarm:
     Single-step adversarial training can lose all its robustness within an epoch while the loss of
     its own attack goes on falling (Wong et al. 2020, section 5.4). Robust overfitting is slower and
     does not raise the alarm: in the logs of Rice et al. 2020 it costs a fifth of the best accuracy
-    in a hundred epochs.
+    in a hundred epochs. Nor do the ups and downs of the first epochs, before the best is twice
+    that of guessing.
 
     Args:
         config: what is a collapse, and what to do then.
+        classes: how many there are.
     """
 
-    def __init__(self, config: AlarmConfig) -> None:
+    def __init__(self, config: AlarmConfig, classes: int) -> None:
         self._config = config
+        self._guessing = 1 / classes
         self._best = 0.0
         # The collapse after which the run went back, and the one that was just seen.
         self.raised: dict[str, Any] | None = None
@@ -38,7 +41,8 @@ class Alarm:
 
     def collapsed(self, robust: float, epoch: int) -> dict[str, Any] | None:
         """What happened if this, after ``epoch``, is a collapse; else remember the best."""
-        if robust < (1 - self._config.drop) * self._best:
+        known = self._best >= 2 * self._guessing
+        if known and robust < (1 - self._config.drop) * self._best:
             return {
                 "epoch": epoch,
                 "robust_accuracy": robust,

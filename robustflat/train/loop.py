@@ -92,7 +92,8 @@ class Trainer:
         self._objective = self._step.objective
         self._objective.start(Autocast(self.model, self._step.precision))
         self._curriculum = Curriculum(config)
-        self._alarm = None if config.train.alarm is None else Alarm(config.train.alarm)
+        alarm = config.train.alarm
+        self._alarm = None if alarm is None else Alarm(alarm, len(dataset.classes))
         self._weights = config.weights.build()
         average = config.train.average
         self.average = None if average is None else Average(average.build(), self.model)
