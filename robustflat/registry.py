@@ -127,7 +127,12 @@ weights = Kind(
 attacks = Kind(
     "attack",
     "attack",
-    {"none": _PERTURB + "no_attack", "pgd": _PERTURB + "pgd", "fgsm": _PERTURB + "fgsm"},
+    {
+        "none": _PERTURB + "no_attack",
+        "pgd": _PERTURB + "pgd",
+        "fgsm": _PERTURB + "fgsm",
+        "nfgsm": _PERTURB + "nfgsm",
+    },
     offered=("box",),
     needs=("__call__",),
 )
@@ -153,6 +158,7 @@ models = Kind(
     "model",
     "robustflat.models:MODELS",
     also=(
+        ("wrn-DEPTH-WIDEN", "wide_resnet of that depth and width; with -silu wide_resnet_silu."),
         ("timm:NAME", "A model of the timm package."),
         ("package.module:factory", "Your own."),
     ),

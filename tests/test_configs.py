@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from robustflat import models, registry
 from robustflat.config import RunConfig, read_config
 from robustflat.perturb import Perturbation, no_perturbation
 from robustflat.perturb.scales import select
+from robustflat.train.curriculum import Curriculum
 from robustflat.train.feed import Feed
 from robustflat.train.parallel import Processes
 from robustflat.train.setup import build_model, build_step, load_data
@@ -49,6 +52,8 @@ RATES = {
     "cifar100-prn18-at-awp": HALVES,
     "cifar10-prn18-amp": HALVES,
     "cifar100-prn18-amp": HALVES,
+    "cifar10-prn18-mlcat": HALVES,
+    "cifar10-prn18-rebat": {1: 0.1, 101: 0.1 / 1.5, 151: 0.1 / 1.5**2},
     "svhn-prn18-at-awp": {1: 0.01, 101: 0.001, 151: 0.0001},
     "cifar10-wrn34-trades": {1: 0.1, 75: 0.01},
     "cifar10-wrn34-trades-awp": {1: 0.1, 100: 0.01, 150: 0.001},
@@ -57,13 +62,38 @@ RATES = {
     "cifar10-wrn16-sam": {1: 0.1, 61: 0.02, 121: 0.004, 161: 0.0008},
     "cifar10-wrn16-asam": {1: 0.1, 61: 0.02, 121: 0.004, 161: 0.0008},
 }
+# Rates that change all the time, by epoch counted from 1, as the released code sets them for the
+# whole epoch; ours agree at the point of the epoch (0 its start, 1 its end) and to the tolerance
+# that stand beside. torch's OneCycleLR of Wang et al. counts its warm-up from 0 to 9.
+FLOWING: dict[str, tuple[Callable[[int], float], float, float]] = {
+    "cifar10-wrn34-acat-awp": (lambda e: 0.1 * (1 + math.cos((e - 1) / 110 * math.pi)), 0.0, 1e-12),
+    "cifar10-wrn34-oaat-awp": (lambda e: 0.1 * (1 + math.cos((e - 1) / 200 * math.pi)), 0.0, 1e-12),
+    "cifar10-wrn34-ikl-awp": (lambda e: 0.1 * (1 + math.cos(e / 201 * math.pi)), 1.0, 1e-3),
+    "cifar10-prn18-nfgsm": (lambda e: 0.2 * (1 - abs(e - 15) / 15), 1.0, 1e-12),
+    "cifar10-wrn28-silu-generated": (
+        lambda e: (
+            0.008 + 0.096 * (1 - math.cos(math.pi * (e - 1) / 9))
+            if e <= 10
+            else 0.1 * (1 + math.cos(math.pi * (e - 10) / 390))
+        ),
+        1.0,
+        0.02,
+    ),
+}
+FLOWING["cifar10-wrn28-silu-generated-awp"] = FLOWING["cifar10-wrn28-silu-generated"]
 # The first epoch, counted from 1, in which the weights are perturbed: SVHN's script counts epochs
 # from 0 and asks epoch >= 5, TRADES-AWP's counts from 1 and asks epoch >= 10.
 FIRST_PERTURBED = {
     "cifar10-prn18-at-awp": 1,
     "svhn-prn18-at-awp": 6,
     "cifar10-wrn34-trades-awp": 10,
+    "cifar10-wrn34-ikl-awp": 10,
+    "cifar10-wrn34-acat-awp": 10,
+    "cifar10-wrn34-oaat-awp": 10,
+    "cifar10-wrn28-silu-generated-awp": 10,
 }
+# Those that normalise although their objective is TRADES.
+NORMALISED = {"cifar10-wrn28-silu-generated", "cifar10-wrn28-silu-generated-awp"}
 
 
 def named(path: Path) -> str:
@@ -113,6 +143,7 @@ def one_step(config: RunConfig, model: nn.Module, weights: Perturbation) -> tupl
     batches = next(Feed(config, dataset, CPU, Processes(), weights).batches(0, 0))
     model.train()
     step = build_step(config, model, CPU)
+    step.objective.start(model)
     return step(model, batches, weights, torch.Generator().manual_seed(0))
 
 
@@ -142,7 +173,7 @@ def test_takes_a_step_and_its_weight_perturbation_matters(path: Path, extra: Pat
 def test_none_is_forgotten() -> None:
     shipped = {p for p in (ROOT / "configs").rglob("*.y*ml") if p.parent.name != "study"}
     assert shipped == set(ALL)
-    assert len(PAPERS) >= 14
+    assert len(PAPERS) >= 22
     assert len(DIGITS) >= 39
 
 
@@ -185,8 +216,8 @@ def test_a_recipe_names_the_published_network(path: Path) -> None:
     count = sum(p.numel() for p in model.parameters())
     published = PARAMETERS["-".join(path.stem.split("-")[:2])]
     assert f"{count / 1e6:.2f}" == published
-    # TRADES, MART and RST feed pixels in [0, 1]; the others normalise.
-    raw = config.objective.name in ("trades", "mart")
+    # TRADES, MART, RST and their kin feed pixels in [0, 1]; the others normalise.
+    raw = config.objective.name in ("trades", "mart", "ikl") and path.stem not in NORMALISED
     assert isinstance(model, models.Normalized) != raw
 
 
@@ -207,7 +238,37 @@ def test_a_recipe_warms_up_as_published(path: Path) -> None:
 
 
 def test_every_recipe_but_the_cosine_has_its_rates_checked() -> None:
-    assert {p.stem for p in PAPERS} - set(RATES) == {"cifar10-wrn28-rst-awp"}
+    assert {p.stem for p in PAPERS} - {*RATES, *FLOWING} == {"cifar10-wrn28-rst-awp"}
+
+
+@pytest.mark.parametrize("path", [p for p in PAPERS if p.stem in FLOWING], ids=named)
+def test_a_recipe_has_the_published_flowing_rates(path: Path) -> None:
+    config = read_config(path)
+    published, point, tolerance = FLOWING[path.stem]
+    factor, epochs = config.schedule.build(), config.train.epochs
+    for epoch in range(1, epochs + 1):
+        at = (epoch - 1, epochs, 0.0) if point == 0 else (epoch - 1e-3, epochs, 1e-3)
+        found = config.optimizer.lr * factor(*at)
+        assert found == pytest.approx(published(epoch), abs=tolerance), epoch
+
+
+def test_published_attacks_grow_as_in_the_released_code() -> None:
+    # Epochs counted from 1: DKL and DAJAT take eps * epoch / epochs; OA-AT 4/255 for a quarter and
+    # 16/255 * epoch / epochs then, with 5 steps of eps / 2 and then 10 of eps / 4.
+    for name, epochs in (("ikl", 200), ("acat", 110), ("oaat", 200)):
+        path = ROOT / f"configs/papers/cifar10-wrn34-{name}-awp.yaml"
+        grow = Curriculum(read_config(path))
+        for epoch in (1, 2, 49, 50, 51, 100, epochs):
+            attack = grow(epoch - 1, 7, 383)
+            assert attack is not None
+            if name == "oaat":
+                eps = 4 / 255 if epoch <= epochs // 4 else 16 / 255 * epoch / epochs
+                steps, share = (5, 1 / 2) if epoch <= epochs // 4 else (10, 1 / 4)
+            else:
+                eps, steps, share = 8 / 255 * epoch / epochs, 5, 1 / 2
+            assert attack.ball.radius == pytest.approx(eps)
+            assert (attack.ascent.steps, attack.ascent.step_size) == (steps, pytest.approx(share))
+            assert attack.loss == ("ce" if name == "oaat" else "kl")
 
 
 # --- the small ones

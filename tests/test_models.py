@@ -211,7 +211,9 @@ def gowal_state(seed: int) -> dict[str, torch.Tensor]:
             state[f"{name}.{part}"] = torch.rand(channels, generator=g) + 0.5
 
     def conv(name: str, *shape: int) -> None:
-        state[f"{name}.weight"] = torch.randn(shape, generator=g) / 5
+        # So small that no activation is in the tail where SiLU is ReLU.
+        scale = torch.tensor(shape[1:]).prod().sqrt()
+        state[f"{name}.weight"] = torch.randn(shape, generator=g) / scale
 
     conv("init_conv", 16, 3, 3, 3)
     channels = 16

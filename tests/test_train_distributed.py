@@ -45,6 +45,17 @@ OTHERS: dict[str, dict[str, Any]] = {
         "data__train_samples": 50,
         "train__precision": "bf16",
     },
+    # Objectives that remember: what both processes saw, or an average of the shared weights.
+    "ikl": PLAIN
+    | {
+        "objective": {"name": "ikl"},
+        "attack": {"name": "pgd", "eps": 0.1, "steps": 2, "start": "zero", "loss": "ce"},
+    },
+    "rebat": {
+        "objective": {"name": "rebat", "decay": 0.8, "start_epoch": 1},
+        "weights": {"name": "sam", "rho": 0.1},
+        "model": {"name": "small_cnn", "options": {"width": 4, "depth": 2}},
+    },
 }
 SCRIPT = """
 import sys, torch
@@ -59,6 +70,7 @@ def run(self):
     finished = whole(self)
     rank = self.processes.rank
     state = {"model": dict(self.model.named_parameters()), "average": None}
+    state["objective"] = self._objective.state_dict()
     if self.average is not None:
         state["average"] = dict(self.average.model.named_parameters())
     torch.save(state, folder / f"{self.config.name}.{rank}.pt")
@@ -154,3 +166,13 @@ def test_both_processes_end_with_the_same_parameters(others: Path, name: str) ->
         others / "begun" / name, **{**OTHERS[name], "optimizer": {"name": "sgd", "lr": 1e-20}}
     )
     assert differences(saved(begun.last)["model"], state["model"])
+
+
+def test_priors_are_counted_over_all_processes(others: Path, tmp_path: Path) -> None:
+    alone = saved(trained(tmp_path, **OTHERS["ikl"]).last)
+    together = saved(others / "ikl" / "checkpoints" / "last.pt")
+    prior = together["objective"]["prior"]
+    torch.testing.assert_close(prior, alone["objective"]["prior"], rtol=1e-4, atol=1e-5)
+    assert (prior - 0.1).abs().max() > 1e-3
+    for key, value in alone["model"].items():
+        torch.testing.assert_close(together["model"][key], value, rtol=1e-4, atol=1e-4)

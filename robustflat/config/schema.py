@@ -13,6 +13,7 @@ from robustflat.config.choice import Built, Choice
 from robustflat.config.together import conflicts
 from robustflat.config.values import (
     Count,
+    NonNegative,
     Number,
     Positive,
     Section,
@@ -49,6 +50,35 @@ class Around(Section):
     reattack: Literal["never", "ascent", "descent"] = "never"
     at: Literal["centre", "perturbed"] = "centre"
     sync: Literal["local", "global"] = "local"
+
+
+class Stage(Section):
+    """From epoch ``from_epoch`` (counted from 1) on, the attack has these in place of its own."""
+
+    from_epoch: Count
+    eps: NonNegative | None = None
+    steps: Count | None = None
+    step_size: NonNegative | None = None
+
+
+class Curriculum(Section):
+    """How the attack grows over the training.
+
+    Over the first ``warmup_epochs`` epochs eps rises in a line, from ``start`` times itself (lower
+    values are lifted to it), at every step or once an epoch (``by``); the steps keep their share of
+    it. ``stages`` give other values from some epoch on.
+    """
+
+    warmup_epochs: NonNegative = 0
+    start: Share = 0.0
+    by: Literal["step", "epoch"] = "step"
+    stages: tuple[Stage, ...] = ()
+
+
+class AttackSection(Built):
+    """What every attack can be told beside its own keys."""
+
+    curriculum: Curriculum = Curriculum()
 
 
 class WeightsSection(Built):
@@ -115,7 +145,7 @@ def _known_measure(name: str) -> str:
 
 
 Measure = Annotated[str, AfterValidator(_known_measure)]
-Attack = Annotated[Built, Choice(registry.attacks, unnamed="pgd")]
+Attack = Annotated[AttackSection, Choice(registry.attacks, AttackSection, unnamed="pgd")]
 Objectives = Annotated[
     ObjectiveSection, Choice(registry.objectives, ObjectiveSection, unnamed="adversarial")
 ]
@@ -136,10 +166,15 @@ class LabelNoiseConfig(Section):
 
 
 class ExtraDataConfig(Section):
-    """Additional, perhaps pseudo-labelled, training images from a file (RST and its successors)."""
+    """Additional, perhaps generated or pseudo-labelled, training images (RST and its successors).
+
+    ``path`` is a file, or a folder of shards that stay on disk; every batch has ``fraction`` of
+    them, drawn from all, or from ``samples`` of them with equally many of every class.
+    """
 
     path: str
     fraction: Annotated[Share, Gt(0), Lt(1)] = 0.5
+    samples: Count | None = None
 
 
 class MixConfig(Section):
@@ -174,6 +209,20 @@ class ModelConfig(Section):
     weights: str | None = None
 
 
+class AlarmConfig(Section):
+    """What happens if robust validation accuracy collapses (catastrophic overfitting).
+
+    It has collapsed if more than ``drop`` of its best is lost, once that was twice the accuracy of
+    guessing. ``then: stop`` ends the run with a
+    sentence; ``restart`` goes back to the last measured epoch before, and goes on with PGD of
+    ``steps`` steps in place of the attack; a second collapse ends the run.
+    """
+
+    drop: Annotated[Share, Gt(0), Lt(1)] = 0.8
+    then: Literal["stop", "restart"] = "stop"
+    steps: Count = 10
+
+
 class TrainConfig(Section):
     """Length, precision and care of the training."""
 
@@ -185,6 +234,7 @@ class TrainConfig(Section):
     channels_last: bool = False
     deterministic: bool = False
     average: Average | None = None
+    alarm: AlarmConfig | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint_minutes: Positive = 15
 

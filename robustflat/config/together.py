@@ -17,6 +17,8 @@ def conflicts(config: RunConfig) -> list[Conflict]:
     """Every combination that cannot work: the key it is told at, and a sentence."""
     return [
         *_of_the_attack(config),
+        *_of_the_curriculum(config),
+        *_of_the_alarm(config),
         *_of_the_weights(config),
         *_of_the_lengths(config),
         *_of_the_mix(config),
@@ -38,6 +40,54 @@ def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
             pgd(*config.threat)  # what monitors and evaluates the run
         except ValueError as error:
             yield _told("attack", f"attack: {error}".rstrip("."))
+
+
+def _of_the_curriculum(config: RunConfig) -> Iterator[Conflict]:
+    grow, attack, epochs = config.attack.curriculum, config.attack, config.train.epochs
+    at = ("attack", "curriculum", "warmup_epochs")
+    if grow.warmup_epochs > epochs:
+        text = (
+            f"attack.curriculum.warmup_epochs is {grow.warmup_epochs:g} of train.epochs {epochs}, "
+            "so attack.eps would never be reached. Lower it"
+        )
+        yield at, text
+    if grow.warmup_epochs and not hasattr(attack.build(), "scaled"):
+        yield at, f"attack {attack.name} has no eps that could grow. Leave warmup_epochs out"
+    at, before = ("attack", "curriculum", "stages"), 1
+    for stage in grow.stages:
+        given = stage.model_dump(exclude_none=True)
+        strange = [key for key in given if key not in (*attack.own, "from_epoch")]
+        if strange or len(given) == 1:
+            what = f"attack {attack.name} has no {strange[0]}" if strange else "it changes nothing"
+            text = (
+                f"attack.curriculum.stages from epoch {stage.from_epoch}: {what}. A stage gives "
+                "one or more of the attack's eps, steps and step_size"
+            )
+            yield at, text
+        if not before < stage.from_epoch <= epochs:
+            text = (
+                "attack.curriculum.stages must begin one after the other, in epochs 2 to "
+                f"{epochs}, got from_epoch {stage.from_epoch}. Put them in order"
+            )
+            yield at, text
+        before = stage.from_epoch
+
+
+def _of_the_alarm(config: RunConfig) -> Iterator[Conflict]:
+    if config.train.alarm is None:
+        return
+    if config.threat is None:
+        text = (
+            f"train.alarm watches robust accuracy, and attack {config.attack.name} has no norm "
+            "and eps to measure it with. Leave the alarm out"
+        )
+        yield ("train", "alarm"), text
+    if not config.monitor.every or not config.data.validation_samples:
+        text = (
+            "train.alarm watches the validation split, which is not measured. Set monitor.every "
+            "and data.validation_samples, or leave the alarm out"
+        )
+        yield ("train", "alarm"), text
 
 
 def _of_the_weights(config: RunConfig) -> Iterator[Conflict]:

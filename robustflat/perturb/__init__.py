@@ -4,7 +4,7 @@ from robustflat.perturb.ascent import Ascent, maximise
 from robustflat.perturb.ball import Ball, parse_norm
 from robustflat.perturb.chunks import msam
 from robustflat.perturb.displace import buffers_kept, displaced, kept
-from robustflat.perturb.inputs import InputPerturbation, attack_losses, fgsm, no_attack, pgd
+from robustflat.perturb.inputs import InputPerturbation, attack_losses, fgsm, nfgsm, no_attack, pgd
 from robustflat.perturb.modes import attack_mode, evaluating
 from robustflat.perturb.presets import (
     amp,
@@ -61,6 +61,7 @@ __all__ = [
     "maximise",
     "momentum_sam",
     "msam",
+    "nfgsm",
     "no_attack",
     "no_perturbation",
     "nsam",

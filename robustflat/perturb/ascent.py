@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -39,6 +39,7 @@ class Ascent:
             where the value has one number a row); "best" costs one more evaluation.
         onto: every iterate is projected onto the "ball"; or, from start="zero" in an l2 ball, it is
             the sum of all steps drawn to the "sphere", zero while that sum is zero (RWP).
+        spread: size of a "uniform" or "sphere" start, in radii.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class Ascent:
     direction: Direction = "steepest"
     keep: Keep = "last"
     onto: Onto = "ball"
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -55,6 +57,8 @@ class Ascent:
             raise ValueError(
                 f"An ascent's step_size must be finite and >= 0, got {self.step_size}."
             )
+        if not 0 <= self.spread <= 1:
+            raise ValueError(f"An ascent's spread must be in [0, 1], got {self.spread}.")
         for field, allowed in (
             ("start", get_args(Start)),
             ("direction", get_args(Direction)),
@@ -122,7 +126,7 @@ def maximise(
     """
     feasible = _feasible_set(ball, constrain, ascent.stays_inside and initial is None)
     if initial is None:
-        u = _start(ascent.start, ball, like, generator)
+        u = _start(ascent, ball, like, generator)
     else:
         u = [t.detach().clone() for t in initial]
     # TRADES' normal start is neither projected nor clipped before the first step.
@@ -159,15 +163,17 @@ def _feasible_set(ball: Ball, constrain: Constrain | None, inside: bool) -> Cons
 
 
 def _start(
-    start: Start, ball: Ball, like: list[Tensor], generator: torch.Generator | None
+    ascent: Ascent, ball: Ball, like: list[Tensor], generator: torch.Generator | None
 ) -> list[Tensor]:
+    start = ascent.start
     if start == "zero":
         return [torch.zeros_like(t) for t in like]
     if start == "normal":
         return [torch.empty_like(t).normal_(0, _NORMAL_STD, generator=generator) for t in like]
     if start == "gaussian":
         return [torch.empty_like(t).normal_(0, ball.radius, generator=generator) for t in like]
-    return ball.sample(like, generator, surface=start == "sphere")
+    within = replace(ball, radius=ball.radius * ascent.spread)
+    return within.sample(like, generator, surface=start == "sphere")
 
 
 class _Best:

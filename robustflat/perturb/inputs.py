@@ -151,6 +151,10 @@ class InputPerturbation:
                     best_loss = torch.maximum(loss, best_loss)
         return best
 
+    def scaled(self, factor: float) -> InputPerturbation:
+        """The same attack in a ball ``factor`` times as large; its steps keep their share of it."""
+        return replace(self, ball=replace(self.ball, radius=self.ball.radius * factor))
+
     def _search(
         self,
         model: nn.Module,
@@ -269,3 +273,49 @@ def fgsm(
         )
     attack = pgd(norm, eps, 1, eps, "zero", loss=loss, mode=mode, box=box)
     return replace(attack, name="fgsm")
+
+
+def nfgsm(
+    norm: Norm = "linf",
+    eps: NonNegative = 8 / 255,
+    noise: NonNegative = 2.0,
+    step_size: NonNegative | None = None,
+    *,
+    loss: LossName = "ce",
+    mode: Mode = "eval",
+    box: tuple[float, float] | None = (0.0, 1.0),
+) -> InputPerturbation:
+    """N-FGSM: one step from strong noise, not brought back into the ball (de Jorge et al. 2022).
+
+    x + eta + step_size * s, with eta uniform in the ball of radius ``noise * eps`` and s the
+    steepest step at x + eta (for linf the sign of the gradient), both times clipped to the box. So
+    it is an attack to train with: its images lie up to noise * eps + step_size away. The released
+    code takes noise 2 and step_size eps nearly everywhere (SVHN at 12/255: noise 3), sees batch
+    statistics and lets BatchNorm's running ones follow the attack.
+
+    Source: train.py of pdejorge/N-FGSM.
+
+    Args:
+        norm: "linf" as in the paper; "l2" or "l1".
+        eps: radius of the ball that the training is for, in image units.
+        noise: size of the noise, in eps; 0 is :func:`fgsm`.
+        step_size: length of the step, in image units; eps if None.
+        loss: "ce", "kl", "margin" or "dlr".
+        mode: "eval" or "batch".
+        box: lowest and highest pixel value, or None.
+
+    Raises:
+        ValueError: if a value cannot work.
+    """
+    length = eps if step_size is None else step_size
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"nfgsm's noise must be finite and >= 0, got {noise}.")
+    reach = noise * eps + length
+    ascent = Ascent(
+        1,
+        length / reach if reach else 0.0,
+        "uniform" if noise else "zero",
+        spread=noise * eps / reach if reach else 0.0,
+    )
+    ball = Ball(parse_norm(norm), reach, "row")
+    return InputPerturbation(ball=ball, ascent=ascent, loss=loss, mode=mode, box=box, name="nfgsm")

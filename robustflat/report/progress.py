@@ -64,6 +64,8 @@ class ProgressBar:
             if "robust_accuracy" in figures:
                 parts.append(f"robust {figures['robust_accuracy']:6.1%}")
         parts.append("best" if row["is_best"] else "")
+        if row.get("alarm") and row["alarm"]["epoch"] == row["epoch"]:
+            parts.append("collapsed")
         self._progress.console.print(
             "  ".join(parts).rstrip(), highlight=False, markup=False, soft_wrap=True
         )

@@ -133,5 +133,11 @@ def _extra_images(config: RunConfig, dataset: data.Data, device: torch.device) -
     extra = config.data.extra
     if extra is None:
         return None
-    images = data.load_extra(extra.path, shape=dataset.shape, num_classes=len(dataset.classes))
+    images = data.load_extra(
+        extra.path,
+        shape=dataset.shape,
+        num_classes=len(dataset.classes),
+        samples=extra.samples,
+        seed=config.seed,
+    )
     return data.Extra(images=images.to(device), fraction=extra.fraction)

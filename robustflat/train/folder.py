@@ -41,6 +41,7 @@ class RunFolder:
         self.metrics_file = self.root / "metrics.jsonl"
         self.last = self.root / "checkpoints" / "last.pt"
         self.best = self.root / "checkpoints" / "best.pt"
+        self.good = self.root / "checkpoints" / "good.pt"
         self.tensorboard = self.root / "tensorboard"
         self.evaluation = self.root / "evaluation.json"
         self.outcomes = self.root / "outcomes"

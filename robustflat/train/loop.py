@@ -6,11 +6,13 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.config import RunConfig
@@ -18,14 +20,18 @@ from robustflat.data import Data
 from robustflat.errors import TrainingDivergedError, UserError
 from robustflat.numerics import deterministic, float32, warn_of_emulation
 from robustflat.perturb import Perturbation, no_perturbation
+from robustflat.train.account import Account
+from robustflat.train.alarm import Alarm
 from robustflat.train.averaging import Average
 from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
+from robustflat.train.curriculum import Curriculum
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor, score
 from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed
 from robustflat.train.setup import build_model, build_step
+from robustflat.train.step import Autocast, TrainStep
 
 _CHECK_EVERY = 50  # steps between two looks, which wait for the device
 
@@ -83,6 +89,11 @@ class Trainer:
         if config.train.precision == "bf16" and self.processes.is_first:
             warn_of_emulation(device)
         self._step = build_step(config, self.model, device)
+        self._objective = self._step.objective
+        self._objective.start(Autocast(self.model, self._step.precision))
+        self._curriculum = Curriculum(config)
+        alarm = config.train.alarm
+        self._alarm = None if alarm is None else Alarm(alarm, len(dataset.classes))
         self._weights = config.weights.build()
         average = config.train.average
         self.average = None if average is None else Average(average.build(), self.model)
@@ -98,7 +109,7 @@ class Trainer:
 
         self.epoch, self.step = 0, 0
         self.best: dict[str, Any] | None = None
-        self._totals = torch.zeros(4, device=device, dtype=torch.float64)
+        self._account = Account(device)
         self._seconds = 0.0
 
     def run(self) -> bool:
@@ -129,17 +140,20 @@ class Trainer:
         """Go on from the last checkpoint, if there is one. Returns whether there was."""
         if self.folder is None:
             return False
-        saved: dict[str, Any] | None = None
-        with self.processes.together():
-            if self.processes.is_first and self.folder.last.is_file():
-                saved = load_checkpoint(self.folder.last)
-        # One checkpoint for all, whatever the disks of other hosts hold.
-        saved = self.processes.from_first(saved)
+        saved = self._read(self.folder.last)
         if saved is None:
             return False
         with self.processes.together():
             self._go_on_from(saved, self.folder)
         return True
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """A checkpoint, the same for all processes whatever the disks of other hosts hold."""
+        saved: dict[str, Any] | None = None
+        with self.processes.together():
+            if self.processes.is_first and path.is_file():
+                saved = load_checkpoint(path)
+        return self.processes.from_first(saved)
 
     def _go_on_from(self, saved: dict[str, Any], folder: RunFolder) -> None:
         try:
@@ -169,8 +183,12 @@ class Trainer:
         if self._step.scaler is not None:
             self._step.scaler.load_state_dict(saved["scaler"])
         self._weights.load_state_dict(saved["weights"])
+        self._objective.load_state_dict(saved["objective"])
+        if self._alarm is not None:
+            self._alarm.load_state_dict(saved["alarm"])
+            self._curriculum.strengthen(self._alarm.steps)
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
-        self._totals = saved["totals"].to(self.device)
+        self._account.totals = saved["totals"].to(self.device)
         self._seconds = saved["seconds"]
 
     def _train_epoch(self) -> bool:
@@ -193,9 +211,11 @@ class Trainer:
             weights = self._weights_now(factor)
             if weights.is_off:  # n-SAM's further batches are climbed only
                 batches = batches[:1]
-            value, norm = self._step(self._replica, batches, weights, generator, of_weights)
+            step = self._step_now()
+            value, norm = step(self._replica, batches, weights, generator, of_weights)
             self.processes.share_buffers(self.model)
-            self._account(value, norm)
+            self._objective.after_step(self.model, self.epoch, self.processes.mean)
+            self._account.add(value, norm, self.step)
             if self.average is not None:
                 self.average.after_step(self.model, self.epoch)
             for listener in self.listeners:
@@ -215,11 +235,12 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Measure, record and save what the epoch made."""
         config = self.config
+        self._objective.after_epoch(self.model, self.epoch)
         if self.average is not None:
             self.average.after_epoch(self.model, self.epoch)
         row = self._row()
         self.epoch, self.step = self.epoch + 1, 0
-        self._totals.zero_()
+        self._account.totals.zero_()
         self._seconds = 0.0
         measured: dict[str, Any] = {}
         if config.monitor.every and (
@@ -229,6 +250,12 @@ class Trainer:
         row["monitor"] = measured.get("raw")
         row["monitor_average"] = measured.get("average")
         chosen = measured.get("average") or measured.get("raw")
+        if self._alarm is not None:
+            row["alarm"] = self._alarm.raised
+            collapse = measured and self._alarm.collapsed(score(measured["raw"]), self.epoch)
+            if collapse:
+                self._go_back(self._alarm, row | {"alarm": collapse, "is_best": False})
+                return
         if config.monitor.flatness_every and self.epoch % config.monitor.flatness_every == 0:
             row["flatness"] = self._monitor.flatness(self.model)
         row["is_best"] = bool(chosen and "validation" in chosen and self._is_best(score(chosen)))
@@ -243,17 +270,46 @@ class Trainer:
         for listener in self.listeners:
             listener.on_epoch(row)
         self._save_last()
+        if self._alarm is not None and self._alarm.can_go_back and measured:
+            self._save(self.folder.good if self.folder else None)
         self.processes.wait()
+
+    def _go_back(self, alarm: Alarm, row: dict[str, Any]) -> None:
+        """Leave the epochs since the last good one behind, and go on with a stronger attack.
+
+        Raises:
+            TrainingDivergedError: if that is not asked for, or was done before.
+        """
+        folder = self.folder
+        good = self._read(folder.good) if alarm.can_go_back and folder is not None else None
+        if good is None:
+            best = folder.best if folder is not None and folder.best.is_file() else None
+            raise TrainingDivergedError(alarm.sentence(row["alarm"], best))
+        for listener in self.listeners:
+            listener.on_epoch(row)
+            listener.on_end()
+        self._restore(good)
+        alarm.raised = row["alarm"]
+        self._curriculum.strengthen(alarm.steps)
+        self._save_last()
+        self.processes.wait()
+        for listener in self.listeners:
+            listener.on_start(self.config.train.epochs, self.steps_per_epoch, self.epoch)
 
     def _measure(self) -> dict[str, Any]:
         """Figures of the raw and of the averaged weights."""
         measured = {"raw": self._monitor(self.model)}
         if self.average is not None and self.average.started:
             if self.average.needs_refresh:
-                inputs = self._feed.refresh_inputs(self._step, self.average.model, self.epoch)
+                inputs = self._feed.refresh_inputs(self._step_now(), self.average.model, self.epoch)
                 self.average.refresh(inputs)
             measured["average"] = self._monitor(self.average.model)
         return measured
+
+    def _step_now(self) -> TrainStep:
+        """The step, with the attack that it has come to."""
+        attack = self._curriculum(self.epoch, self.step, self.steps_per_epoch)
+        return replace(self._step, attack=attack)
 
     def _weights_now(self, factor: float) -> Perturbation:
         """The weight perturbation of this step."""
@@ -264,36 +320,18 @@ class Trainer:
             return no_perturbation()
         return self._weights if when.radius == "constant" else self._weights.scaled(factor)
 
-    def _account(self, value: Tensor, norm: Tensor) -> None:
-        """Add to the epoch's totals on the device: loss, norm, finite steps, first bad step."""
-        finite = torch.isfinite(norm)
-        totals, zero = self._totals, torch.zeros_like(norm)
-        totals[0] += torch.where(finite, value, zero)
-        totals[1] += torch.where(finite, norm, zero)
-        totals[2] += finite
-        totals[3] = torch.where(finite | (totals[3] > 0), totals[3], self.step + 1)
-
     def _check_finite(self) -> None:
-        bad = int(self._totals[3])
-        if not bad or self._step.skip_nonfinite or self._step.scaler is not None:
+        if self._step.skip_nonfinite or self._step.scaler is not None:
             return
         last = self.folder.last if self.folder is not None and self.folder.last.is_file() else None
-        good = f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."
-        raise TrainingDivergedError(
-            f"Loss or gradient stopped being finite in epoch {self.epoch + 1}, step {bad} (batch "
-            f"{bad} of {self.steps_per_epoch}). {good} Lower optimizer.lr or the radius of the "
-            "weight perturbation, set optimizer.clip, or train.on_nonfinite: skip."
-        )
+        self._account.check(self.epoch, self.steps_per_epoch, last)
 
     def _row(self) -> dict[str, Any]:
-        loss, norm, count, _ = self.processes.mean(self._totals).tolist()
         return {
             "epoch": self.epoch + 1,
             "steps": (self.epoch + 1) * self.steps_per_epoch,
             "lr": self._step.optimizer.param_groups[0]["lr"],
-            "train_loss": loss / count if count else None,
-            "gradient_norm": norm / count if count else None,
-            "skipped_steps": self.steps_per_epoch - int(count),
+            **self._account.figures(self.steps_per_epoch, self.processes.mean),
             "seconds": self._seconds,
         }
 
@@ -311,11 +349,14 @@ class Trainer:
 
     def _save_last(self) -> None:
         self._check_finite()
-        if self.folder is None or not self.processes.is_first:
+        self._save(self.folder.last if self.folder else None)
+
+    def _save(self, path: Path | None) -> None:
+        if path is None or not self.processes.is_first:
             return
         scaler, average = self._step.scaler, self.average
         save_checkpoint(
-            self.folder.last,
+            path,
             self._weights_state()
             | {
                 "world": self.processes.world,
@@ -323,9 +364,11 @@ class Trainer:
                 "optimizer": self._step.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "weights": self._weights.state_dict(),
+                "objective": self._objective.state_dict(),
+                "alarm": None if self._alarm is None else self._alarm.state_dict(),
                 "average": None if average is None else average.state_dict(),
                 "best": self.best,
-                "totals": self._totals,
+                "totals": self._account.totals,
                 "seconds": self._seconds,
             },
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -116,17 +116,24 @@ def linear(final: Share = 0.0, warmup_epochs: NonNegative = 0.0) -> Schedule:
     return _falling(lambda done: 1 - done, final, warmup_epochs)
 
 
-def one_cycle(peak: Inside = 0.4, initial: Share = 0.0, final: Share = 0.0) -> Schedule:
+def one_cycle(
+    peak: Inside = 0.4,
+    initial: Share = 0.0,
+    final: Share = 0.0,
+    shape: Literal["linear", "cosine"] = "linear",
+) -> Schedule:
     """Up to the base learning rate at ``peak`` (share of the epochs), then down to ``final``.
 
-    Each step has the rate of its end, so that the first is not lost to a rate of 0.
+    In lines, or in halves of a cosine as torch's OneCycleLR does (peak 0.3, initial 1/25). Each
+    step has the rate of its end, so that the first is not lost to a rate of 0.
     """
 
     def now(epoch: float, epochs: float, step: float) -> float:
         done = min((epoch + step) / epochs, 1.0)
-        if done < peak:
-            return initial + (1 - initial) * done / peak
-        return 1 - (1 - final) * (done - peak) / (1 - peak)
+        lowest, share = (initial, done / peak) if done < peak else (final, (1 - done) / (1 - peak))
+        if shape == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return lowest + (1 - lowest) * share
 
     return now
 

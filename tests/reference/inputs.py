@@ -92,3 +92,14 @@ def mart_loss(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float
         divergence = (p[i] * (torch.log(p[i]) - torch.log(q[i] + 1e-12))).sum()
         total = total + beta * divergence * (1.0000001 - p[i, y[i]])
     return total / len(y)
+
+
+def nfgsm(model: nn.Module, x: Tensor, y: Tensor, noise: Tensor, alpha: float) -> Tensor:
+    """de Jorge et al. 2022: the noise clipped to the box, one sign step there, clipped to the box.
+
+    The model is attacked in the mode in which it stands.
+    """
+    eta = torch.max(torch.min(noise, 1 - x), 0 - x)
+    g = _ce_gradient(model, x + eta, y)
+    delta = eta + alpha * torch.sign(g)
+    return x + torch.max(torch.min(delta, 1 - x), 0 - x)
