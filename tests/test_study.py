@@ -1,42 +1,51 @@
-"""Studies: rankings against SciPy and by hand, grids and their errors, claims, kill and resume."""
+"""Studies: grids and their errors, runs on executors, kill and resume, ledger, tables, pictures."""
 
 from __future__ import annotations
 
-import itertools
+import csv
 import json
 import math
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import psutil
 import pytest
 import yaml
 from scipy.stats import kendalltau
-from train_support import differences, python, saved, values
+from train_support import differences, python, rows, saved, trained, values
 
+import robustflat
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
-from robustflat.report.study_figures import save_plots, save_tables, scatter
-from robustflat.study import Event, StudyConfig, StudyResult, claims, read_study, run_study
-from robustflat.study.ending import explain
-from robustflat.study.folder import RunFiles, StudyFolder
-from robustflat.study.grid import expand
-from robustflat.study.ranking import bootstrap, granulated, tau
+from robustflat.files import locked
+from robustflat.report.study_figures import ranking_table, save_plots, save_tables, scatter
+from robustflat.study import Event, StudyConfig, StudyResult, read_study, run_study, status
+from robustflat.study.engine import Local, Order, Outcome, Processes, _visible_device, run_all
+from robustflat.study.folder import RunFiles, StudyFolder, job_of
+from robustflat.study.grid import expand, size
+from robustflat.study.ledger import ledger, save_ledger
 from robustflat.study.reading import check_study
-from robustflat.study.result import Failure, RunResult, rank
-from robustflat.study.schedule import _visible_device
+from robustflat.study.result import Failure, RunResult, rank_all
+from robustflat.study.targets import TARGETS, figures
+from robustflat.subject import open_subject
+from robustflat.train.folder import RunFolder
 
 WEIGHTS = [{"name": "none"}, {"name": "awp", "gamma": 0.02}]
 
 
 def study_values(output: Path | str = "unused", **changes: Any) -> dict[str, Any]:
     base = values(
-        train={"epochs": 1, "batch_size": 16},
+        train={"epochs": 12, "batch_size": 16},
         listeners=[],
         evaluate={"gap_samples": 20},
         flatness={"samples": 16, "options": {"steps": 2}},
@@ -48,105 +57,14 @@ def study_values(output: Path | str = "unused", **changes: Any) -> dict[str, Any
         "output": str(output),
         "base": base,
         "grid": {"weights": WEIGHTS, "seed": [0]},
-        "measures": ["worst_clean", "average_clean"],
-        "attacks": ["pgd-2"],
+        "measures": ["worst_clean", "distance_frobenius"],
+        "attack": "pgd-2",
     }
     return found | changes
 
 
 def study(output: Path | str = "unused", **changes: Any) -> StudyConfig:
     return check_study(study_values(output, **changes))
-
-
-# Rankings
-
-
-def test_tau_counts_concordant_and_discordant_pairs() -> None:
-    # Of the 6 pairs only (3, 4) is discordant.
-    found = tau([1, 2, 3, 4], [10, 20, 40, 30])
-    assert found.value == pytest.approx((5 - 1) / 6)
-    assert found.p_value == pytest.approx(kendalltau([1, 2, 3, 4], [10, 20, 40, 30]).pvalue)
-    assert found.runs == 4
-    assert tau([3, 2, 1], [5, 6, 7]).value == pytest.approx(-1)
-    # Ties: one pair tied in the measure, two of the other five discordant.
-    assert tau([1, 1, 2, 3], [2, 1, 3, 0]).value == pytest.approx((2 - 3) / math.sqrt(5 * 6))
-
-
-@pytest.mark.parametrize(("x", "y"), [([], []), ([1], [2]), ([1, 1], [1, 2]), ([1, 2], [3, 3])])
-def test_tau_of_nothing_to_order_is_not_known(x: list[float], y: list[float]) -> None:
-    found = tau(x, y)
-    assert (found.value, found.low, found.high, found.p_value) == (None, None, None, None)
-
-
-def test_every_bootstrap_draw_is_the_tau_of_its_resample() -> None:
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=7).round(1), rng.normal(size=7).round(1)
-    drawn = np.random.default_rng(5).multinomial(7, np.full(7, 1 / 7), size=40)
-    expected = [kendalltau(np.repeat(x, c), np.repeat(y, c)).statistic for c in drawn]
-    found = bootstrap(x, y, 40, np.random.default_rng(5))
-    np.testing.assert_allclose(found, [t for t in expected if not math.isnan(t)], atol=1e-12)
-
-
-def test_the_interval_covers_the_true_tau() -> None:
-    rng, rho, covered, width = np.random.default_rng(1), 0.6, 0, 0.0
-    truth = 2 / math.pi * math.asin(rho)  # of a bivariate normal (Kendall & Gibbons 1990)
-    for _ in range(150):
-        x, noise = rng.normal(size=(2, 24))
-        found = tau(x, rho * x + math.sqrt(1 - rho**2) * noise)
-        assert found.low is not None
-        assert found.high is not None
-        covered += found.low <= truth <= found.high
-        width += (found.high - found.low) / 150
-    assert 0.88 <= covered / 150 <= 0.99
-    # The standard error of tau of 24 such pairs is about 0.11.
-    assert 0.3 < width < 0.6
-
-
-def test_granulated_tau_by_hand() -> None:
-    # The measure follows a alone; the gap follows b, and a a little.
-    levels = [{"a": a, "b": b} for a in (0, 1) for b in (0, 1)]
-    measure, gap = [0.0, 0.1, 1.0, 1.1], [0.0, 5.0, 1.0, 4.0]
-    found = granulated(measure, gap, levels)
-    # a: from (0,0) to (1,0) both rise; from (0,1) to (1,1) the gap falls. b: both always rise.
-    assert found.axes["a"].tau == 0
-    assert found.axes["b"].tau == 1
-    assert [(x.groups, x.pairs) for x in found.axes.values()] == [(2, 2), (2, 2)]
-    assert found.average == 0.5
-    # A tie is neither, and stays in the denominator.
-    assert granulated([1, 1, 2], [1, 2, 3], [{"a": i} for i in range(3)]).axes["a"].tau == 2 / 3
-
-
-def test_granulated_tau_is_the_formula_of_jiang_et_al() -> None:
-    rng = np.random.default_rng(2)
-    shape = (3, 2, 4)
-    mu, g = rng.normal(size=shape), rng.normal(size=shape)
-    levels = [dict(zip("xyz", at, strict=True)) for at in itertools.product(*map(range, shape))]
-    found = granulated(list(mu.flat), list(g.flat), levels)
-    psis = []
-    for axis, name in enumerate("xyz"):
-        lines = [np.moveaxis(v, axis, -1).reshape(-1, shape[axis]) for v in (mu, g)]
-        psis.append(np.mean([kendalltau(a, b).statistic for a, b in zip(*lines, strict=True)]))
-        assert found.axes[name].tau == pytest.approx(psis[-1])
-    assert found.average == pytest.approx(np.mean(psis))
-
-
-def test_a_nested_strength_is_compared_within_its_method() -> None:
-    levels = [
-        {"method": "none", "strength": None, "seed": 0},
-        {"method": "awp", "strength": 1, "seed": 0},
-        {"method": "awp", "strength": 2, "seed": 0},
-        {"method": "sam", "strength": 1, "seed": 0},
-        {"method": "sam", "strength": 1, "seed": 1},
-    ]
-    measure, gap = [5.0, 4, 3, 6, 7], [5.0, 3, 4, 6, 1]
-    found = granulated(measure, gap, levels, {"strength": "method"})
-    # method, seed 0: none-awp1 +, none-awp2 +, none-sam +, awp1-sam +, awp2-sam +.
-    assert (found.axes["method"].tau, found.axes["method"].pairs) == (1, 5)
-    assert (found.axes["strength"].tau, found.axes["strength"].pairs) == (-1, 1)
-    assert (found.axes["seed"].tau, found.axes["seed"].pairs) == (-1, 1)
-    assert found.average == 0, "a seed is no hyper-parameter"
-    crossed = granulated(measure, gap, levels)
-    assert crossed.axes["method"].pairs == 1, "without nesting: awp1-sam alone"
 
 
 # The grid
@@ -213,7 +131,7 @@ def test_all_mistakes_of_a_study_are_placed(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "4 problems" in text
     assert f"{path}:2:1: base must be the path" in text
-    assert f"{path}:3:8: grid.seed" in text
+    assert f"{path}:3:8: grid.0.seed" in text
     assert f"{path}:4:1: mesures is not a known key" in text
     assert "Did you mean 'measures'?" in text
     assert f"{path}:7:5: measures.1: There is no flatness measure 'worst_clear'" in text
@@ -240,8 +158,8 @@ def test_bad_grid_points_are_listed_with_their_places(tmp_path: Path) -> None:
     named = [line.rpartition(" [")[2] for line in text.splitlines()[1:]]
     assert sorted(named) == [
         "attack.steps=0]",
-        "weights=(name=awp gamma=-1)]",
-        "weights=(name=sum rho=1)]",
+        "weights=awp gamma=-1]",
+        "weights=sum rho=1]",
     ]
     content["grid"] = {"attack.steps": [0], "seed": [0, 1]}
     content["base"]["weights"] = WEIGHTS[0]
@@ -257,7 +175,10 @@ def test_bad_grid_points_are_listed_with_their_places(tmp_path: Path) -> None:
         ({"grid": {"output": ["a"]}}, "grid.output cannot be varied"),
         ({"grid": {}}, "grid"),
         ({"measures": []}, "measures"),
-        ({"targets": ["accuracy"]}, "targets"),
+        ({"targets": ["robust_accuracy"]}, "Did you mean 'gap_robust_accuracy'"),
+        ({"targets": ["attacked_accuracy"]}, "which nothing measures"),
+        ({"attack": "fgsm"}, "attack"),
+        ({"grid": {"optimizer.name, optimizer.lr": [["sgd", 1], ["adamw"]]}}, "lists of 2 values"),
         ({"nested": {"strength": "lr"}}, "both must be factors"),
         ({"nested": {"seed": "method", "method": "seed"}}, "nested in itself"),
     ],
@@ -271,122 +192,76 @@ def test_what_could_not_be_measured_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match=r"no option 'stps'.*all grid points"):
         expand(study(grid={"weights": WEIGHTS, "flatness.options": [{"stps": 3}]}))
     standard = {"attack": [{"name": "none"}], "objective": [{"name": "standard"}]}
-    with pytest.raises(ConfigError, match="attack is none"):
+    with pytest.raises(ConfigError, match="attack is none, so there is no norm"):
         expand(study(grid={"weights": WEIGHTS, **standard}))
     with pytest.raises(ConfigError, match=r"weights\.gamma\.x goes below weights\.gamma"):
         expand(study(grid={"weights": WEIGHTS[1:], "weights.gamma.x": [1]}))
 
 
-# Claims
+def test_a_list_of_blocks_is_their_union_and_a_key_of_several_paths_a_list() -> None:
+    grid = [
+        {"weights": WEIGHTS, "optimizer.name, optimizer.lr": [["sgd", 0.1], ["adamw", "1/1000"]]},
+        {"weights": WEIGHTS[:1], "model.options.hidden": [[8], [16]], "train.epochs": [1]},
+    ]
+    chosen = study(grid=grid)
+    assert size(chosen) == 4 + 2
+    found = [(p.factors, p.config) for p in expand(chosen)]
+    assert list(found[0][0]) == ["method", "strength", "epochs", "hidden", "name+lr"]
+    assert [f["name+lr"] for f, _ in found] == ["sgd 0.1", "adamw 1/1000"] * 2 + ["sgd 0.1"] * 2
+    assert [c.optimizer.lr for _, c in found] == [0.1, 0.001, 0.1, 0.001, 0.1, 0.1]
+    assert [c.model.options["hidden"] for _, c in found][3:] == [[16], [8], [16]]
+    assert [c.train.epochs for _, c in found] == [12, 12, 12, 12, 1, 1]
+    assert len({p.name for p in expand(chosen)}) == 6
+    assert [p.name for p in expand(chosen, limit=2)] == [p.name for p in expand(chosen)][:2]
 
 
-def lock_of(tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
-    """A claim as another process would have left it."""
-    lock = tmp_path / "run.lock"
-    claims.take(lock)
-    content = json.loads(lock.read_text()) | {"token": "other"} | changes
-    lock.write_text(json.dumps(content))
-    return lock, content
+def test_sections_are_called_as_the_grid_tells_them() -> None:
+    objectives = [{"name": "adversarial"}, {"name": "trades", "beta": 3}]
+    found = expand(
+        study(
+            grid={"objective": objectives, "seed": [0]},
+            base=study_values()["base"] | {"weights": WEIGHTS[0]},
+        )
+    )
+    assert [p.factors["objective"] for p in found] == ["adversarial", "trades beta=3"]
+    assert [p.name for p in found] == ["adversarial-seed0", "trades-beta-3-seed0"]
 
 
-def dead_pid() -> int:
-    process = python("-c", "")
-    process.communicate()
-    return process.pid
+def test_one_threat_is_measured_in() -> None:
+    grid = {"weights": WEIGHTS[:1], "attack.eps": [0.1, 0.2]}
+    with pytest.raises(ConfigError, match=r"different norms or eps.*all grid points"):
+        expand(study(grid=grid))
+    found = expand(study(grid=grid, threat={"norm": "l2", "eps": "1/2"}))
+    assert [(p.config.attack.eps, p.threat.norm, p.threat.eps) for p in found] == [
+        (0.1, "l2", 0.5),
+        (0.2, "l2", 0.5),
+    ]
+    assert expand(study())[0].threat.eps == 0.1
+    none = {"attack": [{"name": "none"}], "objective": [{"name": "standard"}]}
+    (plain, _) = expand(
+        study(grid={"weights": WEIGHTS, **none}, threat={"norm": "linf", "eps": 0.3})
+    )
+    assert plain.threat.eps == 0.3
 
 
-def test_one_of_many_gets_the_claim(tmp_path: Path) -> None:
-    lock, start, won = tmp_path / "run.lock", threading.Barrier(16), []
-
-    def attempt() -> None:
-        start.wait()
-        won.append(claims.take(lock))
-
-    threads = [threading.Thread(target=attempt) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (owner,) = [o for o in won if o is not None]
-    assert claims.holder(lock) == owner
-    assert owner.pid == os.getpid()
-    assert list(tmp_path.iterdir()) == [lock]
-    assert claims.void(lock) is None, "the owner lives"
-    claims.release(lock, owner)
-    assert not lock.exists()
+CONFIGS = Path(__file__).parents[1] / "configs" / "study"
 
 
-def test_a_claim_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*paths: object) -> None:
-        raise PermissionError("no links on this file system")
-
-    monkeypatch.setattr(os, "link", refuse)
-    lock = tmp_path / "run.lock"
-    owner = claims.take(lock)
-    assert owner is not None
-    assert claims.holder(lock) == owner
-    assert claims.take(lock) is None
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_studies_can_be_run(path: Path) -> None:
+    chosen = read_study(path)
+    assert len(expand(chosen)) == size(chosen) > 10
+    assert f"robustflat study configs/study/{path.name}" in path.read_text()
 
 
-def test_the_claim_of_a_dead_process_is_void(tmp_path: Path) -> None:
-    lock, content = lock_of(tmp_path, pid=dead_pid())
-    found = claims.void(lock)
-    assert found is not None
-    assert str(content["pid"]) in found.why
-    assert "ended without finishing" in found.why
-    assert claims.clear(lock, found)
-    assert list(tmp_path.iterdir()) == []
+# Whole studies
 
-
-def test_a_claim_from_elsewhere_is_void_when_it_is_silent(tmp_path: Path) -> None:
-    lock, _ = lock_of(tmp_path, host="elsewhere", pid=dead_pid())
-    assert claims.void(lock) is None, "its processes cannot be seen from here"
-    old = time.time() - claims.STALE_SECONDS - 60
-    os.utime(lock, (old, old))
-    found = claims.void(lock)
-    assert found is not None
-    assert "elsewhere" in found.why
-    assert "no sign of life for 6 minutes" in found.why
-    lock.write_text("")
-    assert claims.void(lock) is None, "it may be just being written"
-    os.utime(lock, (old, old))
-    empty = claims.void(lock)
-    assert empty is not None
-    assert claims.clear(lock, empty)
-
-
-def test_a_claim_made_in_between_is_not_cleared(tmp_path: Path) -> None:
-    lock, _ = lock_of(tmp_path, pid=dead_pid())
-    found = claims.void(lock)
-    assert found is not None
-    lock.unlink()
-    newer = claims.take(lock)
-    assert not claims.clear(lock, found)
-    assert claims.holder(lock) == newer
-    assert list(tmp_path.iterdir()) == [lock]
-
-
-def test_the_heartbeat_renews_and_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.01)
-    lock = tmp_path / "run.lock"
-    owner, lost = claims.take(lock), []
-    assert owner is not None
-    os.utime(lock, (0, 0))
-    with claims.Heartbeat(lock, owner, lost.append):
-        until(lambda: lock.stat().st_mtime > 0)
-        lock.unlink()
-        other, _ = lock_of(tmp_path)
-        until(lambda: bool(lost))
-    claims.release(lock, owner)
-    assert other.exists(), "another's claim is left alone"
-    assert "taken over by" in lost[0]
-    lock.unlink()
-    owner = claims.take(lock)
-    assert owner is not None
-    with claims.Heartbeat(lock, owner, lost.append):
-        monkeypatch.setattr(os, "getppid", lambda: -1)
-        until(lambda: len(lost) == 2)
-    assert "started it is gone" in lost[1]
+RUN = """
+import sys
+from robustflat.study import read_study, run_study
+run_study(read_study(sys.argv[1]), 1, yes=True)
+"""
+NONE, AWP = "none-seed0", "awp-strength0.02-seed0"
 
 
 def until(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -396,107 +271,121 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def test_workers_are_spread_over_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert _visible_device(3, 0) == _visible_device(3, 1) == {}
-    assert _visible_device(3, 2) == {"CUDA_VISIBLE_DEVICES": "1"}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert _visible_device(0, 2) == {"CUDA_VISIBLE_DEVICES": "4"}
-
-
-def test_endings_in_words() -> None:
-    assert "killed by SIGKILL, perhaps for want of memory" in explain(-9, Path("a.log"))
-    assert "ended with code 7; a.log" in explain(7, Path("a.log"))
-
-
-# Whole studies
-
-RUN = """
-import sys
-from robustflat.study import read_study, run_study
-run_study(read_study(sys.argv[1]), 1)
-"""
-
-
-def figures(result: StudyResult) -> dict[str, Any]:
-    """Everything that a study found but for the time it took."""
-    found = json.loads(json.dumps(result.to_dict()))
-    for run in found["runs"]:
-        assert run.pop("seconds") > 0
+def timeless(result: StudyResult) -> list[dict[str, Any]]:
+    """The ledger, but for the time that it took and where it lies."""
+    found = ledger(result.runs, "")
+    for row in found:
+        assert row.pop("train_seconds") > 0
+        assert row.pop("measure_seconds") > 0
+        del row["config"]
     return found
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
+    """Two runs at once, and one that cannot be trained."""
+    output = tmp_path_factory.mktemp("whole")
+    chosen = study(
+        output, grid={"weights": [*WEIGHTS, {"name": "awp", "gamma": 1e38}], "seed": [0]}
+    )
     events: list[Event] = []
-    result = run_study(study(tmp_path_factory.mktemp("whole")), 1, events.append)
-    states = [(e.run, e.state, e.done) for e in events]
-    awp = "awp-strength0.02-seed0"
-    assert states == [
-        ("none-seed0", "started", 0),
-        ("none-seed0", "finished", 1),
-        (awp, "started", 1),
-        (awp, "finished", 2),
+    with pytest.raises(UserError, match=r"3 configurations .*interval needs at least 5"):
+        run_study(chosen)
+    assert not StudyFolder(chosen).root.exists()
+    result = run_study(chosen, 2, events.append, yes=True)
+    assert sorted((e.run, e.state) for e in events) == [
+        (AWP, "finished"),
+        ("awp-strength1e38-seed0", "failed"),
+        (NONE, "finished"),
     ]
+    assert [(e.done, e.total) for e in events] == [(1, 3), (2, 3), (3, 3)]
     return result
 
 
 def test_a_study_leaves_ordinary_runs_and_their_figures(uninterrupted: StudyResult) -> None:
     result = uninterrupted
-    assert result.failed == []
     written = json.loads((result.folder / "study.json").read_text())
     assert written == json.loads(json.dumps(result.to_dict()))
-    assert written["complete"] is True
     for run in written["runs"]:
-        folder = result.folder / run["folder"]
-        found = json.loads((folder / "evaluation.json").read_text())["measurements"]
-        (gap,) = [o["result"] for o in found if (o["kind"], o["checkpoint"]) == ("gap", "last")]
-        assert run["gap"] == gap["gaps"]["train-test"]
-        both = [gap["splits"][s]["robust_accuracy"]["value"] for s in ("train", "test")]
-        assert run["gap"]["robust_accuracy"]["value"] == pytest.approx(both[0] - both[1])
-        (flatness,) = json.loads((folder / "flatness.json").read_text())["measurements"]
-        assert flatness["checkpoint"] == "last"
-        for name, figure in flatness["measures"].items():
-            assert run["measures"][name]["value"] == figure["value"]
-        assert list(run["test"]) == ["pgd-2"]
-    x, y = ([r.measure("worst_clean") for r in result.runs] for _ in range(2))
-    assert x == y
-    ranking = written["rankings"]["robust_loss"]["worst_clean"]
-    gaps = [r.gap("robust_loss") for r in result.runs]
-    assert ranking["tau"] == pytest.approx(kendalltau(x, gaps).statistic)
+        assert RunFolder(result.folder / run["folder"]).last.is_file()
+        targets = run["targets"]
+        assert set(targets) == set(TARGETS) - {"attacked_accuracy"}
+        model, images = _model_and_images(result.folder / run["folder"])
+        tested = robustflat.evaluate(model, images, [robustflat.pgd("linf", 0.1, 2)], eps=0.1)
+        assert targets["test_clean_accuracy"]["value"] == pytest.approx(tested.clean_accuracy)
+        found = targets["test_robust_accuracy"]["value"]
+        assert found == pytest.approx(tested.robust_accuracy, abs=0.051), "another random start"
+        assert set(run["measures"]) == {"worst_clean", "distance_frobenius"}
+        assert run["epoch"] == 12
+        assert run["reached_loss"] is None
+        assert run["passes"] > 0
+        assert run["train_steps"] == 12 * math.ceil(60 / 16)
+    ranking = written["rankings"]["gap_robust_loss"]["worst_clean"]
+    x = [r.measure("worst_clean") for r in result.runs]
+    gaps = [r.target("gap_robust_loss") for r in result.runs]
+    assert ranking["tau"]["value"] == pytest.approx(kendalltau(x, gaps).statistic)
     assert ranking["granulated"]["axes"]["method"]["pairs"] == 1
+
+
+def _model_and_images(folder: Path) -> tuple[Any, Any]:
+    subject = open_subject(folder)
+    return subject.network("last").model, subject.splits(20)["test"].tensors()
+
+
+def test_a_failure_is_told_with_its_last_lines_and_tried_again(uninterrupted: StudyResult) -> None:
+    (failure,) = uninterrupted.failed
+    assert failure.factors["strength"] == 1e38
+    assert "ended with code 1. The last lines of" in failure.error
+    assert "stopped being finite" in failure.error
+    assert uninterrupted.to_dict()["complete"] is False
+    chosen = uninterrupted.study
+    assert [(s.run, s.state) for s in status(chosen)] == [
+        (NONE, "done"),
+        (AWP, "done"),
+        (failure.run, "failed"),
+    ]
+    # Repeated with what can be trained alone, everything is kept.
+    events: list[Event] = []
+    before = StudyFolder(chosen).result.read_bytes()
+    narrower = study(chosen.output)
+    try:
+        again = run_study(narrower, 1, events.append, yes=True)
+    finally:
+        StudyFolder(chosen).result.write_bytes(before)
+    assert [(e.run, e.state, e.done) for e in events] == [(NONE, "kept", 1), (AWP, "kept", 2)]
+    assert timeless(again) == timeless(uninterrupted)
 
 
 def test_a_killed_study_goes_on_to_the_same_bits(
     tmp_path: Path, uninterrupted: StudyResult
 ) -> None:
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(study_values(tmp_path), sort_keys=True))
-    files = RunFiles(tmp_path / "tiny" / "runs", "awp-strength0.02-seed0")
+    alone = {"weights": WEIGHTS[1:], "seed": [0]}
+    path.write_text(yaml.safe_dump(study_values(tmp_path, grid=alone), sort_keys=True))
+    files = RunFiles(tmp_path / "tiny" / "runs", AWP)
     command = python("-c", RUN, str(path))
     try:
-        # Once the second run trains, the first is finished.
-        until(lambda: files.log.is_file() and "training" in files.log.read_text())
-        owner = claims.holder(files.lock)
-        assert owner is not None
-        for pid in (command.pid, owner.pid):
-            os.kill(pid, signal.SIGKILL)
+        until(files.begun)
+        (child,) = psutil.Process(command.pid).children()
+        child.suspend()
+        assert 0 < len(files.folder.metrics()) < 12, "in the middle of its training"
+        assert [(s.run, s.state) for s in status(read_study(path))] == [(AWP, "at work")]
+        with pytest.raises(UserError, match="Another process is at work on"):
+            run_study(read_study(path), yes=True)
     finally:
         command.kill()
         command.communicate()
-    until(lambda: claims.void(files.lock) is not None)
-    assert not files.measured.exists()
+        child.resume()
+    # Nobody told the run's process: it ends by itself, for its pipe is closed.
+    child.wait(60)
+    assert not files.row.exists()
+    assert [(s.run, s.state) for s in status(read_study(path))] == [(AWP, "begun")]
 
     events: list[Event] = []
-    result = run_study(study(tmp_path), 1, events.append)
-    assert [(e.run, e.state) for e in events] == [
-        ("none-seed0", "kept"),
-        (files.name, "taken over"),
-        (files.name, "started"),
-        (files.name, "finished"),
-    ]
-    assert str(owner.pid) in events[1].text
-    assert figures(result) == figures(uninterrupted)
+    result = run_study(study(tmp_path, grid=alone), 1, events.append, yes=True)
+    assert [(e.run, e.state) for e in events] == [(AWP, "finished")]
+    assert files.log.read_text().count(f"training {AWP}") == 2
+    assert timeless(result) == timeless(uninterrupted)[1:]
     for run in result.runs:
         here, there = (r.folder / "runs" / run.run for r in (result, uninterrupted))
         left, right = (saved(f / "checkpoints" / "last.pt") for f in (here, there))
@@ -504,51 +393,128 @@ def test_a_killed_study_goes_on_to_the_same_bits(
         assert differences(left["optimizer"], right["optimizer"]) == []
 
 
-def test_a_failure_is_reported_and_the_other_runs_are_kept(uninterrupted: StudyResult) -> None:
-    output = uninterrupted.folder.parent
-    weights = [*WEIGHTS, {"name": "awp", "gamma": 1e38}]
-    wider = study(output, grid={"weights": weights, "seed": [0]})
-    events: list[Event] = []
-    before = StudyFolder(wider).result.read_bytes()
+def dask(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+    root = str(Path(robustflat.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "distributed.cli." + arguments[0], *arguments[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A scheduler and two workers on the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    common = ["--host", "127.0.0.1", "--no-dashboard"]
+    started = [dask("dask_scheduler", "--port", str(port), *common, log=folder / "scheduler.log")]
     try:
-        result = run_study(wider, 2, events.append)
+        for k in range(2):
+            at = ["--nthreads", "1", "--no-nanny", "--local-directory", str(folder / f"space{k}")]
+            started.append(
+                dask("dask_worker", address, *at, *common, log=folder / f"worker{k}.log")
+            )
+        yield address, started[1:]
     finally:
-        StudyFolder(wider).result.write_bytes(before)
-    assert [e.state for e in events] == ["kept", "kept", "started", "failed"]
-    assert figures(result)["runs"] == figures(uninterrupted)["runs"]
-    (failure,) = result.failed
-    assert failure.factors["strength"] == 1e38
-    assert "stopped being finite" in failure.error
-    assert result.to_dict()["complete"] is False
-    assert not RunFiles(output / "tiny" / "runs", failure.run).lock.exists()
+        for process in started:
+            process.kill()
+            process.wait()
 
 
-def test_a_run_that_another_process_works_at_is_left_to_it(
+@pytest.mark.filterwarnings("ignore")
+def test_a_dead_workers_run_is_resumed_by_another(
     tmp_path: Path, uninterrupted: StudyResult
 ) -> None:
-    chosen = study(tmp_path, grid={"weights": WEIGHTS[:1], "seed": [0]})
-    StudyFolder(chosen).prepare(chosen)
-    files = StudyFolder(chosen).files("none-seed0")
-    there = claims.take(files.lock)
+    pytest.importorskip("distributed")
+    chosen = study(tmp_path)
     events: list[Event] = []
+    found: list[StudyResult] = []
+    with cluster(tmp_path) as (address, workers):
 
-    def finish(event: Event) -> None:
-        events.append(event)
-        if event.state == "waiting":
-            files.folder.root.mkdir()
-            files.measured.write_text(json.dumps(uninterrupted.runs[0].measured))
+        def go() -> None:
+            found.append(run_study(chosen, 1, events.append, scheduler=address, yes=True))
 
-    result = run_study(chosen, 1, finish)
-    assert [e.state for e in events] == ["waiting", "finished"]
-    assert str(there) in events[0].text
-    assert [r.run for r in result.runs] == ["none-seed0"]
+        thread = threading.Thread(target=go)
+        thread.start()
+        files = {name: StudyFolder(chosen).files(name) for name in (NONE, AWP)}
+
+        def busy() -> psutil.Process | None:
+            """A run's process that has saved something and is not done."""
+            for worker in workers:
+                for child in psutil.Process(worker.pid).children(recursive=True):
+                    name = named(child)
+                    if name in files and files[name].begun() and not files[name].row.exists():
+                        return child
+            return None
+
+        def named(process: psutil.Process) -> str:
+            return Path(process.cmdline()[-1]).name.removesuffix(".job.json")
+
+        until(lambda: busy() is not None)
+        orphan = busy()
+        assert orphan is not None
+        orphan.suspend()
+        name, worker = named(orphan), orphan.parent()
+        assert 0 < len(files[name].folder.metrics()) < 12, "in the middle of its training"
+        assert worker is not None
+        worker.kill()
+        # The other's process waits for this one, which ends once it sees that its worker is gone.
+        orphan.resume()
+        thread.join(120)
+        assert not thread.is_alive()
+        assert not orphan.is_running()
+    assert sorted((e.run, e.state) for e in events) == [(AWP, "finished"), (NONE, "finished")]
+    assert files[name].log.read_text().count(f"training {name}") == 2, (
+        "begun by one, ended by another"
+    )
+    assert timeless(found[0]) == timeless(uninterrupted)
+
+
+def test_a_scheduler_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    with pytest.raises(UserError, match="no Dask scheduler at nonsense://x"):
+        run_study(study(tmp_path), scheduler="nonsense://x", yes=True)
+
+
+def test_one_row_is_remade_alone(tmp_path: Path, uninterrupted: StudyResult) -> None:
+    wider = study(tmp_path, grid={"weights": WEIGHTS, "seed": [0, 1]}, measures=["parameter_norm"])
+    with pytest.raises(UserError, match=r"no run 'nobody'.*its 4 runs, such as 'none-seed0'"):
+        run_study(wider, rows=["nobody"])
+    result = run_study(wider, rows=[AWP])
+    assert [r.run for r in result.runs] == [AWP]
+    assert [f.run for f in result.failed] == [NONE, "none-seed1", "awp-strength0.02-seed1"]
+    assert result.failed[0].error.startswith("It was not run yet")
+    there = next(r for r in uninterrupted.runs if r.run == AWP)
+    assert result.runs[0].measured["targets"] == there.measured["targets"]
+    # Asked for more, it is measured and not trained again.
+    last = RunFolder(tmp_path / "tiny" / "runs" / AWP).last
+    before = last.stat().st_mtime_ns
+    more = study(
+        tmp_path,
+        grid={"weights": WEIGHTS, "seed": [0, 1]},
+        measures=["parameter_norm", "hessian_density"],
+        attacks=["fgsm"],
+        targets=["attacked_accuracy"],
+    )
+    more.base["flatness"]["options"] = {"lanczos_steps": 30, "probes": 3, "max_hvps": 60}
+    again = run_study(more, rows=[AWP]).runs[0]
+    assert last.stat().st_mtime_ns == before
+    assert 0 <= again.target("attacked_accuracy") <= 1  # type: ignore[operator]
+    assert again.measure("parameter_norm") == result.runs[0].measure("parameter_norm")
 
 
 def test_studies_that_cannot_go_on_are_refused(tmp_path: Path, uninterrupted: StudyResult) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not the folder of a study"):
-        run_study(study(tmp_path))
+        run_study(study(tmp_path), yes=True)
     with pytest.raises(UserError, match="at least one job"):
         run_study(study(tmp_path), 0)
     with pytest.raises(UserError, match="read_study"):
@@ -556,73 +522,317 @@ def test_studies_that_cannot_go_on_are_refused(tmp_path: Path, uninterrupted: St
     output = uninterrupted.folder.parent
     base = study_values()["base"] | {"optimizer": {"name": "sgd", "lr": 0.3}}
     with pytest.raises(UserError, match=r"none-seed0.*another configuration.*optimizer\.lr"):
-        run_study(study(output, base=base))
+        run_study(study(output, base=base), yes=True)
+    nonsense = study_values()["base"] | {"model": {"name": "nonsense"}}
     with pytest.raises(UserError, match=r"none-seed0, awp-strength0\.02-seed0: .*nonsense"):
-        run_study(study(tmp_path, name="other", base=study_values()["base"] | NONSENSE))
-    assert not list((tmp_path / "other").rglob("*.lock"))
+        run_study(study(tmp_path, name="other", base=nonsense), yes=True)
+    # Attacks are tried before anything is trained.
+    with pytest.raises(UserError, match="pgd-20x"):
+        run_study(study(tmp_path, name="other", attacks=["pgd-20x"]), yes=True)
+    assert not list((tmp_path / "other").rglob("*.log"))
 
 
-NONSENSE = {"model": {"name": "nonsense"}}
+def test_long_studies_are_asked_about(tmp_path: Path) -> None:
+    long = study(tmp_path, grid={"weights": WEIGHTS, "seed": list(range(5000))})
+    with pytest.raises(UserError, match=r"10,000 runs, which take about .* hours of 2 .*--yes"):
+        run_study(long, 2)
+    assert not (tmp_path / "tiny").exists()
 
 
-# Tables and pictures
+# The engine
 
 
-def made_up(folder: Path) -> StudyResult:
-    """A result whose measure m_i = i orders the accuracy gap perfectly and the loss gap not."""
-    chosen = study(folder, grid={"weights": WEIGHTS, "seed": [0, 1]})
-    runs = []
+class Processless(Processes):
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+    def run(self, order: Order, environment: dict[str, str]) -> Outcome:
+        if self.code == 99:
+            raise RuntimeError("worker lost")
+        return Outcome(code=self.code, seconds=1.5)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (-9, "killed by SIGKILL, perhaps for want of memory. The last lines"),
+        (7, "ended with code 7. The last lines"),
+        (3, "stopped from outside and saved"),
+        (0, "ended with code 0"),
+        (99, "The engine gave it up: RuntimeError: worker lost"),
+    ],
+)
+def test_endings_in_words(tmp_path: Path, code: int, text: str) -> None:
+    job = tmp_path / "a.job.json"
+    RunFiles.of_job(job).log.write_text("\n".join(f"line {k}" for k in range(30)))
+    events: list[Event] = []
+    fake = Processless(code)
+    with Local(1) as local:
+        run_all(
+            [Order(job=job, threads=2)],
+            local,
+            lambda order: fake.run(order, {}),
+            lambda files: False,
+            events.append,
+        )
+    (event,) = events
+    assert (event.run, event.state) == ("a", "failed")
+    assert text in event.text
+    assert event.text.endswith("line 29")
+    assert "line 17" not in event.text
+    assert RunFiles.of_job(job).failed() == event.text
+
+
+def test_processes_are_spread_over_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _visible_device(3, 0) == _visible_device(3, 1) == {}
+    assert _visible_device(3, 2) == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert _visible_device(0, 2) == {"CUDA_VISIBLE_DEVICES": "4"}
+
+
+def test_a_process_gets_its_device_and_threads_and_gives_the_device_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    local, seen = Local(2), []
+
+    def run(order: Order, environment: dict[str, str]) -> Outcome:
+        seen.append((environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"]))
+        raise RuntimeError
+
+    local._processes.run = run  # type: ignore[method-assign]
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            local.perform(Order(job=tmp_path / "a.job.json", threads=3))
+    local.shutdown()
+    assert seen == [("0", "3"), ("1", "3"), ("0", "3")]
+
+
+def test_stopping_ends_what_runs_and_starts_nothing(tmp_path: Path) -> None:
+    processes, outcomes = Processes(), []
+    job = tmp_path / "a.job.json"
+    with locked(job):  # so that the process waits
+
+        def go() -> None:
+            outcomes.append(processes.run(Order(job=job, threads=None), dict(os.environ)))
+
+        thread = threading.Thread(target=go)
+        thread.start()
+        until(lambda: bool(processes._open))
+        processes.stop()
+        thread.join(60)
+    assert outcomes[0].code in (3, -signal.SIGTERM)
+    with pytest.raises(CancelledError):
+        processes.run(Order(job=job, threads=None), dict(os.environ))
+
+
+# A common training loss
+
+
+def test_training_stops_at_a_common_loss_and_stays_stopped(tmp_path: Path) -> None:
+    whole = rows(trained(tmp_path, name="whole", train__epochs=4))
+    losses = [row["monitor"]["train"]["robust_loss"] for row in whole]
+    assert losses == sorted(losses, reverse=True), "the premise"
+    limit = (losses[1] + losses[2]) / 2
+    changes = {"name": "short", "train__epochs": 4, "train__stop_at_loss": limit}
+    short = trained(tmp_path, **changes)
+    assert [row["reached_loss"] for row in rows(short)] == [False, False, True]
+    assert [row["monitor"] for row in rows(short)] == [row["monitor"] for row in whole[:3]]
+    before = short.last.read_bytes()
+    trained(tmp_path, resume=True, **changes)
+    assert short.last.read_bytes() == before
+    never = {"name": "never", "train__epochs": 2, "train__stop_at_loss": 1e-9}
+    assert [row["reached_loss"] for row in rows(trained(tmp_path, **never))] == [False, False]
+    with pytest.raises(ConfigError, match=r"monitor\.every is 0"):
+        trained(tmp_path, name="x", train__stop_at_loss=1.0, monitor__every=0)
+
+
+def test_the_clean_loss_is_looked_at_without_an_attack(tmp_path: Path) -> None:
+    found = trained(
+        tmp_path, attack={"name": "none"}, objective={"name": "standard"}, train__stop_at_loss=1e3
+    )
+    assert [row["reached_loss"] for row in rows(found)] == [True]
+
+
+# Ledger, tables and pictures
+
+
+def made_up(folder: Path, **changes: Any) -> StudyResult:
+    """Six configurations; m_i = i orders the accuracy gap perfectly and the loss gap not."""
+    grid = {
+        "weights": [{"name": "none"}, *({"name": "awp", "gamma": g} for g in (0.01, 0.02))],
+        "train.batch_size": [8, 16],
+        "seed": [0, 1],
+    }
+    chosen = study(folder, grid=grid, **changes)
+    found = []
     for i, point in enumerate(expand(chosen)):
-        gap = {
-            "robust_accuracy": {"value": 0.1 + 0.05 * i, "low": 0.05 * i, "high": 0.2 + 0.05 * i},
-            "robust_loss": {"value": -float(i), "low": None, "high": None},
+        batch = point.factors["batch_size"] == 16
+        targets = {
+            name: {"value": 0.3 - 0.01 * i, "low": None, "high": None}
+            for name in TARGETS
+            if name != "attacked_accuracy"
         }
-        splits = {s: {"robust_accuracy": {"value": 0.5}} for s in ("train", "test")}
-        measures = {m: {"value": 10.0**i, "standard_error": None} for m in chosen.measures}
-        measured = {"gap": gap, "splits": splits, "measures": measures}
+        targets["gap_robust_accuracy"] = {
+            "value": 0.1 + 0.05 * i,
+            "low": 0.05 * i,
+            "high": 0.2 + 0.05 * i,
+        }
+        targets["gap_robust_loss"] = {
+            "value": float(i if not batch else -i),
+            "low": None,
+            "high": None,
+        }
+        measures = {m: {"value": 10.0**i, "standard_error": 0.5} for m in chosen.measures}
         if i == 3:
-            measures["average_clean"]["value"] = None  # type: ignore[assignment]
-        runs.append(RunResult(run=point.name, factors=point.factors, measured=measured))
+            measures["distance_frobenius"] = {"value": None, "standard_error": None, "error": "why"}  # type: ignore[dict-item]
+        measured = {
+            "targets": targets, "measures": measures, "epoch": 3, "weights": "raw",
+            "reached_loss": None, "train_steps": 12, "train_seconds": 1.0, "passes": 7.0,
+            "measure_seconds": 2.0,
+        }  # fmt: skip
+        config = job_of(chosen, point)["config"]
+        found.append(
+            RunResult(run=point.name, factors=point.factors, config=config, measured=measured)
+        )
     return StudyResult(
         study=chosen,
         folder=folder,
-        runs=runs,
+        runs=found,
         failed=[Failure(run="x", factors={}, error="why")],
-        rankings={
-            t: {m: rank(runs, m, t, chosen.nesting()) for m in chosen.measures}
-            for t in chosen.targets
-        },
+        rankings={t: rank_all(found, chosen, t) for t in chosen.targets},
+        notes=("Varied: everything.",),
     )
+
+
+def test_targets_point_to_the_worse() -> None:
+    splits = {s: {} for s in ("train", "test")}
+    gaps: dict[str, Any] = {}
+    for k, name in enumerate(("robust_accuracy", "robust_loss", "clean_accuracy", "clean_loss")):
+        splits["train"][name] = {"value": 10 + k, "low": 0, "high": 0}
+        splits["test"][name] = {"value": 20 + k, "low": 0, "high": 0}
+        gaps[name] = {"value": 30 + k, "low": 0, "high": 0}
+    found = figures({"splits": splits, "gaps": {"train-test": gaps}})
+    assert {k: v["value"] for k, v in found.items()} == {
+        "test_robust_accuracy": 20, "test_robust_loss": 21, "test_clean_accuracy": 22,
+        "test_clean_loss": 23, "gap_robust_accuracy": 30, "gap_robust_loss": 31,
+        "gap_clean_accuracy": 32, "gap_clean_loss": 33,
+    }  # fmt: skip
+    less_is_worse = {n for n, t in TARGETS.items() if t.worse == -1}
+    assert less_is_worse == {"test_robust_accuracy", "test_clean_accuracy", "attacked_accuracy"}
+
+
+def test_rankings_say_where_an_order_holds_and_where_it_reverses(tmp_path: Path) -> None:
+    result = made_up(tmp_path)
+    perfect = result.rankings["gap_robust_accuracy"]["worst_clean"]
+    assert perfect.tau.value == pytest.approx(1)
+    assert perfect.tau.configurations == 6
+    assert perfect.average.value == pytest.approx(1)
+    assert perfect.sign_error.mean == 0
+    # Accuracy on test falls as the measure rises: worse, so +1 too.
+    assert result.rankings["test_robust_accuracy"]["worst_clean"].tau.value == pytest.approx(1)
+    # Two measures alike: each p-value counts twice.
+    p = perfect.tau.p_value
+    assert p is not None
+    assert perfect.corrected[0] == pytest.approx(2 * p, rel=0.5)
+    mixed = result.rankings["gap_robust_loss"]["worst_clean"]
+    assert mixed.axes["batch_size"].value == -1
+    assert mixed.verdicts()["batch_size"] in ("holds", "reverses", "open")
+    written = json.loads(json.dumps(result.to_dict()))["rankings"]["gap_robust_loss"]["worst_clean"]
+    assert written["granulated"]["verdicts"] == mixed.verdicts()
+    assert written["conditional"]["batch_size"]["levels"][0]["level"] == 8
+    assert written["sign_error"]["worst"]["factor"] == mixed.sign_error.worst.factor  # type: ignore[union-attr]
+
+
+def test_the_ledger_has_one_row_a_run_in_both_formats(tmp_path: Path) -> None:
+    result = made_up(tmp_path)
+    paths = save_ledger(result.runs, tmp_path / "ledger.csv", "robustflat study s.yaml --row")
+    with paths[0].open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 12
+    first = found[0]
+    assert (first["run"], first["factor.method"], first["factor.strength"]) == (
+        "none-batch_size8-seed0",
+        "none",
+        "",
+    )
+    assert float(found[2]["target.gap_robust_accuracy"]) == pytest.approx(0.2)
+    assert [first[f"target.gap_robust_accuracy.{end}"] for end in ("low", "high")] == ["0.0", "0.2"]
+    assert float(found[2]["measure.worst_clean"]) == 100
+    assert found[3]["measure.distance_frobenius"] == ""
+    assert found[3]["command"] == "robustflat study s.yaml --row " + found[3]["run"]
+    assert json.loads(first["config"])["train"]["batch_size"] == 8
+    assert {first[k] for k in ("epoch", "train_steps", "passes")} == {"3", "12", "7.0"}
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(paths[1]).to_pylist()
+    assert [row["run"] for row in table] == [row["run"] for row in found]
+    assert table[2]["measure.worst_clean"] == 100
+    assert table[0]["factor.strength"] is None
+    empty = save_ledger([], tmp_path / "empty.csv", "")
+    assert empty[0].read_text() == "run\n"
+
+
+def test_runs_above_the_common_loss_are_not_ranked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robustflat.study import result as module
+
+    made = made_up(tmp_path)
+    by_name = {r.run: r.measured for r in made.runs}
+    for name, measured in by_name.items():
+        measured["reached_loss"] = "seed0" in name
+    monkeypatch.setattr(RunFiles, "result", lambda self, job: by_name[self.name])
+    folder = StudyFolder(made.study)
+    folder.runs.mkdir(parents=True)
+    found = module.collect(made.study, expand(made.study), folder)
+    assert len(found.runs) == 12
+    assert len(found.left_out) == 6
+    assert all("seed1" in name for name in found.left_out)
+    tau = found.rankings["gap_robust_accuracy"]["distance_frobenius"].tau
+    assert (tau.configurations, tau.pairs) == (6, 15)
+    assert any("6 of 12 runs ended above the common training loss" in n for n in found.notes)
+    assert any(n == "distance_frobenius is missing of 1 of 12 runs: why" for n in found.notes)
+    assert "Varied: method, strength, batch_size, seed" in found.notes[0]
+    assert folder.ledger.is_file()
 
 
 def test_tables_and_plots_show_the_figures(tmp_path: Path) -> None:
     result = made_up(tmp_path)
     text = save_tables(result, tmp_path / "study.txt").read_text()
-    assert "accuracy gap, 4 runs" in text
-    (row, *_) = [line for line in text.splitlines() if line.startswith("│ worst_clean")]
-    assert [cell.strip() for cell in row.strip("│").split("│")][:2] == ["worst_clean", "+1.00"]
-    assert "-1.00" in text
-    assert "25.0%" in text
+    assert "robust accuracy gap, 12 runs" in text
+    table = ranking_table(result, "gap_robust_accuracy")
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["measure"][0] == "worst_clean"
+    assert cells["tau"][0] == "+1.00"
+    assert cells["method"][0].startswith("+1.00")
+    mixed = ranking_table(result, "gap_robust_loss")
+    cells = {column.header: list(column.cells) for column in mixed.columns}
+    ranking = result.rankings["gap_robust_loss"][cells["measure"][0]]
+    mark = {"holds": "", "reverses": " reverses", "open": " ?"}[ranking.verdicts()["batch_size"]]
+    assert cells["batch_size"][0] == f"{ranking.axes['batch_size'].value:+.2f}{mark}"
+    assert cells["sign error"][0] == f"{ranking.sign_error.mean:.2f}"
+    assert "note: Varied: everything." in text
 
-    drawn = scatter(result, "worst_clean")
-    accuracy, loss = drawn.axes
-    assert accuracy.get_xscale() == "log"
-    assert accuracy.get_title().startswith("tau +1.00")
-    assert loss.get_title().startswith("tau -1.00")
-    assert accuracy.get_ylabel() == "robust accuracy gap (points)"
-    points = [line for line in accuracy.lines if line.get_marker() != "None"]
-    assert [float(p.get_ydata()[0]) for p in points] == pytest.approx([10, 15, 20, 25])
-    assert len({p.get_color() for p in points}) == 2, "a colour a method"
-    assert len({p.get_marker() for p in points}) == 2, "a marker a strength"
-    labels = [t.get_text() for t in drawn.legends[0].get_texts()]
-    assert labels == ["method", "none", "awp", "", "strength", "-", "0.02"]
-    unknown = [
-        x for x in scatter(result, "average_clean").axes[0].lines if x.get_marker() != "None"
-    ]
-    assert len(unknown) == 3, "what is not finite is not drawn"
-
-    paths = save_plots(result, tmp_path / "plots")
-    assert [p.name for p in paths] == ["worst_clean.png", "average_clean.png"]
+    drawn = scatter(result, "worst_clean", "gap_robust_accuracy")
+    assert drawn.get_suptitle().startswith("tau +1.00 [")
+    titles = [panel.get_title() for panel in drawn.axes]
+    assert [t.split(",")[0] for t in titles] == ["method", "strength", "batch_size"]
+    panel = drawn.axes[2]
+    assert panel.get_xscale() == "log"
+    assert panel.get_ylabel() == "robust accuracy gap (points)"
+    points = [line for line in panel.lines if line.get_marker() != "None"]
+    assert [p.get_label() for p in points] == ["8", "16"]
+    assert [float(y) for y in points[0].get_ydata()] == pytest.approx([10, 15, 30, 35, 50, 55])
+    assert len({p.get_color() for p in points}) == 2, "a colour a level"
+    missing = scatter(result, "distance_frobenius", "gap_robust_accuracy").axes[2]
+    shown = sum(len(x.get_xdata()) for x in missing.lines if x.get_marker() != "None")
+    assert shown == 11, "what is not finite is not drawn"
+    paths = save_plots(result, tmp_path / "plots", dpi=30)
+    assert len(paths) == 2 * 3
+    assert paths[0].name == "worst_clean-gap_robust_accuracy.png"
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):

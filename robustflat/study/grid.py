@@ -7,20 +7,33 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from importlib.util import find_spec
+from itertools import islice, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from robustflat.config import ConfigError, RunConfig, check_config
 from robustflat.errors import UserError
+from robustflat.evaluate.threat import norm_name
 from robustflat.flatness import cost
-from robustflat.study.schema import StudyConfig
+from robustflat.perturb import parse_norm
+from robustflat.study.schema import StudyConfig, ThreatConfig, paths
 
 Keys = tuple[str | int, ...]
 Places = dict[Keys, str]
-# The index of a value for every key of the grid.
-Chosen = dict[str, int]
 Level = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One combination: its block of the grid, and the index of a value for each of its keys."""
+
+    block: int
+    index: Mapping[str, int]
+
+    def __hash__(self) -> int:
+        return hash((self.block, *self.index.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +44,32 @@ class Point:
         name: of the run, made of its factors.
         factors: its level of every factor; None where it has none.
         config: the whole run.
+        threat: in which it is measured.
     """
 
     name: str
     factors: dict[str, Level]
     config: RunConfig
+    threat: ThreatConfig
 
 
-def expand(study: StudyConfig, places: Places | None = None) -> list[Point]:
+def size(study: StudyConfig) -> int:
+    """How many combinations the grid has."""
+    return sum(prod(len(values) for values in block.values()) for block in study.grid)
+
+
+def expand(
+    study: StudyConfig, places: Places | None = None, limit: int | None = None
+) -> list[Point]:
     """Every run of a study, checked.
 
     Runs use one CPU thread unless their configuration says otherwise, for several run at once.
 
     Args:
         study: with the base run as a mapping.
-        places: where the keys stand: those below ("base",) in the base run, and ("grid", key, i).
+        places: where the keys stand: those below ("base",) in the base run, and ("grid", block,
+            key, i).
+        limit: make only the first so many.
 
     Raises:
         ConfigError: listing what is wrong, and with which grid points.
@@ -54,7 +78,7 @@ def expand(study: StudyConfig, places: Places | None = None) -> list[Point]:
     root = str(Path(study.output) / study.name / "runs")
     wrong: dict[str, list[Chosen]] = defaultdict(list)
     points: list[Point] = []
-    combinations = list(_combinations(study))
+    combinations = list(islice(_combinations(study), limit))
     for chosen in combinations:
         try:
             values, where = _values(study, chosen, places or {})
@@ -63,15 +87,21 @@ def expand(study: StudyConfig, places: Places | None = None) -> list[Point]:
             for line in _lines(error):
                 wrong[line].append(chosen)
             continue
-        for line in _unmeasurable(study, config):
+        threat = study.threat or _own_threat(config)
+        for line in _unmeasurable(study, config, threat):
             wrong[line].append(chosen)
-        levels = {f: _level(config, paths) for f, paths in study.factor_paths().items()}
+        if threat is None:
+            continue
+        levels = {
+            factor: _level(config, _given(study, chosen), ways)
+            for factor, ways in study.factor_paths().items()
+        }
         name = _name(levels)
         config = check_config({**config.model_dump(mode="json"), "name": name}, {}, source)
-        points.append(Point(name=name, factors=levels, config=config))
-    wrong = wrong or _indistinct(study, points, combinations)
+        points.append(Point(name=name, factors=levels, config=config, threat=threat))
+    wrong = wrong or _indistinct(study, points, combinations) or _different(points, combinations)
     if wrong:
-        count = len({tuple(chosen.values()) for found in wrong.values() for chosen in found})
+        count = len({chosen for found in wrong.values() for chosen in found})
         head = f"{source}: {count} of {len(combinations)} grid points cannot be run:"
         lines = [f"{line} [{_which(study, found)}]" for line, found in wrong.items()]
         raise ConfigError("\n".join([head, *lines]))
@@ -79,24 +109,36 @@ def expand(study: StudyConfig, places: Places | None = None) -> list[Point]:
 
 
 def _combinations(study: StudyConfig) -> Iterator[Chosen]:
-    """For each point the index of its value for every key of the grid."""
-    for indices in product(*(range(len(values)) for values in study.grid.values())):
-        yield dict(zip(study.grid, indices, strict=True))
+    for number, block in enumerate(study.grid):
+        for indices in product(*(range(len(values)) for values in block.values())):
+            yield Chosen(number, dict(zip(block, indices, strict=True)))
+
+
+def _given(study: StudyConfig, chosen: Chosen) -> dict[str, Any]:
+    """What a combination sets, by the grid's key."""
+    block = study.grid[chosen.block]
+    return {key: block[key][index] for key, index in chosen.index.items()}
 
 
 def _values(study: StudyConfig, chosen: Chosen, places: Places) -> tuple[dict[str, Any], Places]:
     """The base's values with a point's own put in, and where each of them stands."""
     values = {"threads": 1, **copy.deepcopy(study.base)}
     where = {keys[1:]: place for keys, place in places.items() if keys[0] == "base"}
-    for key, index in chosen.items():
-        keys = tuple(key.split("."))
-        stands = places.get(("grid", key, index), f"grid.{key}")
-        _put(values, keys, copy.deepcopy(study.grid[key][index]), stands)
-        where = {k: place for k, place in where.items() if k[: len(keys)] != keys}
-        where |= {
-            (*keys, *k[3:]): place for k, place in places.items() if k[:3] == ("grid", key, index)
-        }
-        where.setdefault(keys, stands)
+    for key, value in _given(study, chosen).items():
+        at = ("grid", chosen.block, key, chosen.index[key])
+        stands = places.get(at, f"grid.{key}")
+        ways = paths(key)
+        for number, path in enumerate(ways):
+            keys = tuple(path.split("."))
+            below = at if len(ways) == 1 else (*at, number)
+            _put(values, keys, copy.deepcopy(value if len(ways) == 1 else value[number]), stands)
+            where = {k: place for k, place in where.items() if k[: len(keys)] != keys}
+            where |= {
+                (*keys, *k[len(below) :]): place
+                for k, place in places.items()
+                if k[: len(below)] == below
+            }
+            where.setdefault(keys, stands)
     return values, where
 
 
@@ -113,8 +155,16 @@ def _put(values: dict[str, Any], keys: tuple[str, ...], value: Any, place: str) 
     target[keys[-1]] = value
 
 
-def _unmeasurable(study: StudyConfig, config: RunConfig) -> list[str]:
+def _own_threat(config: RunConfig) -> ThreatConfig | None:
+    """That of the training attack."""
+    if config.attack.name == "none":
+        return None
+    return ThreatConfig(norm=norm_name(parse_norm(config.attack.norm)), eps=config.attack.eps)
+
+
+def _unmeasurable(study: StudyConfig, config: RunConfig, threat: ThreatConfig | None) -> list[str]:
     """What would only be found out after the training."""
+<<<<<<< HEAD
     problems = []
     if config.threat is None:
         problems.append(
@@ -134,16 +184,41 @@ def _unmeasurable(study: StudyConfig, config: RunConfig) -> list[str]:
         except UserError as error:
             problems.append(f"  flatness.options: {error}")
     return problems
+=======
+    if threat is None:
+        why = "  attack is none, so there is no norm and eps to measure a robust gap at."
+        return [why + " Say them: threat: {norm: linf, eps: 8/255}."]
+    options: dict[str, Any] = dict(config.flatness.options)
+    try:
+        cost(study.measures, 1, eps=threat.eps, norm=threat.norm, **options)
+    except UserError as error:
+        return [f"  flatness.options: {error}"]
+    density = any(measure.startswith("hessian_density") for measure in study.measures)
+    wanted = density or options.get("estimator", "hutchinson") != "hutchinson"
+    if wanted and find_spec("curvlinops") is None:
+        why = "  measures need the package curvlinops, which is not installed."
+        return [why + " Run: pip install 'robustflat[curvature]'."]
+    return []
+>>>>>>> fa0a96b (Studies whose statistics hold, on existing engines)
 
 
-def _level(config: RunConfig, paths: tuple[str, ...]) -> Level:
-    """What the configuration has at the first of the paths that it has."""
-    for path in paths:
-        value: Any = config.model_dump(mode="json")
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            return _scalar(value)
+def _level(config: RunConfig, given: Mapping[str, Any], ways: tuple[str, ...]) -> Level:
+    """What the configuration has at the first of the paths that it has.
+
+    A whole section that the grid sets is called as it is there, without the defaults.
+    """
+    whole = config.model_dump(mode="json")
+    for way in ways:
+        found = []
+        for path in paths(way):
+            value: Any = whole
+            for key in path.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            found.append(value)
+        if way in given and (len(found) > 1 or isinstance(given[way], dict)):
+            return _short(given[way])
+        if any(value is not None for value in found):
+            return _scalar(found[0]) if len(found) == 1 else _short(found)
     return None
 
 
@@ -167,6 +242,16 @@ def plain(level: Level) -> str:
     return f"{level:.6g}" if isinstance(level, float) else str(level)
 
 
+def _different(points: list[Point], combinations: list[Chosen]) -> dict[str, list[Chosen]]:
+    """Robustness in different balls is not one target."""
+    if len({point.threat for point in points}) <= 1:
+        return {}
+    return {
+        "  the training attacks have different norms or eps, in which robustness is no one target. "
+        "Say one for all: threat: {norm: linf, eps: 8/255}.": combinations
+    }
+
+
 def _indistinct(
     study: StudyConfig, points: list[Point], combinations: list[Chosen]
 ) -> dict[str, list[Chosen]]:
@@ -177,7 +262,7 @@ def _indistinct(
     unknown = {
         f"  factors.{factor}: no run has {' or '.join(paths)}. Check the key path.": combinations
         for factor, paths in study.factors.items()
-        if all(point.factors[factor] is None for point in points)
+        if points and all(point.factors[factor] is None for point in points)
     }
     return unknown or {
         f"  all factors ({', '.join(study.factor_paths())}) are the same, {name}. Name what "
@@ -189,18 +274,20 @@ def _indistinct(
 
 def _which(study: StudyConfig, found: list[Chosen]) -> str:
     """These grid points in words, without the keys whose value does not matter."""
-    kept = list(study.grid)
-    for key in study.grid:
-        rest = [k for k in kept if k != key]
-        fewer = {tuple(chosen[k] for k in rest) for chosen in found}
-        if len({tuple(c[k] for k in kept) for c in found}) == len(fewer) * len(study.grid[key]):
-            kept = rest
-    if not kept:
-        return "all grid points"
-    titles = dict.fromkeys(
-        ", ".join(f"{k}={_short(study.grid[k][chosen[k]])}" for k in kept) for chosen in found
-    )
-    return "; ".join(titles)
+    titles: list[str] = []
+    for number, block in enumerate(study.grid):
+        here = [chosen.index for chosen in found if chosen.block == number]
+        kept = list(block)
+        for key in block:
+            rest = [k for k in kept if k != key]
+            fewer = {tuple(index[k] for k in rest) for index in here}
+            if len({tuple(i[k] for k in kept) for i in here}) == len(fewer) * len(block[key]):
+                kept = rest
+        if here:
+            titles += [
+                ", ".join(f"{k}={_short(block[k][index[k]])}" for k in kept) for index in here
+            ]
+    return "; ".join(dict.fromkeys(title or "all grid points" for title in titles))
 
 
 def _lines(error: ConfigError) -> list[str]:
@@ -209,7 +296,10 @@ def _lines(error: ConfigError) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    """A value as the grid's key is told it: a section by its name, then what else it says."""
     if isinstance(value, dict):
-        return "(" + " ".join(f"{k}={_short(v)}" for k, v in value.items()) + ")"
-    text = str(value)
+        named = [str(value["name"])] if "name" in value else []
+        rest = [f"{k}={_short(v)}" for k, v in value.items() if k != "name"]
+        return " ".join([*named, *rest])
+    text = " ".join(map(_short, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

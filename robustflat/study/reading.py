@@ -10,6 +10,9 @@ from robustflat.config.reading import apply_override, parse, read_text, validate
 from robustflat.study.grid import Places, expand
 from robustflat.study.schema import StudyConfig
 
+# Grid points that are checked with their places in the file; all are before anything is trained.
+CHECKED = 500
+
 
 def read_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read and check a study with all its grid points; nothing is trained.
@@ -36,8 +39,15 @@ def read_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     for override in overrides:
         if override.startswith("base."):
             apply_override(override, values, places)
+    if isinstance(values.get("grid"), dict):
+        # One block of combinations, as the schema reads it.
+        values["grid"] = [values["grid"]]
+        places = {
+            ("grid", 0, *keys[1:]) if keys[0] == "grid" and len(keys) > 1 else keys: place
+            for keys, place in places.items()
+        }
     study = check_study(values, places, str(path))
-    expand(study, places)
+    expand(study, places, CHECKED)
     return study
 
 

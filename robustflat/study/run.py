@@ -2,52 +2,162 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from robustflat.errors import UserError
+from robustflat.evaluate.attacks.names import plan
+from robustflat.evaluate.threat import Task
+from robustflat.files import locked
+from robustflat.perturb import parse_norm
 from robustflat.runs.description import describe
-from robustflat.study.folder import StudyFolder, check_same
-from robustflat.study.grid import Point, expand
+from robustflat.study.engine import Event, Order, executor, run_all
+from robustflat.study.folder import RunFiles, Status, StudyFolder, job_of
+from robustflat.study.grid import Point, expand, size
+from robustflat.study.ranking import MINIMUM, SEED
 from robustflat.study.result import StudyResult, collect
-from robustflat.study.schedule import Event, Schedule
 from robustflat.study.schema import StudyConfig
+from robustflat.train.setup import build_model, load_data
+
+# More runs than these are asked about.
+MANY = 100
 
 
 def run_study(
-    config: StudyConfig, jobs: int = 1, on_progress: Callable[[Event], None] | None = None
+    config: StudyConfig,
+    jobs: int = 1,
+    on_progress: Callable[[Event], None] | None = None,
+    *,
+    scheduler: str | None = None,
+    rows: Sequence[str] = (),
+    yes: bool = False,
 ) -> StudyResult:
-    """Train a grid of runs, measure them, and rank their robust gaps by each flatness measure.
+    """Train a grid of runs, measure them, and rank their robustness by each measure.
 
     Each run is a process of its own, in an ordinary run folder under ``output/name/runs``. The
     study can be killed at any moment; called again, it keeps what is finished and goes on with the
-    rest, to the same figures. Several machines that share the folder may call it at once.
+    rest, to the same figures, runs that failed among it.
 
     Args:
         config: as :func:`robustflat.study.read_study` reads it.
-        jobs: most processes at once.
+        jobs: most processes at once on this machine.
         on_progress: told what becomes of each run.
+        scheduler: the address of a Dask scheduler whose workers run them instead; they need this
+            package, and the study's folder under the same path.
+        rows: run only these, by name; all if empty.
+        yes: do it although it is long, or too small to tell anything.
 
     Returns:
-        Figures and rankings of the finished runs, also written to ``output/name/study.json``, and
-        the runs that failed.
+        Figures and rankings of the finished runs, also written to ``output/name``, and the runs
+        that failed.
 
     Raises:
-        UserError: if a grid point cannot be run, or the folder belongs to something else; nothing
-            was trained then.
+        UserError: if a grid point cannot be run, the study is long or too small (without ``yes``),
+            another command is at it, or the folder belongs to something else; nothing was trained
+            then.
     """
     if jobs < 1:
         raise UserError(f"A study needs at least one job at a time, got {jobs}.")
+    _check_base(config)
+    if not yes:
+        _ask(config, jobs)
+    points = expand(config)
+    if not yes and not rows:
+        _check_enough(config, points)
+    chosen = _chosen(points, rows)
+    folder = StudyFolder(config)
+    with locked(folder.config_file, patience=0):
+        folder.prepare(config)
+        _check_runs(config, chosen, folder)
+        folder.write_jobs(config, chosen)
+        jobs_of = {p.name: job_of(config, p) for p in chosen}
+
+        def is_done(files: RunFiles) -> bool:
+            return files.result(jobs_of[files.name]) is not None
+
+        left = [p for p in chosen if not is_done(folder.files(p.name))]
+        orders = [
+            Order(job=folder.files(p.name).job.resolve(), threads=p.config.threads) for p in left
+        ]
+        names = {p.name for p in left}
+        kept = [p.name for p in chosen if p.name not in names]
+        with executor(jobs, scheduler) as (on, function):
+            run_all(orders, on, function, is_done, on_progress or (lambda event: None), kept)
+        return collect(config, points, folder)
+
+
+def status(config: StudyConfig) -> list[Status]:
+    """How far every run of a study is; nothing is started.
+
+    Args:
+        config: as :func:`robustflat.study.read_study` reads it.
+
+    Raises:
+        UserError: if a grid point cannot be run.
+    """
+    _check_base(config)
+    return StudyFolder(config).status(config, expand(config))
+
+
+def _check_base(config: StudyConfig) -> None:
     if isinstance(config.base, str):
         raise UserError(
             f"The study's base is the path {config.base!r}. Read the study with read_study, which "
             "puts the file in its place."
         )
-    points = expand(config)
-    folder = StudyFolder(config)
-    folder.prepare(config)
-    _check_runs(config, points, folder)
-    Schedule(config, points, folder, jobs, on_progress).run()
-    return collect(config, points, folder)
+
+
+def _ask(config: StudyConfig, jobs: int) -> None:
+    """Refuse a long study that nobody has agreed to."""
+    count = size(config)
+    if count <= MANY:
+        return
+    (first,) = expand(config, limit=1)
+    hours = count * _seconds(first) / 3600 / jobs
+    raise UserError(
+        f"The grid has {count:,} runs, which take about {hours:,.1f} hours of {jobs} at a time, "
+        "judged by a step of the first. If that is what you want, repeat the command with --yes."
+    )
+
+
+def _seconds(point: Point) -> float:
+    """About how long the training of a run takes, from one forward and backward pass here."""
+    config = point.config
+    data = load_data(config)
+    model = build_model(config, data, torch.device("cpu")).train()
+    x, _ = data.train.tensors(min(config.train.batch_size, len(data.train)))
+    model(x).sum().backward()
+    began = time.monotonic()
+    model(x).sum().backward()
+    unit = (time.monotonic() - began) / 3
+    # K forward passes and input gradients, a weight adversary and the descent.
+    passes = 2 * getattr(config.attack, "steps", 0) + 6
+    batches = -(-len(data.train) // config.train.batch_size)
+    return unit * passes * batches * config.train.epochs
+
+
+def _check_enough(config: StudyConfig, points: Sequence[Point]) -> None:
+    """Refuse a study that cannot tell anything."""
+    found = {tuple(v for f, v in p.factors.items() if f != SEED) for p in points}
+    if len(found) < MINIMUM:
+        raise UserError(
+            f"study {config.name} has {len(found)} configurations (seeds are none): an interval "
+            f"needs at least {MINIMUM}, and no order of fewer has p < 0.05. Vary more, or repeat "
+            "the command with --yes to have the figures without intervals."
+        )
+
+
+def _chosen(points: Sequence[Point], rows: Sequence[str]) -> list[Point]:
+    known = {p.name: p for p in points}
+    for name in rows:
+        if name not in known:
+            raise UserError(
+                f"The study has no run {name!r}. --status lists its {len(known)} runs, such as "
+                f"{next(iter(known))!r}."
+            )
+    return [known[name] for name in rows] if rows else list(points)
 
 
 def _check_runs(config: StudyConfig, points: Sequence[Point], folder: StudyFolder) -> None:
@@ -56,10 +166,9 @@ def _check_runs(config: StudyConfig, points: Sequence[Point], folder: StudyFolde
     tried: dict[str, str | None] = {}
     for point in points:
         files = folder.files(point.name)
-        if files.result(config.attacks, config.measures, point.config.train.epochs) is not None:
-            problem = check_same(files, point.config)
-        else:
-            problem = check_same(files, point.config) or _unavailable(point, tried)
+        problem = files.differs(point.config)
+        if problem is None and files.result(job_of(config, point)) is None:
+            problem = _unavailable(config, point, tried)
         if problem is not None:
             problems.setdefault(problem, []).append(point.name)
     if problems:
@@ -67,12 +176,20 @@ def _check_runs(config: StudyConfig, points: Sequence[Point], folder: StudyFolde
         raise UserError("\n".join([f"study {config.name} cannot be run:", *lines]))
 
 
-def _unavailable(point: Point, tried: dict[str, str | None]) -> str | None:
-    """Why data or model of a run cannot be had; tried once for those that share them."""
+def _unavailable(study: StudyConfig, point: Point, tried: dict[str, str | None]) -> str | None:
+    """Why data, model or attacks of a run cannot be had; tried once for those that share them."""
     key = point.config.model_dump_json(include={"data", "model", "device", "train"})
     if key not in tried:
         try:
             describe(point.config)
+            data = load_data(point.config)
+            task = Task(
+                norm=parse_norm(point.threat.norm),
+                eps=point.threat.eps,
+                classes=len(data.classes),
+                shape=data.shape,
+            )
+            plan(study.attacks, task)
             tried[key] = None
         except UserError as error:
             tried[key] = str(error)

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from robustflat.config.values import Section
+from robustflat.config.values import NonNegative, Section
 from robustflat.flatness.measures import find
+from robustflat.study.ranking import SEED
+from robustflat.study.targets import ATTACKED, TARGETS
 
-Target = Literal["robust_accuracy", "robust_loss", "clean_accuracy", "clean_loss"]
 # Where each weight perturbation keeps its size.
-STRENGTHS = ("weights.gamma", "weights.epsilon", "weights.rho", "weights.radius")
-METHOD, STRENGTH, SEED = "method", "strength", "seed"
+STRENGTHS = (
+    "weights.gamma", "weights.epsilon", "weights.rho", "weights.radius", "weights.inner.rho",
+    "weights.inner.gamma",
+)  # fmt: skip
+METHOD, STRENGTH = "method", "strength"
 # Given by the study itself.
 _OWN = ("name", "output")
 
 
+def paths(key: str) -> list[str]:
+    """The key paths of a grid's key: one, or several that are set together."""
+    return [path.strip() for path in key.split(",")]
+
+
 def _known_measure(name: str) -> str:
     find(name)
+    return name
+
+
+def _known_target(name: str) -> str:
+    if name not in TARGETS:
+        near = difflib.get_close_matches(f"gap_{name}", TARGETS, n=1, cutoff=0.9)
+        near = near or difflib.get_close_matches(name, TARGETS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"is no target.{hint} Targets: {', '.join(TARGETS)}")
     return name
 
 
@@ -33,40 +52,77 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_blocks(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
+Block = Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
+
+
+class ThreatConfig(Section):
+    """The ball in which every run is attacked when it is measured."""
+
+    norm: str
+    eps: NonNegative
 
 
 class StudyConfig(Section):
     """A grid of runs, and what is ranked by what.
 
-    ``grid`` maps key paths of a run's configuration to the values that they take; every
-    combination is one run. ``factors`` names what distinguishes the runs: each is read off a run's
-    configuration at the first of its key paths that is there (and is none otherwise). ``nested``
-    says which factor has a meaning only within a level of another. Left out, the factors are the
-    method and the strength (nested in it) of the weight perturbation, and every other key of the
-    grid.
+    ``grid`` maps key paths of a run's configuration to the values that they take; every combination
+    is one run. A key of several paths, ``optimizer.name, optimizer.lr``, takes listed combinations,
+    ``[[sgd, 0.1], [adamw, 0.001]]``. A list of such mappings is the union of their combinations.
+
+    ``factors`` names what distinguishes the runs: each is read off a run's configuration at the
+    first of its key paths that is there (and is none otherwise). ``nested`` says which factor has a
+    meaning only within a level of another. Left out, the factors are the method and the strength
+    (nested in it) of the weight perturbation, and every other key of the grid.
+
+    Everything is measured at the last checkpoint, on un-augmented training and on test images, with
+    ``attack`` in the ball of ``threat`` (that of the training attack if left out). ``attacks`` are
+    run on test images beside it, and give the target ``attacked_accuracy``.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: str = "runs"
     base: Annotated[Any, BeforeValidator(_base)]
-    grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
+    grid: Annotated[tuple[Block, ...], BeforeValidator(_as_blocks), Field(min_length=1)]
     factors: dict[str, Paths] = Field(default_factory=dict)
     nested: dict[str, str] = Field(default_factory=dict)
     measures: Annotated[
         tuple[Annotated[str, AfterValidator(_known_measure)], ...], Field(min_length=1)
     ] = ("worst_clean", "worst_robust", "average_clean", "average_robust")
-    attacks: tuple[str, ...] = ("pgd-20",)
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("robust_accuracy", "robust_loss")
+    targets: Annotated[
+        tuple[Annotated[str, AfterValidator(_known_target)], ...], Field(min_length=1)
+    ] = ("gap_robust_accuracy", "gap_robust_loss", "test_robust_accuracy")
+    attack: Annotated[str, Field(pattern=r"^pgd-\d+(-\d+)?$")] = "pgd-20"
+    attacks: tuple[str, ...] = ()
+    threat: ThreatConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudyConfig:
         problems = [
-            f"grid.{key} cannot be varied: the study names its runs and puts them into its own "
+            f"grid.{path} cannot be varied: the study names its runs and puts them into its own "
             "folder. Remove it"
-            for key in self.grid
-            if key in _OWN
+            for key in self.keys()
+            for path in paths(key)
+            if path in _OWN
         ]
+        for block in self.grid:
+            for key, values in block.items():
+                count = len(paths(key))
+                wrong = [v for v in values if not isinstance(v, list) or len(v) != count]
+                if count > 1 and wrong:
+                    problems.append(
+                        f"grid.{key} takes lists of {count} values, one for each path, got "
+                        f"{wrong[0]!r}"
+                    )
+        if ATTACKED in self.targets and not self.attacks:
+            problems.append(
+                f"targets has {ATTACKED}, which nothing measures: name the attacks, as in attacks: "
+                "[autoattack], or leave it out"
+            )
         problems += [
             f"nested.{inner} is {outer!r}, and both must be factors: "
             f"{', '.join(self.factor_paths()) or 'there are none'}"
@@ -84,13 +140,18 @@ class StudyConfig(Section):
             raise ValueError("; ".join(problems))
         return self
 
+    def keys(self) -> list[str]:
+        """The keys of all blocks of the grid, in the order in which they come up."""
+        return list(dict.fromkeys(key for block in self.grid for key in block))
+
     def factor_paths(self) -> dict[str, tuple[str, ...]]:
         """Each factor, and the key paths at which a run's configuration is asked for its level."""
         if self.factors:
             return _ordered(self.factors)
         found: dict[str, tuple[str, ...]] = {}
-        ends = [key.rpartition(".")[2] for key in self.grid]
-        for key, end in zip(self.grid, ends, strict=True):
+        keys = self.keys()
+        ends = ["+".join(path.rpartition(".")[2] for path in paths(key)) for key in keys]
+        for key, end in zip(keys, ends, strict=True):
             if key == "weights" or (key in STRENGTHS or key == "weights.name"):
                 found.setdefault(METHOD, ("weights.name",))
                 found.setdefault(STRENGTH, STRENGTHS)

@@ -23,8 +23,10 @@ from robustflat.files import json_safe, locked, write_json, write_whole
 from robustflat.plugins import origin
 
 _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
-# What changes neither the weights nor the figures of a run.
-_FREE_TO_CHANGE = ({"device"}, {"data", "root"}, {"data", "download"}, {"output"})
+# What changes no weight of a run: where it is made, and how it is measured afterwards.
+_FREE_TO_CHANGE = (
+    ("device",), ("data", "root"), ("data", "download"), ("output",), ("evaluate",), ("flatness",),
+)  # fmt: skip
 
 
 class RunFolder:
@@ -171,7 +173,8 @@ class RunFolder:
         different = sorted(
             ".".join(key)
             for key in old.keys() | new.keys()
-            if old.get(key) != new.get(key) and set(key) not in _FREE_TO_CHANGE
+            if old.get(key) != new.get(key)
+            and not any(key[: len(free)] == free for free in _FREE_TO_CHANGE)
         )
         if different:
             raise UserError(

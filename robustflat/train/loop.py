@@ -27,7 +27,7 @@ from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
 from robustflat.train.curriculum import Curriculum
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
-from robustflat.train.monitor import Monitor, score
+from robustflat.train.monitor import Monitor, score, training_loss
 from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed
 from robustflat.train.setup import build_model, build_step
@@ -109,6 +109,7 @@ class Trainer:
 
         self.epoch, self.step = 0, 0
         self.best: dict[str, Any] | None = None
+        self.reached_loss = False
         self._account = Account(device)
         self._seconds = 0.0
 
@@ -126,7 +127,7 @@ class Trainer:
                 deterministic(self.config.train.deterministic),
                 self._stop_on_signals(),
             ):
-                while self.epoch < self.config.train.epochs:
+                while self.epoch < self.config.train.epochs and not self.reached_loss:
                     if not self._train_epoch():
                         self._save_last()
                         return False
@@ -188,6 +189,7 @@ class Trainer:
             self._alarm.load_state_dict(saved["alarm"])
             self._curriculum.strengthen(self._alarm.steps)
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+        self.reached_loss = saved["reached_loss"]
         self._account.totals = saved["totals"].to(self.device)
         self._seconds = saved["seconds"]
 
@@ -258,6 +260,10 @@ class Trainer:
                 return
         if config.monitor.flatness_every and self.epoch % config.monitor.flatness_every == 0:
             row["flatness"] = self._monitor.flatness(self.model)
+        limit = config.train.stop_at_loss
+        if limit is not None:
+            self.reached_loss = bool(measured) and training_loss(measured["raw"]) <= limit
+            row["reached_loss"] = self.reached_loss
         row["is_best"] = bool(chosen and "validation" in chosen and self._is_best(score(chosen)))
         if row["is_best"]:
             assert chosen is not None
@@ -368,6 +374,7 @@ class Trainer:
                 "alarm": None if self._alarm is None else self._alarm.state_dict(),
                 "average": None if average is None else average.state_dict(),
                 "best": self.best,
+                "reached_loss": self.reached_loss,
                 "totals": self._account.totals,
                 "seconds": self._seconds,
             },

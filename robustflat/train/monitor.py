@@ -111,3 +111,9 @@ def score(measured: dict[str, Any]) -> float:
     """What the best checkpoint is chosen by: robust validation accuracy, or clean without one."""
     validation = measured["validation"]
     return float(validation.get("robust_accuracy", validation["clean_accuracy"]))
+
+
+def training_loss(figures: dict[str, dict[str, float]]) -> float:
+    """What ``train.stop_at_loss`` is held against: the robust loss, or the clean one without it."""
+    train = figures["train"]
+    return train.get("robust_loss", train["clean_loss"])
