@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -449,9 +449,10 @@ def test_a_dead_workers_run_is_resumed_by_another(
             """A run's process that has saved something and is not done."""
             for worker in workers:
                 for child in psutil.Process(worker.pid).children(recursive=True):
-                    name = named(child)
-                    if name in files and files[name].begun() and not files[name].row.exists():
-                        return child
+                    with suppress(psutil.NoSuchProcess):
+                        name = named(child)
+                        if name in files and files[name].begun() and not files[name].row.exists():
+                            return child
             return None
 
         def named(process: psutil.Process) -> str:

@@ -315,7 +315,6 @@ class RunConfig(Section):
         return None if norm is None or eps is None else (norm, eps)
 
     @model_validator(mode="after")
-<<<<<<< HEAD
     def _fits_together(self) -> Self:
         said = {key: getattr(self.attack, key) for key in self.attack.model_fields_set}
         usual = self.objective.build().attack_options
@@ -328,66 +327,3 @@ class RunConfig(Section):
         if found:
             raise problems([problem("rule", text, loc) for loc, text in found])
         return whole
-=======
-    def _fits_together(self) -> RunConfig:
-        problems = check_together(self.attack, self.objective, self.weights)
-        weights, train = self.weights, self.train
-        if weights.name != "none":
-            if weights.warmup_epochs >= train.epochs:
-                problems.append(
-                    f"weights.warmup_epochs is {weights.warmup_epochs} of train.epochs "
-                    f"{train.epochs}, so the weights would never be perturbed. Lower it, or set "
-                    "weights: {name: none}"
-                )
-            elif weights.last_epoch is not None and weights.last_epoch <= weights.warmup_epochs:
-                problems.append(
-                    f"weights.last_epoch is {weights.last_epoch} and weights.warmup_epochs "
-                    f"{weights.warmup_epochs}, so the weights would never be perturbed. Set "
-                    "last_epoch later, or weights: {name: none}"
-                )
-            if weights.chunk is not None and weights.chunk > train.batch_size:
-                problems.append(
-                    f"weights.chunk is {weights.chunk} but train.batch_size only "
-                    f"{train.batch_size}: a chunk is a part of the batch. Choose at most "
-                    f"{train.batch_size}"
-                )
-        if train.average is not None and train.average.start_epoch >= train.epochs:
-            problems.append(
-                f"train.average.start_epoch is {train.average.start_epoch} of train.epochs "
-                f"{train.epochs}, so nothing would be averaged. Start earlier"
-            )
-        warmup = 0 if isinstance(self.schedule, OneCycleConfig) else self.schedule.warmup_epochs
-        if warmup >= train.epochs:
-            problems.append(
-                f"schedule.warmup_epochs is {warmup:g} of train.epochs {train.epochs}, so the base "
-                "learning rate would never be reached. Lower it"
-            )
-        if (
-            isinstance(self.attack, PgdConfig)
-            and self.attack.loss in ("margin", "dlr")
-            and self.data.mix is not None
-        ):
-            problems.append(
-                f"attack.loss {self.attack.loss} is not defined for the mixed labels of data.mix "
-                f"{self.data.mix.name}. Leave data.mix out, or use attack.loss ce or kl"
-            )
-        if self.objective.name == "mart" and self.data.mix is not None:
-            problems.append(
-                f"objective mart is not defined for the mixed labels of data.mix "
-                f"{self.data.mix.name}. Leave data.mix out, or use objective adversarial or trades"
-            )
-        if train.stop_at_loss is not None and not self.monitor.every:
-            problems.append(
-                "train.stop_at_loss is looked for by the monitor, and monitor.every is 0. Set "
-                "monitor.every: 1"
-            )
-        if self.data.validation_samples == 0 and self.monitor.every:
-            problems.append(
-                "monitor.every asks for validation but data.validation_samples is 0, so there "
-                "would be no best checkpoint. Set data.validation_samples, or monitor.every: 0 to "
-                "keep the last checkpoint only"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
->>>>>>> fa0a96b (Studies whose statistics hold, on existing engines)

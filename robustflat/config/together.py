@@ -179,6 +179,12 @@ def _of_the_mix(config: RunConfig) -> Iterator[Conflict]:
 
 
 def _of_the_monitor(config: RunConfig) -> Iterator[Conflict]:
+    if config.train.stop_at_loss is not None and not config.monitor.every:
+        yield _told(
+            "train.stop_at_loss",
+            "train.stop_at_loss is looked for by the monitor, and monitor.every is 0. Set "
+            "monitor.every: 1",
+        )
     if config.data.validation_samples == 0 and config.monitor.every:
         yield _told(
             "monitor.every",

@@ -157,34 +157,14 @@ def _put(values: dict[str, Any], keys: tuple[str, ...], value: Any, place: str) 
 
 def _own_threat(config: RunConfig) -> ThreatConfig | None:
     """That of the training attack."""
-    if config.attack.name == "none":
+    if config.threat is None:
         return None
-    return ThreatConfig(norm=norm_name(parse_norm(config.attack.norm)), eps=config.attack.eps)
+    norm, eps = config.threat
+    return ThreatConfig(norm=norm_name(parse_norm(norm)), eps=eps)
 
 
 def _unmeasurable(study: StudyConfig, config: RunConfig, threat: ThreatConfig | None) -> list[str]:
     """What would only be found out after the training."""
-<<<<<<< HEAD
-    problems = []
-    if config.threat is None:
-        problems.append(
-            "  attack is none, so there is no norm and eps to measure a robust gap at. Configure "
-            "an attack; objective standard trains on clean images all the same."
-        )
-    else:
-        options: dict[str, Any] = dict(config.flatness.options)
-        try:
-            cost(
-                study.measures,
-                1,
-                eps=config.threat[1],
-                norm=config.threat[0],
-                **options,
-            )
-        except UserError as error:
-            problems.append(f"  flatness.options: {error}")
-    return problems
-=======
     if threat is None:
         why = "  attack is none, so there is no norm and eps to measure a robust gap at."
         return [why + " Say them: threat: {norm: linf, eps: 8/255}."]
@@ -199,7 +179,6 @@ def _unmeasurable(study: StudyConfig, config: RunConfig, threat: ThreatConfig | 
         why = "  measures need the package curvlinops, which is not installed."
         return [why + " Run: pip install 'robustflat[curvature]'."]
     return []
->>>>>>> fa0a96b (Studies whose statistics hold, on existing engines)
 
 
 def _level(config: RunConfig, given: Mapping[str, Any], ways: tuple[str, ...]) -> Level:
