@@ -491,9 +491,20 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
             try:
                 value = read_number(text)
             except ValueError:
-                value = {"true": True, "false": False}.get(text.lower(), text)
+                # Lists and mappings are written as in YAML.
+                plain = {"true": True, "false": False}.get(text.lower(), text)
+                value = _yaml(text) if text[:1] in ("[", "{") else plain
         found[name] = value
     return found
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--option: {text!r} is not valid YAML. Quote it for the shell.") from None
 
 
 if __name__ == "__main__":
