@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import pyautoattack
+import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -71,3 +74,20 @@ def linear(classes: int, pixels: tuple[int, int, int], seed: int = 0) -> nn.Sequ
         # Centred: the middle of the box lies on every boundary, so that margins are small.
         layer.bias.copy_(-layer.weight.sum(1) / 2)
     return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+def shorten(monkeypatch: pytest.MonkeyPatch) -> type:
+    """AutoAttack with small budgets, also where it is compared with."""
+    official = pyautoattack.AutoAttack
+
+    class Short(official):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.square.n_queries = 60
+            self.fab.n_iter = 6
+            for attack in (self.apgd, self.apgd_targeted):
+                attack.n_iter = attack.n_iter_orig = 12
+                attack.n_iter_2, attack.n_iter_min, attack.size_decr = 2, 1, 1
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", Short)
+    return Short

@@ -9,7 +9,7 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
-from evaluate_support import held_out, linear, trained
+from evaluate_support import held_out, linear, shorten, trained
 from torch import nn
 
 import robustflat as rf
@@ -22,20 +22,7 @@ from robustflat.perturb import Ball
 
 @pytest.fixture
 def short(monkeypatch):
-    """AutoAttack with small budgets, for both sides of a comparison."""
-    official = pyautoattack.AutoAttack
-
-    class Short(official):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.square.n_queries = 60
-            self.fab.n_iter = 6
-            for attack in (self.apgd, self.apgd_targeted):
-                attack.n_iter = attack.n_iter_orig = 12
-                attack.n_iter_2, attack.n_iter_min, attack.size_decr = 2, 1, 1
-
-    monkeypatch.setattr(pyautoattack, "AutoAttack", Short)
-    return Short
+    return shorten(monkeypatch)
 
 
 def compare(monkeypatch, driver_class, version, norm, eps, *, attacks=None, count=20, batch=8):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluate_support import shorten
 from PIL import Image
 from torch import nn
 from train_support import config, saved, trained
@@ -46,7 +47,7 @@ def bare(num_classes):
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run and its network in every other form; all of them are the same classifier."""
     root = tmp_path_factory.mktemp("subjects")
-    evaluate = {"attacks": ["pgd-2"], "gap_samples": 20, "batch_size": 8}
+    evaluate = {"attacks": ["pgd-2"], "gap_samples": 20, "batch_size": 5}
     data = {"train_samples": 200, "validation_samples": 40}
     folder = trained(root, name="a", train__epochs=8, evaluate=evaluate, data=data,
                      train__average={"name": "swa", "start_epoch": 1})  # fmt: skip
@@ -73,6 +74,7 @@ SAID = ["--data", "digits", "--norm", "linf", "--eps", "0.1"]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path) -> Any:
+    shorten(monkeypatch)
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(str(place))
 
@@ -443,6 +445,12 @@ def test_flatness_and_landscape_take_a_threat(
 # --- several processes, at once or together
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is forked attacks for a short time only."""
+    shorten(monkeypatch)
+
+
 def _evaluate(
     target: Path, home: Path, eps: float, shard: str | None, fatal: int, port: str, rank: int
 ) -> None:
@@ -455,7 +463,7 @@ def _evaluate(
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     subject = open_subject(target, norm="linf", eps=eps, device="cpu", output=home)
     attacks = ["pgd-3", "autoattack:custom=apgd-ce,apgd-t"]
-    wanted = Wanted(attacks=attacks, samples=32, shard=shard, gap_samples=0 if shard else 10)
+    wanted = Wanted(attacks=attacks, samples=24, shard=shard, gap_samples=0 if shard else 10)
     evaluate_subject(subject, wanted, progress, Team.of_torchrun())
 
 
@@ -484,7 +492,7 @@ def outcomes(home: Path, name: str = "outcomes.json") -> Any:
 
 
 def test_a_sharded_evaluation_that_was_killed_goes_on_to_the_same_outcomes(
-    place: Path, tmp_path: Path
+    short: None, place: Path, tmp_path: Path
 ) -> None:
     first = [evaluating(place / "a", tmp_path / "one", shard=f"{i}/2") for i in (1, 2)]
     for process in first:
@@ -494,18 +502,20 @@ def test_a_sharded_evaluation_that_was_killed_goes_on_to_the_same_outcomes(
     assert not outcomes(tmp_path / "two", name)["attacks"][-1]["finished"]
     subject = open_subject(place / "a", norm="linf", eps=0.1, device="cpu", output=tmp_path / "two")
     with pytest.raises(UserError, match="must be 1/1"):
-        evaluate_subject(subject, Wanted(samples=32, merge=True))
+        evaluate_subject(subject, Wanted(samples=24, merge=True))
     second = [evaluating(place / "a", tmp_path / "two", shard=f"{i}/2") for i in (1, 2)]
     for process in second:
         ended(process)
     for part in (1, 2):
         name = f"outcomes-{part}-of-2.json"
         assert outcomes(tmp_path / "one", name) == outcomes(tmp_path / "two", name)
-    found = evaluate_subject(subject, Wanted(samples=32, merge=True, gap_samples=0))
-    assert found["checkpoints"]["best"]["test"]["count"] == 32
+    found = evaluate_subject(subject, Wanted(samples=24, merge=True, gap_samples=0))
+    assert found["checkpoints"]["best"]["test"]["count"] == 24
 
 
-def test_commands_at_once_on_one_home_lose_nothing(place: Path, tmp_path: Path) -> None:
+def test_commands_at_once_on_one_home_lose_nothing(
+    short: None, place: Path, tmp_path: Path
+) -> None:
     both = [evaluating(place / "a", tmp_path / "home", eps) for eps in (0.1, 0.05, 0.1)]
     for process in both:
         ended(process)
@@ -535,7 +545,7 @@ def test_files_written_at_once_are_whole_and_no_change_is_lost(tmp_path: Path) -
         assert [i for who, i in content if who == name] == list(range(25))
 
 
-def test_processes_together_find_what_one_finds(place: Path, tmp_path: Path) -> None:
+def test_processes_together_find_what_one_finds(short: None, place: Path, tmp_path: Path) -> None:
     def pair(home: Path, fatal: int = 0) -> list[Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
