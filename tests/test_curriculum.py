@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import inputs as ref
 from reference.nets import images, mlp
-from train_support import config, rows, same_run, saved, trained
+from train_support import config, rows, same_run, saved, stopped, trained
 
 import robustflat as rf
 from robustflat.config.schema import AlarmConfig
@@ -53,6 +53,8 @@ def test_nfgsm_reduces_to_fgsm_and_to_nothing() -> None:
     alone, fgsm = rf.nfgsm(eps=0.1, noise=0.0), rf.fgsm(eps=0.1)
     assert torch.equal(alone(model, x, y), fgsm(model, x, y))
     assert torch.equal(rf.nfgsm(eps=0.0)(model, x, y), x)
+    with pytest.raises(ValueError, match="cannot climb loss='kl' from start='zero'"):
+        rf.nfgsm(noise=0.0, loss="kl")
     with pytest.raises(ValueError, match="noise must be finite and >= 0, got -1"):
         rf.nfgsm(noise=-1.0)
 
@@ -166,29 +168,10 @@ def test_a_run_with_a_curriculum_uses_and_resumes_it(tmp_path: Path) -> None:
     folder, _ = train(part)
     for file in (folder.last, folder.best):
         file.unlink()
-    trainer = stopped(part, folder, epoch=2)
-    assert trainer.epoch == 2
+    assert stopped(part, folder, after=9).epoch == 2
     folder, finished = train(part, resume=True)
     assert finished
     same_run(whole, folder)
-
-
-def stopped(asked: Any, folder: RunFolder, epoch: int) -> Trainer:
-    """A run that was asked to stop at the first step after ``epoch`` epochs."""
-    from robustflat.train.setup import load_data
-
-    class Stop:
-        def on_start(self, epochs: int, steps: int, done: int) -> None: ...
-        def on_step(self, at: int, step: int) -> None:
-            trainer.stop_requested = at == epoch
-
-        def on_epoch(self, row: dict[str, Any]) -> None: ...
-        def on_end(self) -> None: ...
-
-    cpu = torch.device("cpu")
-    trainer = Trainer(asked, load_data(asked), cpu, folder=folder, listeners=[Stop()])
-    assert not trainer.run()
-    return trainer
 
 
 # --- the alarm ------------------------------------------------------------------------------
@@ -313,7 +296,7 @@ def test_going_back_is_resumed_exactly_and_happens_once(
     part = config(tmp_path / "b", **ALARMED, train__alarm=alarm)
     folder = RunFolder(tmp_path / "b" / "run")
     folder.prepare(part, resume=False)
-    stopped(part, folder, epoch=4)
+    assert stopped(part, folder, after=21).epoch == 4
     assert saved(folder.last)["alarm"]["raised"]["epoch"] == 3
     folder, finished = train(part, resume=True)
     assert finished

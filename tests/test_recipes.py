@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from train_support import config, rows, same_run, saved, trained
+from train_support import config, rows, same_run, saved, stopped, trained
 
 from robustflat.objectives import Objective
-from robustflat.train import Trainer, train
+from robustflat.train import train
 from robustflat.train.folder import RunFolder
 from robustflat.train.optim import one_cycle
 from robustflat.train.setup import load_data
@@ -25,20 +25,7 @@ def stopped_and_resumed(output: Path, after: int, **changes: Any) -> RunFolder:
     asked = config(output, **changes)
     folder = RunFolder(output / "run")
     folder.prepare(asked, resume=False)
-
-    class Stop:
-        taken = 0
-
-        def on_start(self, epochs: int, steps: int, done: int) -> None: ...
-        def on_step(self, epoch: int, step: int) -> None:
-            self.taken += 1
-            trainer.stop_requested = self.taken == after
-
-        def on_epoch(self, row: dict[str, Any]) -> None: ...
-        def on_end(self) -> None: ...
-
-    trainer = Trainer(asked, load_data(asked), CPU, folder=folder, listeners=[Stop()])
-    assert not trainer.run()
+    stopped(asked, folder, after)
     folder, finished = train(asked, resume=True)
     assert finished
     return folder

@@ -16,8 +16,9 @@ import yaml
 
 import robustflat
 from robustflat.config import RunConfig, check_config
-from robustflat.train import train
+from robustflat.train import Trainer, train
 from robustflat.train.folder import RunFolder
+from robustflat.train.setup import load_data
 
 BASE: dict[str, Any] = {
     "name": "run",
@@ -60,6 +61,26 @@ def trained(output: Path, *, resume: bool = False, **changes: Any) -> RunFolder:
     folder, finished = train(config(output, **changes), resume=resume)
     assert finished
     return folder
+
+
+def stopped(asked: RunConfig, folder: RunFolder, after: int) -> Trainer:
+    """A run that was asked to stop after so many steps."""
+
+    class Stop:
+        taken = 0
+
+        def on_start(self, epochs: int, steps: int, done: int) -> None: ...
+        def on_step(self, epoch: int, step: int) -> None:
+            self.taken += 1
+            trainer.stop_requested = self.taken == after
+
+        def on_epoch(self, row: dict[str, Any]) -> None: ...
+        def on_end(self) -> None: ...
+
+    cpu = torch.device("cpu")
+    trainer = Trainer(asked, load_data(asked), cpu, folder=folder, listeners=[Stop()])
+    assert not trainer.run()
+    return trainer
 
 
 def saved(path: Path) -> dict[str, Any]:

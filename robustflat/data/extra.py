@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,17 @@ def load_extra(
     stored = [shard.pixels for shard in shards if isinstance(shard.pixels, StoredArray)]
     images: Images
     if stored:
-        # A byte a label where that is enough: 20 million of int64 would be 160 MB.
-        small = np.uint8 if num_classes <= 256 else np.int32
-        labels = torch.from_numpy(np.concatenate([s.labels.astype(small) for s in shards]))
-        images = ShardImages(stored, labels)
+        parts = [shard.labels for shard in shards]
+        labels = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        images = ShardImages(stored, torch.from_numpy(labels))
     else:
         # torch warns of arrays it may not write to, as some pickles hold; only those are copied.
         # The rest is a view: copying into [N, C, H, W] would double the memory.
         pixels = np.require(shards[0].pixels, requirements="W")
-        labels = torch.from_numpy(shards[0].labels.astype(np.int64))
-        images = MemoryImages(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
+        images = MemoryImages(
+            torch.from_numpy(pixels).permute(0, 3, 1, 2),
+            torch.from_numpy(shards[0].labels.astype(np.int64)),
+        )
     if samples is None:
         return images
     return images.subset(balanced(images.labels, samples, seed=seed))
@@ -124,7 +125,10 @@ def _shards(path: Path) -> list[_Shard]:
 
 
 def _checked(shard: _Shard, shape: tuple[int, int, int], num_classes: int) -> _Shard:
-    """Refuse images and labels that do not fit the labelled ones."""
+    """Refuse what does not fit the labelled images; keep the labels in a byte where that will do.
+
+    20 million of int64 would be 160 MB.
+    """
     (path, pixels, labels) = (shard.path, shard.pixels, shard.labels)
     (channels, height, width) = shape
     wanted = (height, width, channels)
@@ -141,7 +145,8 @@ def _checked(shard: _Shard, shape: tuple[int, int, int], num_classes: int) -> _S
     if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         found = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
         raise UserError(f"The labels of {path} must lie in 0 to {num_classes - 1}, got {found}.")
-    return shard
+    small = np.uint8 if num_classes <= 256 else np.int32
+    return replace(shard, labels=labels.astype(small, copy=False))
 
 
 def _read_npz(path: Path, *, shard: bool = False) -> _Shard:
