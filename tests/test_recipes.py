@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from train_support import config, rows, same_run, saved, stopped, trained
 
+from robustflat.errors import UserError
 from robustflat.objectives import Objective
 from robustflat.train import train
 from robustflat.train.folder import RunFolder
@@ -58,6 +59,12 @@ def test_an_objective_with_a_memory_resumes_exactly(
     same_run(whole, part)
     state = saved(whole.last)["objective"]
     assert any(v is not None for v in state.values())
+
+
+def test_an_average_that_would_never_begin_is_refused() -> None:
+    config(objective={"name": "rebat", "start_epoch": 1})
+    with pytest.raises(UserError, match=r"objective.start_epoch is 2 of train.epochs 2, so rebat"):
+        config(objective={"name": "rebat", "start_epoch": 2})
 
 
 class Told(Objective):

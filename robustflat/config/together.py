@@ -151,6 +151,13 @@ def _of_the_lengths(config: RunConfig) -> Iterator[Conflict]:
             f"train.average.start_epoch is {average.start_epoch} of train.epochs {epochs}, so "
             "nothing would be averaged. Start earlier",
         )
+    start = getattr(config.objective, "start_epoch", 0)
+    if isinstance(start, int) and start >= epochs:
+        text = (
+            f"objective.start_epoch is {start} of train.epochs {epochs}, so "
+            f"{config.objective.name} would never begin. Start earlier"
+        )
+        yield ("objective", "start_epoch"), text
     warmup = getattr(config.schedule, "warmup_epochs", 0)
     if warmup >= epochs:
         yield _told(
