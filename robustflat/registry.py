@@ -55,7 +55,7 @@ class Kind:
             entry = self._mapping[name]
             found: Callable[..., Any] = imported(entry) if isinstance(entry, str) else entry
             return found
-        if is_plugin(name):
+        if is_plugin(name) and any(known.startswith("package") for known, _ in self.also):
             return imported(name, self.one)
         near = difflib.get_close_matches(name, self._mapping, n=1)
         valid = ", ".join([*self._mapping, *(n for n, _ in self.also)])
@@ -122,7 +122,21 @@ weights = Kind(
     "weights",
     "weight perturbation",
     {n: _PERTURB + attribute for n, attribute in _WEIGHTS.items()},
-    needs=("backward", "is_off", "passes"),
+    needs=(
+        "backward",
+        "is_off",
+        "passes",
+        "wants_rows",
+        "splits",
+        "least_rows",
+        "remembers",
+        "parameters",
+        "batches",
+        "scaled",
+        "synchronised",
+        "state_dict",
+        "load_state_dict",
+    ),
 )
 attacks = Kind(
     "attack",
@@ -147,9 +161,10 @@ optimizers = Kind(
     "optimizer",
     "robustflat.train.optim:OPTIMIZERS",
     offered=("params", "foreach", "fused", "capturable", "differentiable", "maximize"),
+    needs=("param_groups", "step", "zero_grad", "state_dict", "load_state_dict"),
 )
-schedules = Kind("schedule", "schedule", "robustflat.train.optim:SCHEDULES")
-averages = Kind("average", "average", "robustflat.train.averaging:AVERAGES")
+schedules = Kind("schedule", "schedule", "robustflat.train.optim:SCHEDULES", needs=("__call__",))
+averages = Kind("average", "average", "robustflat.train.averaging:AVERAGES", also=())
 augmentations = Kind(
     "augment", "augmentation", {"standard": "robustflat.data:Augment"}, needs=("__call__",)
 )
@@ -169,6 +184,7 @@ listeners = Kind(
     "listener",
     {"tensorboard": "robustflat.report.tensorboard:TensorBoard"},
     offered=("folder",),
+    needs=("on_start", "on_step", "on_epoch", "on_end"),
 )
 data = Kind("data", "data set", "robustflat.data:DESCRIPTIONS", also=())
 scales = Kind("scales", "scale", "robustflat.perturb:SCALES", also=())

@@ -329,3 +329,87 @@ def test_runs_remember_across_a_break(name: str, tmp_path: Any) -> None:
     state = saved(whole.last)["weights"]
     assert state["steps"] == 3 * 4
     assert state["tensors"]
+
+
+# --- bounds, wrappers, and what the review of exactness asks for
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: rf.fsam(lmbda=2), "fsam's lmbda must be <= 1, got 2"),
+        (lambda: rf.fsam(sigma=-1), "fsam's sigma must be >= 0"),
+        (lambda: rf.vasso(theta=3), "theta"),
+        (lambda: rf.momentum_sam(momentum=1), "momentum must be < 1"),
+        (lambda: rf.gam(beta1=4), "beta1"),
+        (lambda: rf.gnp(alpha=1.5), "alpha"),
+        (lambda: rf.esam(gamma=-1), "gamma"),
+        (lambda: rf.esam(beta=0), "beta"),
+        (lambda: rf.zsharp(quantile=1.5), "quantile"),
+        (lambda: rf.rwp(threshold=-1), "threshold"),
+        (lambda: rf.rwp_mix(alpha=2), "alpha"),
+        (lambda: rf.looksam(every=0), "every"),
+        (lambda: rf.msam(rf.msam(rf.sam(), 2), 2), "wrapper"),
+        (lambda: rf.nsam(rf.msam(rf.sam(), 2), 2), "wrapper"),
+        (lambda: rf.nsam(rf.nsam(rf.sam(), 3), 2), "wrapper"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("make", [rf.no_perturbation, lambda: rf.sam(0.0), lambda: rf.looksam()])
+def test_buffers_survive_an_error_where_nothing_is_perturbed(make: Callable[[], Any]) -> None:
+    model, weights = conv_bn(), make()
+    if weights.remembers:
+        walk(model, weights, range(1))
+    before = [b.clone() for b in model.buffers()]
+
+    def loss() -> Tensor:
+        model(images(6)[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        weights.backward(loss, model)
+    assert equal(list(model.buffers()), before)
+
+
+def test_an_overflow_of_what_is_not_moved_is_not_remembered_either() -> None:
+    model = conv_bn(dtype=torch.float32)
+    weights = rf.fsam(0.1, parameters="norm")
+    x, y = images(6, dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def loss() -> Tensor:
+        # A gradient of the last layer alone that is too large for its scale.
+        return F.cross_entropy(model(x), y) + model[-1].bias.sum() * 1e36
+
+    weights.backward(loss, model, scaler=scaler)
+    assert weights.state_dict()["steps"] == 0
+
+
+def test_a_copy_is_kept_only_where_it_is_needed() -> None:
+    model, (x, y) = conv_bn(), images(6)
+    seen: list[int] = []
+    for weights in (rf.zsharp(0.1), rf.esam(0.1), rf.sam(0.1), rf.gnp(0.1)):
+        calls = 0
+
+        def loss() -> Tensor:
+            nonlocal calls
+            calls += 1
+            rows = F.cross_entropy(model(x), y, reduction="none")
+            if calls == 2:
+                import gc
+
+                shape = (model[0].weight.shape, torch.float64)
+                kept = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+                seen.append(
+                    len({t.data_ptr() for t in kept if (t.shape, t.dtype) == shape and t.numel()})
+                )
+            return rows
+
+        model.zero_grad()
+        weights.backward(loss, model)
+    zsharp, esam, sam, gnp = seen
+    assert zsharp == esam == sam == gnp - 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_support import config, python, saved, trained, write
+from train_support import config, python, rows, saved, trained, write
 
 import robustflat as rf
 from robustflat import registry
@@ -29,6 +29,7 @@ from robustflat.config.schema import (
     Schedule,
     Weights,
 )
+from robustflat.errors import UserError
 from robustflat.registry import KINDS, Kind
 
 
@@ -250,8 +251,9 @@ def test_every_weight_perturbation_says_its_source_its_cost_and_its_defaults() -
 
 
 def test_where_sections_are_chosen_by_name() -> None:
-    found = set(choices(RunConfig))
-    assert {("weights",), ("attack",), ("train", "average"), ("data", "augment")} <= found
+    found = dict(choices(RunConfig))
+    assert {("weights",), ("attack",), ("train", "average"), ("data", "augment")} <= set(found)
+    assert found[("weights",)].kind is registry.weights
     assert ("data",) not in found
 
 
@@ -259,9 +261,15 @@ def test_another_name_replaces_the_section(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", weights={"name": "awp", "gamma": 0.5, "when": {"every": 3}})
     plain = read_config(path, ["weights.name=none"])
     assert plain.weights.name == "none"
-    assert plain.weights.when.every == 1
+    assert plain.weights.when.every == 3  # which belongs to no name
     other = read_config(path, ["weights.name=sam", "weights.rho=0.25"])
     assert (other.weights.name, other.weights.rho) == ("sam", 0.25)
+    # The same name changes nothing, and a key may come before it.
+    assert read_config(path, ["weights.name=awp"]).weights.gamma == 0.5
+    other = read_config(path, ["weights.rho=0.25", "weights.name=sam"])
+    assert (other.weights.name, other.weights.rho) == ("sam", 0.25)
+    path = write(tmp_path / "d.yaml", weights="sam")
+    assert read_config(path, ["weights.rho=0.25"]).weights.rho == 0.25
     # But not where a name is only a name.
     assert read_config(path, ["data.name=mnist5k"]).data.train_samples == 60
 
@@ -310,8 +318,24 @@ def mean_weight(subject, options, loss, name):
     flat = torch.cat([p.detach().flatten() for p in subject.model.parameters()])
     return Figure(value=float(flat.mean()))
 
-def broken(x: int): raise RuntimeError("on purpose")
+def broken(x: int = 1): raise RuntimeError("on purpose")
 def nothing(): return 3
+def reserved(step: int = 1): return rf.sam()
+def called_name(name: str = "x"): return rf.sam()
+def unsayable(f=print): return rf.sam()
+def no_generator(): return lambda model, x, y: x
+def without_lr(params):
+    groups = list(params)
+    groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
+    return torch.optim.SGD([{**group, "lr": 0.25} for group in groups], lr=0.5)
+
+class Bare(rf.Perturbation):
+    """The least that a perturbation of one's own is."""
+    name = "bare"
+    def backward(self, loss, model, *, rows=None, generator=None, scaler=None, step=None):
+        value = loss()
+        value.backward()
+        return value.detach()
 '''
 
 
@@ -378,6 +402,10 @@ def test_one_s_own_perturbation_is_sam(own: str, tmp_path: Path) -> None:
         ("{own}:nothing", ("must return weight perturbations", "got int")),
         ("avp", ("Did you mean 'awp'",)),
         ("os:getcwd", ("must return weight perturbations",)),
+        ("{own}:broken", ("could not be made: RuntimeError: on purpose",)),
+        ("{own}:reserved", ("argument called step", "Rename it")),
+        ("{own}:called_name", ("argument called name", "Rename it")),
+        ("{own}:unsayable", ("default <built-in function print>", "YAML cannot say")),
     ],
 )
 def test_what_is_no_perturbation_is_told(own: str, name: str, words: tuple[str, ...]) -> None:
@@ -386,6 +414,47 @@ def test_what_is_no_perturbation_is_told(own: str, name: str, words: tuple[str, 
     assert "weights" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_least_perturbation_of_one_s_own_is_sgd(own: str, tmp_path: Path) -> None:
+    mine = trained(tmp_path, name="mine", weights=f"{own}:Bare")
+    plain = trained(tmp_path, name="plain", weights="none")
+    for a, b in zip(
+        saved(mine.last)["model"].values(), saved(plain.last)["model"].values(), strict=True
+    ):
+        assert torch.equal(a, b)
+    with pytest.raises(ConfigError, match="climbs in each process by itself"):
+        config(weights={"name": f"{own}:Bare", "step": {"sync": "global"}})
+
+
+def test_others_of_one_s_own_that_cannot_work_are_told(own: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must return listeners"):
+        config(listeners=[f"{own}:nothing"]).listeners[0].build()
+    with pytest.raises(ConfigError, match="must return optimizers"):
+        config(optimizer=f"{own}:nothing")
+    with pytest.raises(ConfigError, match="must return schedules"):
+        config(schedule=f"{own}:nothing")
+    with pytest.raises(ConfigError, match="is unknown"):
+        config(train__average=f"{own}:nothing")
+    for said, words in (
+        ({"attack": f"{own}:no_generator"}, "take a random generator by name"),
+        ({"optimizer": "muon"}, "muon cannot train this model"),
+        ({"optimizer": {"name": "torch.optim:LBFGS"}}, "evaluates the loss by itself"),
+    ):
+        if said["optimizer" if "optimizer" in said else "attack"] == "muon" and not hasattr(
+            torch.optim, "Muon"
+        ):
+            continue
+        with pytest.raises(UserError, match=words):
+            trained(tmp_path, **said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_s_own_rates_are_what_the_schedule_multiplies(
+    own: str, tmp_path: Path
+) -> None:
+    folder = trained(tmp_path, optimizer=f"{own}:without_lr", schedule=f"{own}:schedule")
+    assert rows(folder)[-1]["lr"] == 0.125
 
 
 def test_keys_of_one_s_own_are_checked_too(own: str) -> None:

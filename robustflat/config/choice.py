@@ -24,7 +24,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from robustflat import registry
-from robustflat.config.values import Integer, NormName, Number, Section, problem, problems
+from robustflat.config.values import (
+    Integer,
+    NormName,
+    Number,
+    Section,
+    problem,
+    problems,
+    short,
+)
 from robustflat.errors import UserError
 from robustflat.perturb import WeightPerturbation
 from robustflat.perturb.ball import Norm
@@ -56,10 +64,16 @@ class Built(Section):
         factory = self.kind.find(self.name)
         taken = inspect.signature(factory).parameters
         own = {key: getattr(self, key) for key in self.own}
-        built = factory(
-            **{k: v for k, v in offered.items() if k in taken},
-            **{k: v.build() if isinstance(v, Built) else v for k, v in own.items()},
-        )
+        given = {k: v for k, v in offered.items() if k in taken}
+        given |= {k: v.build() if isinstance(v, Built) else v for k, v in own.items()}
+        try:
+            built = factory(**given)
+        except ValueError:  # which says what is wrong
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.name} could not be made: {type(error).__name__}: {error}."
+            ) from error
         lacks = [needed for needed in self.kind.needs if not hasattr(built, needed)]
         if lacks and not (built is None and self.name == "none"):
             raise UserError(
@@ -119,10 +133,10 @@ class Choice:
         if not isinstance(name, str):
             raise problems([problem("told", "must be a name", ("name",), name)])
         try:
-            factory = self.kind.find(name)
+            made = section(self.kind.find(name), name, self.kind, self.base)
         except UserError as error:
             raise problems([problem("unknown_name", str(error), ("name",))]) from None
-        return section(factory, name, self.kind, self.base).model_validate({**value, "name": name})
+        return made.model_validate({**value, "name": name})
 
 
 @cache
@@ -143,6 +157,7 @@ def section(factory: Callable[..., Any], name: str, kind: Kind, base: type[Built
             continue
         if parameter.name in kind.offered:
             continue
+        _check_key(name, parameter, base)
         default = ... if parameter.default is parameter.empty else parameter.default
         keys[parameter.name] = (_readable(hints.get(parameter.name, Any)), default)
     made = create_model(name, __base__=base, __doc__=inspect.getdoc(factory), **keys)
@@ -150,11 +165,33 @@ def section(factory: Callable[..., Any], name: str, kind: Kind, base: type[Built
     return made
 
 
-def choices(schema: type[BaseModel], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The key paths of a schema at which a :class:`Choice` stands."""
+def _check_key(name: str, parameter: inspect.Parameter, base: type[Built]) -> None:
+    """Refuse what a section cannot have as a key.
+
+    Raises:
+        UserError: if the name is taken, or the default is nothing that YAML can say.
+    """
+    if hasattr(base, parameter.name) or parameter.name in base.model_fields:
+        raise UserError(
+            f"{name} has an argument called {parameter.name}, which every section has a meaning "
+            "for already. Rename it."
+        )
+    plain = (bool, int, float, str, tuple, list, dict, type(None))
+    if parameter.default is not parameter.empty and not isinstance(parameter.default, plain):
+        raise UserError(
+            f"{name} has the default {short(parameter.default)} for {parameter.name}, which YAML "
+            "cannot say. Use None, a number, a text or a list."
+        )
+
+
+def choices(
+    schema: type[BaseModel], at: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Choice]]:
+    """The key paths of a schema at which a :class:`Choice` stands, and which."""
     for key, field in schema.model_fields.items():
-        if any(isinstance(m, Choice) for m in _flat(field.annotation, field.metadata)):
-            yield (*at, key)
+        found = [m for m in _flat(field.annotation, field.metadata) if isinstance(m, Choice)]
+        if found:
+            yield (*at, key), found[0]
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from choices(field.annotation, (*at, key))
 

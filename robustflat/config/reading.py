@@ -18,8 +18,8 @@ from robustflat.files import write_whole
 Path_ = tuple[str | int, ...]
 Schema = TypeVar("Schema", bound=BaseModel)
 
-# Where another name means other keys, so that none of the former may stay.
-_CHOSEN = set(choices(RunConfig))
+# Where a name says which keys there are.
+_CHOSEN = dict(choices(RunConfig))
 
 
 class ConfigError(UserError):
@@ -40,7 +40,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     values, places = parse(read_text(path), str(path))
-    for override in overrides:
+    # Names first: a key said before its section's name is one of that name all the same.
+    for override in sorted(overrides, key=lambda o: not _names_a_section(o)):
         apply_override(override, values, places)
     return check_config(values, places, str(path))
 
@@ -182,7 +183,9 @@ def _walk(
 
 
 def apply_override(override: str, values: dict[str, Any], places: dict[Path_, str]) -> None:
-    """Put "key.path=value" into ``values``; another ``name`` replaces a section made for a name.
+    """Put "key.path=value" into ``values``.
+
+    Another ``name`` replaces the keys of a section that belong to its name.
 
     Raises:
         ConfigError: if it is not of that form, or goes below what is no mapping.
@@ -202,13 +205,15 @@ def apply_override(override: str, values: dict[str, Any], places: dict[Path_, st
             "and write mappings as '{key: value}'."
         ) from None
     _note_places(node, keys, {}, f"override {override}")
-    if keys[-1] == "name" and keys[:-1] in _CHOSEN:
-        keys, value = keys[:-1], value if value is None else {"name": value}
+    if _names_a_section(override):
+        keys, value = keys[:-1], _renamed(keys[:-1], value, values)
     target = values
     for depth, key in enumerate(keys[:-1]):
         inner = target.get(key)
         if inner is None:
             inner = {}
+        if isinstance(inner, str) and keys[: depth + 1] in _CHOSEN:
+            inner = {"name": inner}
         if not isinstance(inner, dict):
             raise ConfigError(
                 f"The override {override!r} goes below {'.'.join(keys[: depth + 1])}, which is "
@@ -220,6 +225,23 @@ def apply_override(override: str, values: dict[str, Any], places: dict[Path_, st
     for place in [p for p in places if p[: len(keys)] == keys]:
         del places[place]
     places[keys] = f"override {override}"
+
+
+def _names_a_section(override: str) -> bool:
+    keys = tuple(override.partition("=")[0].split("."))
+    return keys[-1] == "name" and keys[:-1] in _CHOSEN
+
+
+def _renamed(at: Path_, name: Any, values: dict[str, Any]) -> Any:
+    """The section at ``at`` under another name: what every name of the kind has stays."""
+    found: Any = values
+    for key in at:
+        found = found.get(key) if isinstance(found, dict) else None
+    before = {"name": found} if isinstance(found, str) else found
+    if not isinstance(before, dict) or before.get("name") == name:
+        return {**(before if isinstance(before, dict) else {}), "name": name}
+    common = _CHOSEN[tuple(map(str, at))].base.model_fields
+    return {k: v for k, v in before.items() if k in common} | {"name": name}
 
 
 def _explain(problem: Any, places: dict[Path_, str], source: str) -> str:

@@ -112,8 +112,8 @@ def _of_the_weights(config: RunConfig) -> Iterator[Conflict]:
             f"{config.train.batch_size}: a chunk is a part of the batch. Choose at most "
             f"{config.train.batch_size}",
         )
-    one_batch = built.least_rows == 1 and built.batches == 1
-    if step.at == "perturbed" and built.least_rows > 1:
+    one_batch = not built.splits and built.batches == 1
+    if step.at == "perturbed" and built.splits:
         yield _told(
             "weights.step.at",
             f"weights.step.at is perturbed, but {weights.name} gives every part of the batch its "

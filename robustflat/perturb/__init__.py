@@ -6,6 +6,7 @@ from robustflat.perturb.chunks import msam
 from robustflat.perturb.displace import buffers_kept, displaced, kept
 from robustflat.perturb.inputs import InputPerturbation, attack_losses, fgsm, nfgsm, no_attack, pgd
 from robustflat.perturb.modes import attack_mode, evaluating
+from robustflat.perturb.perturbation import Perturbation
 from robustflat.perturb.presets import (
     amp,
     asam,
@@ -30,7 +31,7 @@ from robustflat.perturb.presets import (
     zsharp,
 )
 from robustflat.perturb.scales import SCALES, select
-from robustflat.perturb.weights import Perturbation, WeightPerturbation
+from robustflat.perturb.weights import WeightPerturbation
 
 __all__ = [
     "SCALES",

@@ -13,13 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from robustflat.bounds import Count
 from robustflat.perturb import gradients
-from robustflat.perturb.weights import Sync, WeightPerturbation
+from robustflat.perturb.perturbation import Perturbation, Sync
+from robustflat.perturb.weights import WeightPerturbation
 
 RowLoss = Callable[[slice], Tensor]
 
 
 @dataclass(frozen=True)
-class msam:  # noqa: N801 - a constructor of the library's surface, like rf.sam
+class msam(Perturbation):  # noqa: N801 - a constructor of the library's surface, like rf.sam
     """mSAM: perturb for each chunk of ``chunk`` rows separately and average the gradients.
 
     m-sharpness as in Foret et al. 2021, section 4.1, in one process: the chunks run one after
@@ -44,22 +45,22 @@ class msam:  # noqa: N801 - a constructor of the library's surface, like rf.sam
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise ValueError(f"msam needs chunk >= 1 rows, got {self.chunk}.")
+        inner = self.inner
+        single = isinstance(inner, WeightPerturbation)
         reasons = {
-            f"climbs {self.inner.batches} batches at once": self.inner.batches > 1,
-            "remembers one perturbation a step, and every chunk makes one": self.inner.remembers,
-            "climbs the loss of all processes (sync='global')": self.inner.sync == "global",
+            "is a wrapper already": not single,
+            f"climbs {inner.batches} batches at once": inner.batches > 1,
+            "remembers one perturbation a step, and every chunk makes one": inner.remembers,
+            "climbs the loss of all processes (sync='global')": single and inner.sync == "global",
         }
         for reason, holds in reasons.items():
             if holds:
                 raise ValueError(
-                    f"msam splits one batch, and {self.inner.name} {reason}: the two contradict "
-                    "each other. Use one of them."
+                    f"msam splits one batch, and {inner.name} {reason}: the two contradict each "
+                    "other. Use one of them."
                 )
-
-    @property
-    def name(self) -> str:
-        """As reports call it."""
-        return f"msam-{self.inner.name}"
+        object.__setattr__(self, "name", f"msam-{inner.name}")
+        object.__setattr__(self, "parameters", inner.parameters)
 
     @property
     def is_off(self) -> bool:
@@ -77,24 +78,14 @@ class msam:  # noqa: N801 - a constructor of the library's surface, like rf.sam
         return self.inner.passes
 
     @property
-    def batches(self) -> int:
-        """One: the batch that is split."""
-        return 1
+    def splits(self) -> bool:
+        """Every chunk has perturbed weights of its own."""
+        return True
 
     @property
     def least_rows(self) -> int:
         """A chunk is part of the batch."""
         return self.chunk
-
-    @property
-    def remembers(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def parameters(self) -> str:
-        """The selection of weights that are moved."""
-        return self.inner.parameters
 
     def scaled(self, factor: float) -> msam:
         """The same with ``factor`` times the radius."""
@@ -103,14 +94,6 @@ class msam:  # noqa: N801 - a constructor of the library's surface, like rf.sam
     def synchronised(self, sync: Sync) -> msam:
         """The same with another ``sync``; only "local" goes with chunks."""
         return replace(self, inner=self.inner.synchronised(sync))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing is remembered."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing is remembered."""
-        self.inner.load_state_dict(state)
 
     def backward(
         self,
@@ -156,13 +139,12 @@ class msam:  # noqa: N801 - a constructor of the library's surface, like rf.sam
             with gradients.unsynchronised(model):
                 while rows is None or start < rows:
                     chunk = slice(start, start + self.chunk)
-                    with gradients.set_aside(model):
-                        value = self.inner.backward(
-                            lambda chunk=chunk: closure(chunk),
-                            model,
-                            generator=generator,
-                            scaler=scaler,
-                        )
+                    value = self.inner.backward(
+                        lambda chunk=chunk: closure(chunk),
+                        model,
+                        generator=generator,
+                        scaler=scaler,
+                    )
                     rows = self._checked(rows if rows is not None else seen.rows)
                     share = (min(chunk.stop, rows) - start) / rows
                     values.append(value * share)

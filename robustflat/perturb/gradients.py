@@ -41,7 +41,8 @@ def average(tensors: list[Tensor]) -> None:
     """Replace tensors by their means over all processes."""
     for tensor in tensors:
         dist.all_reduce(tensor)
-    torch._foreach_div_(tensors, dist.get_world_size())
+    if tensors:
+        torch._foreach_div_(tensors, dist.get_world_size())
 
 
 def average_grads(model: nn.Module) -> None:

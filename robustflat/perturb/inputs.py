@@ -226,8 +226,8 @@ def pgd(
         eps: radius of the ball, in image units.
         steps: gradient steps.
         step_size: in image units; 2.5 * eps / steps if None.
-        start: "uniform" in the ball, "sphere", "zero" or "normal" (0.001 times a standard normal,
-            as in TRADES and MART).
+        start: "uniform" in the ball, "sphere", "zero", "normal" (0.001 times a standard normal, as
+            in TRADES and MART) or "gaussian" (eps times one, not projected before the first step).
         loss: "ce", "kl", "margin" or "dlr".
         restarts: independent starts, the best kept for each image.
         mode: "eval" or "batch".

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,82 +17,21 @@ from robustflat.perturb.ascent import Ascent, check_projection, maximise
 from robustflat.perturb.ball import Ball
 from robustflat.perturb.displace import Move, buffers_kept, displaced
 from robustflat.perturb.memory import Choice, Memory, Rule, Trail
+from robustflat.perturb.perturbation import Loss, Perturbation, Sync
 from robustflat.perturb.scales import Scale, check_selection, one, select
 
 Statistics = Literal["perturbed", "centre", "both"]
 STATISTICS: tuple[Statistics, ...] = ("perturbed", "centre", "both")
-Sync = Literal["local", "global"]
-Loss = Callable[..., Tensor]
-
-
-class Perturbation(Protocol):
-    """What the trainer, and any loop, asks of a weight perturbation, wrapped or not."""
-
-    @property
-    def name(self) -> str:
-        """As reports call it."""
-
-    @property
-    def is_off(self) -> bool:
-        """Whether nothing is perturbed and nothing extra computed."""
-
-    @property
-    def wants_rows(self) -> bool:
-        """Whether the closure must return one loss a row, ``[N]``, because examples are chosen."""
-
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes of the next :meth:`backward`; the last is the descent."""
-
-    @property
-    def batches(self) -> int:
-        """How many batches a step looks at; the first is descended."""
-
-    @property
-    def least_rows(self) -> int:
-        """The smallest batch it can work on."""
-
-    @property
-    def remembers(self) -> bool:
-        """Whether a step depends on the steps before it, so that this object serves one model."""
-
-    @property
-    def parameters(self) -> str:
-        """The selection of weights that it moves."""
-
-    def backward(
-        self,
-        loss: Loss,
-        model: nn.Module,
-        *,
-        rows: int | None = None,
-        generator: torch.Generator | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-        step: Callable[[], object] | None = None,
-    ) -> Tensor:
-        """Add the gradient at the perturbed weights to ``.grad``; return the loss there."""
-
-    def scaled(self, factor: float) -> Perturbation:
-        """The same method, its memory included, with ``factor`` times the radius."""
-
-    def synchronised(self, sync: Sync) -> Perturbation:
-        """The same method with another ``sync``."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it remembers from step to step."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightPerturbation:
+class WeightPerturbation(Perturbation):
     """The worst weights near the present ones, and the gradient there.
 
     The perturbation is delta = T * u with u in ``ball``; the ascent climbs the very closure whose
     gradient is then taken. It is a gradient estimator, not an optimizer: after :meth:`backward`
-    take the step of any optimizer. An object that remembers (``remember`` or ``every``) serves one
-    model; with another it begins anew.
+    take the step of any optimizer. An object that remembers (``remember``, ``counts``, ``every``)
+    serves one model; with another it begins anew.
 
     Args:
         name: as YAML and reports call it.
@@ -106,8 +45,8 @@ class WeightPerturbation:
         direction: what to climb along in place of the last gradient; nothing stays put.
         blind: whether ``direction`` looks at the memory alone, so that no ascent gradient is taken.
         combine: makes the descent gradient from all that were taken; None descends the last.
-        remember: makes what the next step remembers, after the descent gradient is known; nothing
-            (an empty list) where only the number of the step counts.
+        remember: makes what the next step remembers, after the descent gradient is known.
+        counts: whether a rule looks at the number of the step.
         climbed: the loss of the ascent, from the losses of the rows; their mean if None.
         descended: likewise of the descent.
         every: the ascent is made in every so many steps only, the first included.
@@ -128,6 +67,7 @@ class WeightPerturbation:
     blind: bool = False
     combine: Rule | None = None
     remember: Rule | None = None
+    counts: bool = False
     climbed: Choice | None = None
     descended: Choice | None = None
     every: int = 1
@@ -190,14 +130,9 @@ class WeightPerturbation:
         return (climbs + apart) * self.batches + 1
 
     @property
-    def least_rows(self) -> int:
-        """The smallest batch it can work on."""
-        return 1
-
-    @property
     def remembers(self) -> bool:
         """Whether a step depends on the steps before it, so that this object serves one model."""
-        return self.remember is not None or self.every > 1
+        return self.remember is not None or self.counts or self.every > 1
 
     def scaled(self, factor: float) -> WeightPerturbation:
         """The same method, its memory included, with ``factor`` times the radius."""
@@ -266,7 +201,7 @@ class WeightPerturbation:
                 where they are needed, or the model's wrapper makes several passes go wrong.
         """
         with self._ascended(loss, model, generator, scaler, carry=step is not None) as trail:
-            if trail is None or (self.combine is None and not self.remembers):
+            if trail is None or not self._rewrites:
                 value = self._value(self._closures(loss)[0](), self.descended, trail)
                 (value if scaler is None else scaler.scale(value)).backward()
             else:
@@ -293,6 +228,11 @@ class WeightPerturbation:
             yield
 
     @property
+    def _rewrites(self) -> bool:
+        """Whether the descended gradient must be known by itself."""
+        return self.combine is not None or self.remember is not None
+
+    @property
     def _begins_at_centre(self) -> bool:
         return self.ascent.start == "zero" and self.ascent.steps > 0 and not self.blind
 
@@ -316,7 +256,8 @@ class WeightPerturbation:
     ) -> Iterator[Trail | None]:
         """Yield, at the perturbed weights, what was found on the way there."""
         if self.is_off:
-            yield None
+            with buffers_kept(model, on_error_only=True):
+                yield None
             return
         gradients.check_wrapper(model)
         chosen = select(gradients.bare(model), self.parameters)
@@ -325,7 +266,8 @@ class WeightPerturbation:
             trail.memory = self.memory.recall(list(chosen.values()))
             trail.step = self.memory.steps
         if not self._ascends:
-            yield trail
+            with buffers_kept(model, on_error_only=True):
+                yield trail
             return
         with (
             buffers_kept(model, on_error_only=True),
@@ -361,7 +303,7 @@ class WeightPerturbation:
             value, gradient = self._gradient(loss, model, parameters, trail, scaler, updates)
             if scaler is not None:
                 overflow.extend(g.sum() * 0 for g in gradient)
-            if self.direction or self.combine or self.remember:
+            if self.direction or self._rewrites:
                 trail.gradients.append(gradient)
             return value, gradient
 
@@ -381,6 +323,8 @@ class WeightPerturbation:
         if overflow:
             u = list(torch._foreach_add(u, [torch.stack(overflow).sum()] * len(u)))
         move(_times(u, scale))
+        if not self._rewrites:
+            trail.gradients.clear()  # a copy of the weights' size that the descent needs not
 
     def _closures(self, loss: Loss) -> list[Callable[[], Tensor]]:
         if self.batches == 1:
@@ -475,21 +419,27 @@ class WeightPerturbation:
             gradient = list(torch._foreach_mul(gradient, unit))
         for parameter, g in zip(chosen, gradient, strict=True):
             if parameter.grad is not None:  # a zero gradient would let weight decay move it
-                parameter.grad = g.to(parameter.dtype)
+                # A copy: `.grad` is averaged and clipped, and a rule may yet look at the trail.
+                parameter.grad = g.to(parameter.dtype, copy=True)
 
     @torch.no_grad()
     def _keep(self, trail: Trail, model: nn.Module, *, careful: bool) -> None:
-        """Remember the step; ``careful``: not if it overflowed, which waits for the device."""
-        new = None if self.remember is None else self.remember(trail)
+        """Remember the step; ``careful``: not if it overflowed, which waits for the device.
+
+        All processes remember the same, and agree on whether they do.
+        """
+        new = [] if self.remember is None else self.remember(trail)
+        finite = []
         if careful:
-            norms = torch.stack(torch._foreach_norm(trail.gradients[-1] + (new or [])))
-            if not norms.sum().isfinite():
-                return
-        if new is not None:
-            if isinstance(model, DistributedDataParallel):
-                new = [t.clone() for t in new]
-                gradients.average(new)
-            self.memory.tensors = new
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            norms = torch.stack(torch._foreach_norm(grads))
+            finite = [norms.sum().isfinite().to(norms.dtype)]
+        if isinstance(model, DistributedDataParallel):
+            new = [t.clone() for t in new]
+            gradients.average([*new, *finite])
+        if careful and finite[0] < 1:
+            return
+        self.memory.tensors = new if self.remember is not None else None
         self.memory.steps += 1
 
 

@@ -6,7 +6,13 @@ from robustflat.config import RunConfig
 from robustflat.runs.comparison import method_of
 from robustflat.train.feed import Feed
 from robustflat.train.parallel import Processes
-from robustflat.train.setup import build_model, load_data, perturbed_parameters, resolve_device
+from robustflat.train.setup import (
+    build_model,
+    build_step,
+    load_data,
+    perturbed_parameters,
+    resolve_device,
+)
 
 
 def describe(config: RunConfig) -> list[str]:
@@ -18,6 +24,7 @@ def describe(config: RunConfig) -> list[str]:
     dataset = load_data(config)
     device = resolve_device(config.device)
     model = build_model(config, dataset, device)
+    build_step(config, model, device)  # refuses what cannot fit
     weights = config.weights.build()
     feed = Feed(config, dataset, device, Processes(), weights)
     parameters = sum(p.numel() for p in model.parameters())

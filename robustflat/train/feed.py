@@ -54,6 +54,13 @@ class Feed:
         too_small = 0 < rest < processes.world * max(2, weights.least_rows)
         extra = _extra_images(config, dataset, device)
         alone = len(self._images) == rest and extra is None
+        share = config.train.batch_size // processes.world
+        if weights.least_rows > share:
+            raise UserError(
+                f"weights.chunk is {weights.least_rows}, but each of {processes.world} processes "
+                f"has {share} rows of a batch of {config.train.batch_size}, and a chunk is a part "
+                "of them. Choose a smaller one."
+            )
         if too_small and alone and weights.least_rows > 1:
             raise UserError(
                 f"weights.chunk is {weights.least_rows}, but the {rest} training images make one "

@@ -209,7 +209,7 @@ class Trainer:
             length = 1 / self.steps_per_epoch
             factor = self._lr_factor(self.epoch + self.step * length, config.train.epochs, length)
             for group in self._step.optimizer.param_groups:
-                group["lr"] = config.optimizer.lr * factor
+                group["lr"] = group["initial_lr"] * factor
             weights = self._weights_now(factor)
             if weights.is_off:  # n-SAM's further batches are climbed only
                 batches = batches[:1]

@@ -12,6 +12,7 @@ from torch import nn
 
 from robustflat.bounds import BelowOne, Inside, NonNegative, Positive, Share
 from robustflat.config.schema import OptimizerSection
+from robustflat.errors import UserError
 
 # From epochs done (fractions included), all epochs, and the length of a step in epochs to the
 # factor, in [0, 1], of the base learning rate.
@@ -73,6 +74,9 @@ def build_optimizer(config: OptimizerSection, model: nn.Module) -> torch.optim.O
         config: with ``decay_all: false``, biases and normalisation parameters (those of at most
             one dimension) are exempt from weight decay.
         model: holds the parameters.
+
+    Raises:
+        UserError: if the optimizer cannot work on them.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -82,7 +86,18 @@ def build_optimizer(config: OptimizerSection, model: nn.Module) -> torch.optim.O
             "weight_decay": 0.0,
         },
     ]
-    optimizer: torch.optim.Optimizer = config.build(params=[g for g in groups if g["params"]])
+    try:
+        optimizer: torch.optim.Optimizer = config.build(params=[g for g in groups if g["params"]])
+    except ValueError as error:
+        raise UserError(f"The optimizer {config.name} cannot train this model: {error}") from None
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"The optimizer {config.name} evaluates the loss by itself, and a step here does so at "
+            "the perturbed weights. Use one that steps from gradients, such as sgd or adamw."
+        )
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # what the schedule multiplies
     return optimizer
 
 

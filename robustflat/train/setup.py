@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -104,12 +106,21 @@ def perturbed_parameters(config: RunConfig, model: nn.Module) -> dict[str, nn.Pa
 
 
 def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> TrainStep:
-    """What every step of a run does to ``model``."""
-    objective = config.objective.build()
+    """What every step of a run does to ``model``.
+
+    Raises:
+        UserError: if the selection of weights, the optimizer or the attack cannot work on it.
+    """
+    objective, attack = config.objective.build(), config.attack.build()
     perturbed_parameters(config, model)
+    if attack is not None and "generator" not in inspect.signature(attack).parameters:
+        raise UserError(
+            f"The attack {config.attack.name} must take a random generator by name, as in "
+            "attack(model, x, y, *, generator) -> x_adv, so that a resumed run repeats it."
+        )
     half = config.train.precision == "fp16"
     return TrainStep(
-        attack=config.attack.build(),
+        attack=attack,
         objective=objective,
         optimizer=build_optimizer(config.optimizer, model),
         clip=config.optimizer.clip,

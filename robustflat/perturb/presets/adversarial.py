@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from robustflat.bounds import Count, NonNegative
+from robustflat.bounds import Count, NonNegative, checked
 from robustflat.perturb import scales
 from robustflat.perturb.ascent import Ascent
 from robustflat.perturb.ball import Ball, Group
@@ -112,6 +112,7 @@ def amp(
     )
 
 
+@checked
 def rwp(
     gamma: NonNegative = 0.01,
     threshold: NonNegative = 1.7,

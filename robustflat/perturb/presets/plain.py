@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from robustflat.bounds import NonNegative, Share, Whole
+from robustflat.bounds import NonNegative, Share, Whole, checked
 from robustflat.perturb import scales
-from robustflat.perturb.ascent import Ascent, Direction, Keep, Onto, Start
+from robustflat.perturb.ascent import Ascent, Keep, Onto, Start
 from robustflat.perturb.ball import Ball, Group, Norm, parse_norm
 from robustflat.perturb.memory import Rule, Trail
 from robustflat.perturb.weights import Statistics, WeightPerturbation
@@ -55,6 +57,7 @@ def random_weights(
     )
 
 
+@checked
 def rwp_mix(
     gamma: NonNegative = 0.015,
     alpha: Share = 0.5,
@@ -116,7 +119,7 @@ def custom(
     steps: Whole = 1,
     step_size: NonNegative = 1.0,
     start: Start = "zero",
-    direction: Direction = "steepest",
+    direction: Literal["steepest", "raw"] = "steepest",
     keep: Keep = "last",
     onto: Onto = "ball",
     parameters: str = "all",
@@ -137,7 +140,7 @@ def custom(
         steps: ascent steps.
         step_size: in radii; the learning rate with direction="raw".
         start: where the ascent begins.
-        direction: "steepest", "raw" or "given".
+        direction: "steepest" or "raw".
         keep: the "last" iterate or the "best".
         onto: "ball" or "sphere".
         parameters: which are moved: "all", "matrices" (AWP's), "norm", "no_norm", "re:PATTERN".

@@ -8,14 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from robustflat.bounds import BelowOne, Count, NonNegative, Share, Whole
+from robustflat.bounds import BelowOne, Count, NonNegative, Share, Whole, checked
 from robustflat.perturb.ascent import Ascent
 from robustflat.perturb.ball import Ball
 from robustflat.perturb.memory import Trail
-from robustflat.perturb.presets.sharpness import count_steps, dot, sam, unit
+from robustflat.perturb.presets.sharpness import dot, sam, unit
 from robustflat.perturb.weights import Statistics, WeightPerturbation
 
 
+@checked
 def fsam(
     rho: NonNegative = 0.1,
     sigma: NonNegative = 1.0,
@@ -57,6 +58,7 @@ def fsam(
     )
 
 
+@checked
 def vasso(
     rho: NonNegative = 0.05,
     theta: Share = 0.9,
@@ -91,6 +93,7 @@ def vasso(
     )
 
 
+@checked
 def momentum_sam(
     rho: NonNegative = 0.3,
     momentum: BelowOne = 0.9,
@@ -131,6 +134,7 @@ def momentum_sam(
     )
 
 
+@checked
 def looksam(
     rho: NonNegative = 0.1,
     alpha: NonNegative = 0.7,
@@ -161,7 +165,8 @@ def looksam(
         g = trail.gradients[-1]
         if len(trail.gradients) > 1 or trail.memory is None:
             return g
-        along = torch._foreach_mul(trail.memory, alpha * dot(g, g).sqrt())
+        # A unit vector by itself; the mean of several processes' is shorter.
+        along = unit(trail.memory, alpha * dot(g, g).sqrt())
         return list(torch._foreach_add(g, along))
 
     def across(trail: Trail) -> list[Tensor]:
@@ -180,6 +185,7 @@ def looksam(
     )
 
 
+@checked
 def lesam(
     rho: NonNegative = 0.3,
     sigma: NonNegative = 0.35,
@@ -224,7 +230,7 @@ def lesam(
         parameters=parameters,
         statistics=statistics,
         direction=bounded,
-        remember=count_steps,
+        counts=True,
     )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustflat.bounds import Count, NonNegative, Share
+from robustflat.bounds import Count, NonNegative, Share, checked
 from robustflat.perturb import scales
 from robustflat.perturb.ascent import Ascent
 from robustflat.perturb.ball import Ball, Norm, parse_norm
@@ -123,6 +123,7 @@ def gsam(
     )
 
 
+@checked
 def gnp(
     rho: NonNegative = 0.1,
     alpha: Share = 0.8,
@@ -153,6 +154,7 @@ def gnp(
     )
 
 
+@checked
 def gam(
     rho: NonNegative = 0.02,
     norm_rho: NonNegative = 0.2,
@@ -211,6 +213,7 @@ def gam(
     )
 
 
+@checked
 def zsharp(
     rho: NonNegative = 0.05,
     quantile: Share = 0.95,
@@ -257,6 +260,7 @@ def zsharp(
     )
 
 
+@checked
 def esam(
     rho: NonNegative = 0.05,
     beta: Share = 0.6,
@@ -312,7 +316,7 @@ def esam(
         name="esam",
         direction=keep_some,
         descended=that_rose,
-        remember=count_steps,
+        counts=True,
     )
 
 
@@ -328,7 +332,15 @@ def nsam(inner: WeightPerturbation, batches: Count) -> WeightPerturbation:
     Args:
         inner: the perturbation, such as ``sam(rho)``.
         batches: how many batches are climbed together; 1 is ``inner`` itself.
+
+    Raises:
+        ValueError: if ``inner`` is itself a wrapper.
     """
+    if not isinstance(inner, WeightPerturbation) or inner.batches > 1:
+        raise ValueError(
+            f"nsam climbs several batches with one perturbation, and {inner.name} is a wrapper "
+            "already: the two contradict each other. Wrap a method such as sam."
+        )
     return replace(inner, name=f"nsam-{inner.name}", batches=batches)
 
 
@@ -340,11 +352,6 @@ def unit(g: list[Tensor], length: float | Tensor) -> list[Tensor]:
 def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """The inner product over all tensors together."""
     return torch.stack([(s * t).sum() for s, t in zip(a, b, strict=True)]).sum()
-
-
-def count_steps(trail: Trail) -> list[Tensor]:
-    """The rule of methods that remember only how many steps were taken."""
-    return []
 
 
 def _outstanding(g: Tensor, quantile: float) -> Tensor:
