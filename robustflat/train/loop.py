@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +20,7 @@ from robustflat.numerics import deterministic, float32, warn_of_emulation
 from robustflat.perturb import Perturbation, no_perturbation
 from robustflat.train.account import Account
 from robustflat.train.alarm import Alarm
+from robustflat.train.around import Listener, stop_signals
 from robustflat.train.averaging import Average
 from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
 from robustflat.train.curriculum import Curriculum
@@ -34,22 +33,6 @@ from robustflat.train.setup import build_model, build_step
 from robustflat.train.step import Autocast, TrainStep
 
 _CHECK_EVERY = 50  # steps between two looks, which wait for the device
-
-
-class Listener(Protocol):
-    """Is told what happens; cannot change it."""
-
-    def on_start(self, epochs: int, steps: int, done: int) -> None:
-        """The run has ``epochs`` epochs of ``steps`` steps, ``done`` of the former behind it."""
-
-    def on_step(self, epoch: int, step: int) -> None:
-        """Step ``step`` of ``epoch`` (both from 0) was taken."""
-
-    def on_epoch(self, row: dict[str, Any]) -> None:
-        """An epoch ended; ``row`` is its line of metrics.jsonl."""
-
-    def on_end(self) -> None:
-        """The run ended or was stopped."""
 
 
 class Trainer:
@@ -125,7 +108,7 @@ class Trainer:
             with (
                 float32(tf32=self.config.train.precision == "tf32"),
                 deterministic(self.config.train.deterministic),
-                self._stop_on_signals(),
+                stop_signals(self._ask_to_stop),
             ):
                 while self.epoch < self.config.train.epochs and not self.reached_loss:
                     if not self._train_epoch():
@@ -386,22 +369,6 @@ class Trainer:
         self.stop_requested, self.requeue_requested = wish > 0, wish > 1
         return self.stop_requested
 
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        def request(signum: int, frame: FrameType | None) -> None:
-            self.stop_requested = True
-            # Slurm's warning that the time is nearly over.
-            self.requeue_requested |= signum == signal.SIGUSR1
-
-        before = {}
-        try:
-            for which in (signal.SIGTERM, signal.SIGUSR1):
-                before[which] = signal.signal(which, request)
-        except ValueError:  # not in the main thread, where signals are somebody else's
-            yield
-            return
-        try:
-            yield
-        finally:
-            for which, handler in before.items():
-                signal.signal(which, handler)
+    def _ask_to_stop(self, signum: int) -> None:
+        self.stop_requested = True
+        self.requeue_requested |= signum == signal.SIGUSR1

@@ -11,8 +11,9 @@ from pathlib import Path
 from robustflat.config import RunConfig
 from robustflat.data import Data
 from robustflat.errors import UserError
+from robustflat.train.around import Listener
 from robustflat.train.folder import RunFolder, machine
-from robustflat.train.loop import Listener, Trainer
+from robustflat.train.loop import Trainer
 from robustflat.train.parallel import Processes, joined, was_restarted
 from robustflat.train.setup import load_data, use_threads
 
