@@ -23,8 +23,10 @@ import pytest
 import yaml
 from scipy.stats import kendalltau
 from train_support import differences, python, rows, saved, trained, values
+from typer.testing import CliRunner
 
 import robustflat
+from robustflat.cli import app
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
 from robustflat.files import locked
@@ -484,7 +486,11 @@ def test_a_scheduler_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
         run_study(study(tmp_path), scheduler="nonsense://x", yes=True)
 
 
-def test_one_row_is_remade_alone(tmp_path: Path, uninterrupted: StudyResult) -> None:
+def test_one_row_is_remade_alone(
+    tmp_path: Path, uninterrupted: StudyResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without a question, however long the study.
+    monkeypatch.setattr("robustflat.study.run.MANY", 1)
     wider = study(tmp_path, grid={"weights": WEIGHTS, "seed": [0, 1]}, measures=["parameter_norm"])
     with pytest.raises(UserError, match=r"no run 'nobody'.*its 4 runs, such as 'none-seed0'"):
         run_study(wider, rows=["nobody"])
@@ -509,6 +515,32 @@ def test_one_row_is_remade_alone(tmp_path: Path, uninterrupted: StudyResult) -> 
     assert last.stat().st_mtime_ns == before
     assert 0 <= again.target("attacked_accuracy") <= 1  # type: ignore[operator]
     assert again.measure("parameter_norm") == result.runs[0].measure("parameter_norm")
+
+
+def test_the_command_line_says_how_far_a_study_is(uninterrupted: StudyResult) -> None:
+    # The study as its folder tells it, which is what a row's command reads.
+    path = uninterrupted.folder / "study.yaml"
+    assert read_study(path) == uninterrupted.study
+    command = timeless_command(uninterrupted)
+    assert command == f"robustflat study {path} --row {NONE}"
+    found = CliRunner().invoke(app, ["study", str(path), "--status"])
+    assert found.exit_code == 0
+    lines = found.output.splitlines()
+    assert lines[0].split() == [NONE, "done", "epoch", "12", "of", "12"]
+    assert lines[2].split()[:2] == ["awp-strength1e38-seed0", "failed"]
+    assert lines[3] == "2 of 3 runs are done"
+    # What is finished is shown and written without a process.
+    shown = CliRunner().invoke(app, ["study", str(path), "--row", NONE])
+    assert shown.exit_code == 1, "one run is missing"
+    assert f"[1/1] {NONE} kept" in shown.output
+    assert "How each measure ranks the robust accuracy gap, 2 runs" in shown.output
+    written = {p.name for p in uninterrupted.folder.iterdir() if not p.name.startswith(".")}
+    assert written >= {"ledger.csv", "plots", "runs", "study.json", "study.txt", "study.yaml"}
+
+
+def timeless_command(result: StudyResult) -> str:
+    with StudyFolder(result.study).ledger.open(newline="") as file:
+        return next(csv.DictReader(file))["command"]
 
 
 def test_studies_that_cannot_go_on_are_refused(tmp_path: Path, uninterrupted: StudyResult) -> None:

@@ -97,8 +97,8 @@ def expand(
             for factor, ways in study.factor_paths().items()
         }
         name = _name(levels)
-        config = check_config({**config.model_dump(mode="json"), "name": name}, {}, source)
-        points.append(Point(name=name, factors=levels, config=config, threat=threat))
+        named = config.model_copy(update={"name": name})
+        points.append(Point(name=name, factors=levels, config=named, threat=threat))
     wrong = wrong or _indistinct(study, points, combinations) or _different(points, combinations)
     if wrong:
         count = len({chosen for found in wrong.values() for chosen in found})

@@ -11,7 +11,7 @@ from robustflat.study.grid import Places, expand
 from robustflat.study.schema import StudyConfig
 
 # Grid points that are checked with their places in the file; all are before anything is trained.
-CHECKED = 500
+CHECKED = 100
 
 
 def read_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:

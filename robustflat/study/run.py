@@ -61,7 +61,7 @@ def run_study(
     if jobs < 1:
         raise UserError(f"A study needs at least one job at a time, got {jobs}.")
     _check_base(config)
-    if not yes:
+    if not yes and not rows:
         _ask(config, jobs)
     points = expand(config)
     if not yes and not rows:
