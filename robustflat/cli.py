@@ -347,7 +347,8 @@ def compare(
     rows = compare_runs(folders)
     console = _console()
     console.print(Comparison(rows))
-    for note in comparability(read_records(folders)):
+    trained = [folder for folder in folders if folder.config_file.is_file()]
+    for note in comparability(read_records(trained)) if trained else []:
         console.print(f"note: {note}", style="yellow", markup=False)
     if json is not None:
         write_json(json, [asdict(row) for row in rows])

@@ -348,6 +348,8 @@ BAD_EVALUATE: dict[str, tuple[list[str], str]] = {
     "no gap of some": (["--no-gap", "--gap-samples", "3"], "contradict"),
     "negative gap": (["--gap-samples=-3"], "gap-samples"),
     "precision": (["--precision", "fp8"], "fp32, bf16"),
+    "too many steps": (["--attack", f"pgd-1{'0' * 400}"], "cannot be made"),
+    "output of several": (["other", "--output", "o"], "home of one subject"),
     "shard": (["--shard", "3/2"], "shard"),
     "no shard": (["--shard", "half"], "shard"),
     "samples": (["--samples", "0"], "samples"),

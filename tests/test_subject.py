@@ -111,6 +111,24 @@ def test_all_forms_of_one_model_have_the_same_figures(run: Any, tmp_path: Path) 
     assert robust["run"] < clean["run"]
 
 
+def test_models_stand_beside_runs(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for kind in ("run", "program"):
+        assert run(kind, "--attack", "pgd-2", "--no-gap", "--output", tmp_path / kind)[0] == 0
+    homes = [str(tmp_path / "program"), str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["robustflat", "compare", *homes])
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().out
+    assert not ended.value.code, said
+    assert all(len(line) <= 60 for line in said.splitlines()), "COLUMNS is obeyed"
+    # 40 test images of the run and all 360 of the data set are not the same ones.
+    assert "given, 360 images" in " ".join(said.replace("│", " ").split())
+    assert "program" in said
+
+
 # An option, and for every kind of subject a test of its effect or words of its refusal.
 EFFECTS: dict[str, tuple[list[str], Any]] = {
     "samples": (["--samples", "12"], lambda one: one["result"]["count"] == 12),

@@ -40,7 +40,7 @@ class Comparison:
         self._rows = list(rows)
         heads = [
             ("method", [row.method for row in rows]),
-            ("seed", [str(row.seed) for row in rows]),
+            ("seed", ["-" if row.seed is None else str(row.seed) for row in rows]),
             ("weights", [row.weights for row in rows]),
         ]
         figures = [

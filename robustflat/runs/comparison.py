@@ -35,17 +35,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One run: its name, what was done, which weights were measured, its figures by column."""
+    """One run, or the home of a model, of which neither method nor seed is known."""
 
     run: str
     method: str
-    seed: int
+    seed: int | None
     cells: dict[str, Cell]
     weights: str = ""
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Row]:
-    """One row for every run, with every figure of its record.
+    """One row for every run, or home of a model, with every figure of its record.
 
     Clean and robust accuracy on test images (``AutoAttack`` is AutoAttack standard, ``worst case``
     the intersection of all attacks), ``robust gap`` (train minus test robust accuracy at the last
@@ -61,7 +61,8 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
     differing = _differing([figure for figures in found for figure in figures])
     rows = []
     for name, folder, figures in zip(names, folders, found, strict=True):
-        config = folder.read_config()
+        config = folder.read_config() if folder.config_file.is_file() else None
+        method, seed = ("-", None) if config is None else (method_of(config), config.seed)
         kinds = dict.fromkeys(about["weights"] for about, _ in figures)
         mixed = _differing(figures, ("weights",))
         cells: dict[str, Cell] = {}
@@ -69,7 +70,7 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
             keys = [*differing.get(cell.metric, ()), *mixed.get(cell.metric, ())]
             said = ", ".join(_in_words(key, about.get(key)) for key in keys)
             cells[f"{cell.metric} [{said}]" if said else cell.metric] = cell
-        rows.append(Row(name, method_of(config), config.seed, cells, " and ".join(kinds)))
+        rows.append(Row(name, method, seed, cells, " and ".join(kinds)))
     return rows
 
 
@@ -142,8 +143,9 @@ def _in_words(key: str, value: Any) -> str:
 
 
 def _figures(folder: RunFolder) -> list[tuple[Circumstances, Cell]]:
-    """Every figure of a run's records, with its circumstances."""
-    folder.read_config()
+    """Every figure of a run's, or a model's, records, with its circumstances."""
+    if not folder.evaluation.is_file():
+        folder.read_config()
     evaluation = records.read(folder.evaluation, "evaluate")
     flatness = records.read(folder.flatness, "flatness")
     if not evaluation and not flatness:
@@ -190,7 +192,7 @@ def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
 
 
 def _gap(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
-    if one["checkpoint"] == "best":
+    if one["checkpoint"] == "best":  # how far the training went is the last one's matter
         return
     counts = one["result"]["counts"]
     gaps = one["result"]["gaps"]["train-test"]

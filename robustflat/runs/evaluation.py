@@ -14,7 +14,9 @@ from typing import Any, Literal
 from robustflat.data import Images
 from robustflat.errors import UserError
 from robustflat.evaluate import Evaluation, Scores, Team, evaluate, gap, merge, overfitting, scores
+from robustflat.evaluate.attacks import plan
 from robustflat.evaluate.record import fingerprint_of
+from robustflat.evaluate.threat import Task
 from robustflat.perturb import pgd
 from robustflat.runs import records
 from robustflat.subject import Network, Subject
@@ -67,7 +69,7 @@ def check(subject: Subject, wanted: Wanted) -> None:
     Raises:
         UserError: If a checkpoint or the threat is missing, or an option does not fit.
     """
-    subject.the_threat()
+    threat = subject.the_threat()
     if wanted.merge and wanted.shard is not None:
         raise UserError("--merge joins all shards: leave --shard out.")
     bounds = (("samples", wanted.samples, 1), ("gap-samples", wanted.gap_samples, 0))
@@ -76,6 +78,9 @@ def check(subject: Subject, wanted: Wanted) -> None:
             raise UserError(f"--{name} must be at least {least}, got {value}.")
     for name in _attacked_at(subject, wanted):
         subject.network(name, wanted.weights)
+    # Whether the attacks' names and options are any; how many classes there are is seen later.
+    task = Task(norm=threat.norm, eps=threat.eps, classes=10, shape=subject.images().shape)
+    plan(_requests(subject, wanted), task, wanted.precision)
     records.read(subject.home.evaluation, "evaluate")
 
 
@@ -191,6 +196,10 @@ def _gap_samples(subject: Subject, wanted: Wanted) -> int:
     return most if wanted.samples is None else min(most, wanted.samples)
 
 
+def _requests(subject: Subject, wanted: Wanted) -> Sequence[Any]:
+    return subject.evaluation.attacks if wanted.attacks is None else wanted.attacks
+
+
 def _attacked_at(subject: Subject, wanted: Wanted) -> tuple[str, ...]:
     if wanted.checkpoints is not None:
         return tuple(wanted.checkpoints)
@@ -214,7 +223,7 @@ def _attacked(
     result = evaluate(
         network.model,
         subject.images().test,
-        config.attacks if wanted.attacks is None else wanted.attacks,
+        _requests(subject, wanted),
         threat.norm,
         threat.eps,
         wanted.seed,
