@@ -461,6 +461,8 @@ def test_mistakes_in_flatness(refused: Any, evaluated: RunFolder, case: str) -> 
 
 def test_compare(run: Any, evaluated: RunFolder, tmp_path: Path) -> None:
     run("evaluate", evaluated.root, "--checkpoint", "both")
+    said = ("--norm", "linf", "--eps", "1/100")
+    run("evaluate", evaluated.root, "--attack", "pgd-5", "--samples", 30, *said)
     ran = run("compare", evaluated.root, evaluated.root, "--json", tmp_path / "rows.json")
     assert ran.code == 0, ran.err
     table = json.loads((tmp_path / "rows.json").read_text())
