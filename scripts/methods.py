@@ -2,8 +2,8 @@
 
     python scripts/methods.py epochs configs/study/methods.yaml
     robustflat study configs/study/methods.yaml --jobs 2 --yes
-    python scripts/methods.py collect configs/study/methods.yaml docs/results/methods/ledger.csv
-    python scripts/methods.py table docs/results/methods/ledger.csv
+    python scripts/methods.py collect configs/study/methods.yaml docs/results/methods/methods.csv
+    python scripts/methods.py table docs/results/methods/methods.csv
 
 Cost is counted in units of one forward pass of one image. A backward pass costs as much again for
 the gradient of the input alone (an attack's step: 2 units), and twice as much for that of the
@@ -203,47 +203,52 @@ def least_difference(
 
 
 def table(ledger: Path) -> str:
-    """The table of a ledger, in Markdown, with the differences from no perturbation below chance.
+    """The table of a ledger, in Markdown, and which differences from no perturbation are no chance.
 
-    Two differences in robust test accuracy are shown: from the baseline that spent as much, and
-    from the baseline that trained as many epochs (the nearest number that there is).
+    There are two baselines: the one that spent as much, and the one that trained for as many
+    epochs (the nearest number that there is), which tells a method from a shorter training.
     """
     cells = cells_of(read(ledger))
     plain = [cell for cell in cells if cell.method == BASELINE]
     others = [cell for cell in cells if cell.method != BASELINE]
+    alike = {cell: min(plain, key=lambda c: abs(c.epochs - cell.epochs)) for cell in cells}
     least = least_difference(cells, robust, len(others))
     names = [name for name, _, _ in COLUMNS]
     head = ["method", "passes", "epochs", "units", *names, "- none, passes", "- none, epochs"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for cell in [plain[0], *others, *plain[1:]]:
         figures = [_spread(cell.values(figure), form) for _, figure, form in COLUMNS]
-        alike = min(plain, key=lambda c: abs(c.epochs - cell.epochs))
-        against = [_difference(cell, other, least) for other in (plain[0], alike)]
+        against = [_shown(cell, other, least) for other in (plain[0], alike[cell])]
         cost = [f"{float(cell.rows[0]['passes_a_step']):g}", str(cell.epochs), f"{cell.units:.0f}"]
         lines.append("| " + " | ".join([cell.title, *cost, *figures, *against]) + " |")
-    above = [c for c in others if _mean_difference(c, plain[0]) > least]
-    below = [c for c in others if _mean_difference(c, plain[0]) < -least]
-    gap = least_difference(cells, LOSS_GAP, len(others))
-    smaller = [c for c in others if (c.values(LOSS_GAP) - plain[0].values(LOSS_GAP)).mean() < -gap]
-    said = (
-        f"Chance alone explains differences of up to {least:.1f} points of robust accuracy and "
-        f"{gap:.2f} of the loss gap (5 % for all {len(others)} comparisons together). At equal "
-        f"passes robust accuracy is higher than none's for: {_titles(above)}; lower for: "
-        f"{_titles(below)}. The loss gap is smaller for: {_titles(smaller)}."
-    )
-    lines += ["", said]
+    for what, figure, form, better in (
+        ("robust accuracy", robust, ".1f", 1),
+        ("the loss gap", LOSS_GAP, ".2f", -1),
+    ):
+        least = least_difference(cells, figure, len(others))
+        lines += ["", f"In {what} chance alone explains differences of up to {least:{form}}."]
+        for against_what, baseline in (
+            ("as many passes", dict.fromkeys(cells, plain[0])),
+            ("as many epochs", alike),
+        ):
+            apart = {c: better * difference(c, baseline[c], figure) for c in others}
+            good = [c.title for c, d in apart.items() if d > least]
+            bad = [c.title for c, d in apart.items() if d < -least]
+            lines.append(f"- Against none with {against_what} {len(good)} of {len(others)} are ")
+            lines[-1] += f"better{_listed(good)}, and {len(bad)} worse{_listed(bad)}."
     return "\n".join(lines) + "\n"
 
 
-def _mean_difference(cell: Cell, other: Cell) -> float:
-    return float((cell.values(robust) - other.values(robust)).mean())
+def difference(cell: Cell, other: Cell, figure: Callable[[Mapping[str, str]], float]) -> float:
+    """Of a figure's mean, over the same seeds."""
+    return float((cell.values(figure) - other.values(figure)).mean())
 
 
-def _difference(cell: Cell, other: Cell, least: float) -> str:
+def _shown(cell: Cell, other: Cell, least: float) -> str:
     if cell is other:
         return ""
-    text = f"{_mean_difference(cell, other):+.1f}"
-    return f"**{text}**" if abs(_mean_difference(cell, other)) > least else text
+    text = f"{difference(cell, other, robust):+.1f}"
+    return f"**{text}**" if abs(difference(cell, other, robust)) > least else text
 
 
 def _spread(values: Floats, form: str) -> str:
@@ -251,8 +256,8 @@ def _spread(values: Floats, form: str) -> str:
     return f"{values.mean():{form}} ({values.std(ddof=1):{form}})"
 
 
-def _titles(cells: Sequence[Cell]) -> str:
-    return ", ".join(cell.title for cell in cells) or "no method"
+def _listed(titles: Sequence[str]) -> str:
+    return f" ({', '.join(titles)})" if titles else ""
 
 
 def main() -> int:
