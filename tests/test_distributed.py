@@ -99,6 +99,7 @@ def follow(weights: Any, model: nn.Module, rows: Callable[[Tensor], Tensor]) -> 
         "grads": grads,
         "weights": [p.detach().clone() for p in model.parameters()],
         "statistics": [b.clone() for b in model.buffers()],
+        "memory": weights.state_dict().get("tensors") or [],
     }
 
 
@@ -195,6 +196,8 @@ def test_replicas_stay_bit_equal(ranks: list[dict[str, Any]], method: str, split
         assert torch.equal(a, b)
     for g, h in zip(one["grads"], two["grads"], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(g, h, strict=True))
+    assert bool(one["memory"]) == (method in ("fsam", "vasso", "momentum_sam", "looksam"))
+    assert all(torch.equal(a, b) for a, b in zip(one["memory"], two["memory"], strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
