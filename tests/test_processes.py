@@ -262,7 +262,7 @@ def test_sigusr1_saves_and_asks_to_be_requeued(
         with pytest.raises(UserError, match=r"saved, but .*4711 .*no such job.*--resume"):
             train(said, listeners=lambda folder: [Warned()])
     else:
-        folder, finished = train(said, listeners=lambda folder: [Warned()])
+        _, finished = train(said, listeners=lambda folder: [Warned()])
         assert not finished
     state = saved(tmp_path / "run" / "checkpoints" / "last.pt")
     assert (state["epoch"], state["step"]) == (0, 3)
