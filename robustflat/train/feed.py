@@ -76,6 +76,17 @@ class Feed:
             len(self._images), config.train.batch_size, **self._cut
         )
 
+    def share(self, step: int) -> float:
+        """What this process's rows of a step count in the mean over all processes."""
+        return data.share(
+            len(self._images),
+            self._config.train.batch_size,
+            step,
+            rank=self._rank,
+            world=self._cut["world"],
+            extra=self._cut["extra"],
+        )
+
     def batches(self, epoch: int, step: int) -> Iterator[list[Batch]]:
         """The batches of every step of ``epoch`` from ``step`` on.
 

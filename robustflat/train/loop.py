@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.config import RunConfig
 from robustflat.data import Data
@@ -27,7 +26,7 @@ from robustflat.train.curriculum import Curriculum
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor, score, training_loss
-from robustflat.train.parallel import Processes
+from robustflat.train.parallel import Processes, replica
 from robustflat.train.randomness import derived_seed
 from robustflat.train.setup import build_model, build_step
 from robustflat.train.step import Autocast, TrainStep
@@ -65,10 +64,7 @@ class Trainer:
         self.model = build_model(config, dataset, device)
         self._replica: nn.Module = self.model
         if self.processes.world > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self._replica = DistributedDataParallel(
-                self.model, device_ids=ids, broadcast_buffers=False
-            )
+            self._replica = replica(self.model, device)
         if config.train.precision == "bf16" and self.processes.is_first:
             warn_of_emulation(device)
         self._step = build_step(config, self.model, device)
@@ -196,11 +192,18 @@ class Trainer:
             weights = self._weights_now(factor)
             if weights.is_off:  # n-SAM's further batches are climbed only
                 batches = batches[:1]
-            step = self._step_now()
-            value, norm = step(self._replica, batches, weights, generator, of_weights)
+            value, norm = self._step_now()(
+                self._replica,
+                batches,
+                weights,
+                generator,
+                of_weights,
+                self._feed.share(self.step),
+            )
             self.processes.share_buffers(self.model)
             self._objective.after_step(self.model, self.epoch, self.processes.mean)
-            self._account.add(value, norm, self.step)
+            # The loss of all rows, in every process, so that the first one's checkpoint is all's.
+            self._account.add(self.processes.mean(value), norm, self.step)
             if self.average is not None:
                 self.average.after_step(self.model, self.epoch)
             for listener in self.listeners:
@@ -320,7 +323,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "steps": (self.epoch + 1) * self.steps_per_epoch,
             "lr": self._step.optimizer.param_groups[0]["lr"],
-            **self._account.figures(self.steps_per_epoch, self.processes.mean),
+            **self._account.figures(self.steps_per_epoch),
             "seconds": self._seconds,
         }
 
