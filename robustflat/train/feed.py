@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from robustflat.perturb import Perturbation
 from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import Batch, TrainStep
+
+# Batches that the statistics of an average are taken from.
+_REFRESH = 100
 
 
 class Feed:
@@ -112,22 +116,19 @@ class Feed:
             yield [self._finished(x, y, (epoch, at, i)) for i, (x, y) in enumerate(together)]
 
     def refresh_inputs(self, step: TrainStep, model: nn.Module, epoch: int) -> Iterator[Tensor]:
-        """One epoch of the inputs that the objective trains on, attacked at ``model``.
+        """This process's share of what an epoch trains on, attacked at ``model``.
 
-        The attack uses the statistics of its batch: the running ones are what is to be computed.
+        At most 100 batches, which tell a mean and a variance well enough. The attack uses the
+        statistics of its batch: the running ones are what is to be computed.
         """
         attack = None if step.attack is None else replace(step.attack, mode="batch")
         generator = torch.Generator(self._device)
-        generator.manual_seed(derived_seed(self._config.seed, "attack", epoch))
-        size = self._config.train.batch_size
-        order = derived_seed(self._config.seed, "order", epoch)
-        drop = self._cut["drop_last"]
-        for x, y in data.batches(
-            self._images, size, device=self._device, order=order, drop_last=drop
-        ):
+        for at, ((x, y), *_) in enumerate(islice(self.batches(epoch, 0), _REFRESH)):
             if attack is None or step.objective.sees_clean:
                 yield x
             if attack is not None:
+                seed = derived_seed(self._config.seed, "attack", epoch, at, self._rank)
+                generator.manual_seed(seed)
                 yield attack(model, x, y, generator=generator)
 
     def _finished(self, x: Tensor, y: Tensor, where: tuple[int, ...]) -> Batch:

@@ -231,9 +231,11 @@ class Trainer:
         self._account.totals.zero_()
         self._seconds = 0.0
         measured: dict[str, Any] = {}
-        if config.monitor.every and (
-            self.epoch % config.monitor.every == 0 or self.epoch == config.train.epochs
-        ):
+        last, every = self.epoch == config.train.epochs, config.monitor.every
+        monitored = every > 0 and (last or self.epoch % every == 0)
+        if last or monitored:
+            self._refresh_average()
+        if monitored:
             measured = self._measure()
         row["monitor"] = measured.get("raw")
         row["monitor_average"] = measured.get("average")
@@ -288,13 +290,17 @@ class Trainer:
         for listener in self.listeners:
             listener.on_start(self.config.train.epochs, self.steps_per_epoch, self.epoch)
 
+    def _refresh_average(self) -> None:
+        """Make the average usable, if there is one that is not."""
+        average = self.average
+        if average is not None and average.needs_refresh:
+            inputs = self._feed.refresh_inputs(self._step_now(), average.model, self.epoch)
+            average.refresh(inputs, self.processes)
+
     def _measure(self) -> dict[str, Any]:
         """Figures of the raw and of the averaged weights."""
         measured = {"raw": self._monitor(self.model)}
         if self.average is not None and self.average.started:
-            if self.average.needs_refresh:
-                inputs = self._feed.refresh_inputs(self._step_now(), self.average.model, self.epoch)
-                self.average.refresh(inputs)
             measured["average"] = self._monitor(self.average.model)
         return measured
 
@@ -336,7 +342,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "epoch": self.epoch,
             "model": self.model.state_dict(),
-            "average_model": average.model.state_dict() if average and average.started else None,
+            "average_model": average.model.state_dict() if average and average.usable else None,
         }
 
     def _save_last(self) -> None:
