@@ -171,7 +171,7 @@ def test_a_mistake_that_one_host_meets_is_told_once_and_ends_all(tmp_path: Path)
     code, out, err = torchrun(str(tmp_path / "odd.py"), "refuse", "train", str(path))
     assert code != 0
     assert err.count("Error: The disk of this host alone is broken.") == 1
-    assert "Traceback" not in err.split("torch.distributed.elastic")[0]
+    assert "robustflat/train" not in err  # torchrun shows a traceback of its own, not of ours
     assert "trained" not in out
     assert not (tmp_path / "run").exists()
     assert time.monotonic() - began < 200  # not the hour that the others would wait
