@@ -26,7 +26,7 @@ test: $(VENV)/installed-test
 # The oldest torch that is promised, and the tests of what robustflat is for: perturbation, step,
 # training, evaluation, flatness. Faults at every operation are counted in newer operations.
 CORE := ascent ball batchnorm checkpoint data_batches distributed displace evaluate evaluate_gap \
-        flatness_curvature flatness_sharpness flatness_state inputs ladder meta numerics objectives \
+        flatness_curvature flatness_sharpness flatness_state global inputs ladder meta numerics objectives \
         optim precision processes resume step train train_distributed trajectories weights
 test-oldest: $(VENV)/installed-oldest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(CORE:%=tests/test_%.py) \
