@@ -104,7 +104,7 @@ class Trainer:
             with (
                 float32(tf32=self.config.train.precision == "tf32"),
                 deterministic(self.config.train.deterministic),
-                stop_signals(self._ask_to_stop),
+                stop_signals(self._ask_to_stop, kept_after_a_fault=self.processes.world > 1),
             ):
                 while self.epoch < self.config.train.epochs and not self.reached_loss:
                     if not self._train_epoch():
