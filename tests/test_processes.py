@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from train_support import SMALL_CNN, config, differences, python, same_run, saved, trained, write
 
+from robustflat.data import MemoryImages
 from robustflat.errors import UserError
 from robustflat.files import locked
 from robustflat.train import train
+from robustflat.train.feed import placed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor
-from robustflat.train.parallel import Processes, device_name, was_restarted
+from robustflat.train.parallel import Processes, device_name, synchronised, was_restarted
 from robustflat.train.setup import build_model, load_data
 
 CPU = torch.device("cpu")
@@ -343,3 +346,41 @@ def test_processes_share_the_monitoring_and_find_what_one_finds() -> None:
         assert getattr(monitors[1], look)(model) == getattr(alone, look)(model)
         assert len(other) == 2
         assert abs(len(other[0]) - len(other[1])) <= 1
+
+
+def test_images_stay_with_the_host_where_the_gpu_has_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = load_data(config()).train
+    assert isinstance(images, MemoryImages)
+    size, gpu = images.pixels.nbytes, torch.device("cuda:0")
+    went: list[Any] = []
+    monkeypatch.setattr(MemoryImages, "to", lambda self, device: went.append(device) or self)
+    for place, free, goes in [
+        ("auto", 2 * size, True),
+        ("auto", 2 * size - 1, False),
+        ("device", 0, True),
+        ("host", 10 * size, False),
+    ]:
+        went.clear()
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        placed(images, place, gpu)
+        assert went == [gpu] * goes, (place, free)
+    # It is no part of what a run is.
+    assert config(data__place="host").data.place == "host"
+
+
+def test_where_images_are_kept_changes_nothing(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    trained(tmp_path, resume=True, data__place="host")
+    same_run(folder, trained(tmp_path / "host", data__place="host"))
+
+
+def test_batchnorm_is_synchronised_on_gpus_alone() -> None:
+    with pytest.raises(UserError, match=r"sync_batchnorm needs GPUs, got device cpu"):
+        synchronised(nn.BatchNorm2d(3), CPU)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
+    weight = model[1].weight
+    found = synchronised(model, torch.device("cuda:0"))
+    assert isinstance(found[1], nn.SyncBatchNorm)  # type: ignore[index]
+    assert found[1].weight is weight  # type: ignore[index]

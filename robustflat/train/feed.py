@@ -49,7 +49,7 @@ class Feed:
         weights: Perturbation,
     ) -> None:
         self._config, self._device, self._rank = config, device, processes.rank
-        self._images = dataset.train.to(device)
+        self._images = placed(dataset.train, config.data.place, device)
         self._augment = config.data.augment.build()
         self._augment(torch.zeros(1, *dataset.shape), torch.Generator())  # refuses what cannot fit
         self._classes = len(dataset.classes)
@@ -148,6 +148,17 @@ class Feed:
         return x, y
 
 
+def placed(images: data.Images, place: str, device: torch.device) -> data.Images:
+    """Images where they are kept during training, see ``data.place``."""
+    if place == "host":
+        return images
+    if place == "auto" and device.type == "cuda" and isinstance(images, data.MemoryImages):
+        free, _ = torch.cuda.mem_get_info(device)
+        if 2 * images.pixels.nbytes > free:
+            return images
+    return images.to(device)
+
+
 def _extra_images(config: RunConfig, dataset: data.Data, device: torch.device) -> data.Extra | None:
     extra = config.data.extra
     if extra is None:
@@ -159,4 +170,4 @@ def _extra_images(config: RunConfig, dataset: data.Data, device: torch.device) -
         samples=extra.samples,
         seed=config.seed,
     )
-    return data.Extra(images=images.to(device), fraction=extra.fraction)
+    return data.Extra(images=placed(images, config.data.place, device), fraction=extra.fraction)

@@ -26,7 +26,7 @@ from robustflat.train.curriculum import Curriculum
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor, score, training_loss
-from robustflat.train.parallel import Processes, replica
+from robustflat.train.parallel import Processes, replica, synchronised
 from robustflat.train.randomness import derived_seed
 from robustflat.train.setup import build_model, build_step
 from robustflat.train.step import Autocast, TrainStep
@@ -62,6 +62,8 @@ class Trainer:
         self.stop_requested = self.requeue_requested = False
 
         self.model = build_model(config, dataset, device)
+        if config.train.sync_batchnorm and self.processes.world > 1:
+            self.model = synchronised(self.model, device)
         self._replica: nn.Module = self.model
         if self.processes.world > 1:
             self._replica = replica(self.model, device)

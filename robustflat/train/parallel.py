@@ -121,6 +121,21 @@ class Processes:
         raise SystemExit(2)
 
 
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model whose BatchNorm layers normalise by the statistics of all processes' rows.
+
+    Raises:
+        UserError: on a CPU, where torch cannot.
+    """
+    if device.type != "cuda":
+        raise UserError(
+            f"train.sync_batchnorm needs GPUs, got device {device}: torch synchronises BatchNorm "
+            "on them alone. Leave it out, or use a network without BatchNorm."
+        )
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
+
+
 def replica(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """A model whose gradients are averaged over the processes; its buffers are left to us."""
     ids = [device.index] if device.type == "cuda" else None
