@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import robustflat as rf
 from robustflat import data
 
+OLD = torch.__version__.startswith("2.6.")
 ATTACKS = {
     f"{norm}-{start}-{keep}": rf.pgd(norm, 0.1, 2, start=start, keep=keep, mode=mode)  # type: ignore[arg-type]
     for norm, start, keep, mode in [
@@ -63,6 +64,8 @@ def test_weight_methods_run_on_the_meta_device(method: str, statistics: str) -> 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attacks_run_on_the_meta_device(attack: str) -> None:
+    if attack == "l1-uniform-last" and OLD:
+        pytest.skip("This torch cannot draw a gamma variable on the meta device.")
     model = conv_bn(dtype=torch.float32).to("meta")
     x, y = (t.to("meta") for t in images(4, dtype=torch.float32))
     x_adv = ATTACKS[attack](model, x, y)

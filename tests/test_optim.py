@@ -16,6 +16,7 @@ from robustflat.config.schema import Optimizer
 from robustflat.train.averaging import Average, ema, swa
 from robustflat.train.optim import OPTIMIZERS as NAMED
 from robustflat.train.optim import SCHEDULES, build_optimizer
+from robustflat.train.parallel import Processes
 
 
 def schedule(name: str, **said: Any) -> Any:
@@ -198,7 +199,7 @@ class One(nn.Module):
 def test_ema_of_known_weights() -> None:
     # The first is taken whole, and from then on a <- d a + (1 - d) w.
     model, d, known = One(), 0.9, [3.0, -1.0, 4.0, 1.0, 5.0]
-    average = Average(ema(decay=d), model)
+    average = Average(ema(decay=d, warmup=False), model)
     assert not average.started
     for w in known:
         model.put(w)
@@ -225,7 +226,7 @@ def test_ema_of_constant_weights_is_them() -> None:
 
 def test_ema_starts_when_told() -> None:
     model = One()
-    average = Average(ema(decay=0.5, start_epoch=2), model)
+    average = Average(ema(decay=0.5, start_epoch=2, warmup=False), model)
     for epoch, w in enumerate([9.0, 9.0, 2.0, 4.0]):
         model.put(w)
         assert average.started == (epoch > 2)
@@ -245,7 +246,37 @@ def test_swa_is_the_arithmetic_mean(start: int, every: int) -> None:
     taken = known[start::every]
     mean = sum(taken) / len(taken)
     assert average.model.w.tolist() == pytest.approx([mean] * 2, rel=1e-12)  # type: ignore[union-attr,operator]
-    assert average.needs_refresh
+    assert average.usable  # it has no statistics to compute anew
+
+
+def test_ema_warms_up() -> None:
+    # The n-th update decays by at most (1 + n) / (10 + n), counted from 0; the first is whole.
+    model, known = One(), [3.0, -1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
+    average = Average(ema(decay=0.35), model)
+    expected = known[0]
+    for n, w in enumerate(known):
+        model.put(w)
+        average.after_step(model, 0)
+        decay = min(0.35, (1 + n) / (10 + n))
+        expected = w if n == 0 else decay * expected + (1 - decay) * w
+        assert average.model.w.tolist() == pytest.approx([expected] * 2, rel=1e-12)  # type: ignore[union-attr,operator]
+
+
+def test_swa_is_used_with_statistics_of_its_own_alone() -> None:
+    model = conv_bn()
+    average = Average(swa(start_epoch=0), model)
+    assert not average.usable
+    for seed in (1, 2):
+        average.after_epoch(model, seed)
+        assert average.needs_refresh
+        assert not average.usable
+        again = Average(swa(start_epoch=0), conv_bn())
+        again.load_state_dict(average.state_dict())
+        assert again.needs_refresh
+        average.refresh([images(6, seed)[0]], Processes())
+        assert average.usable
+        again.load_state_dict(average.state_dict())
+        assert again.usable
 
 
 def test_an_average_goes_on_from_its_state() -> None:
@@ -275,7 +306,7 @@ def test_refreshed_statistics_are_those_of_the_averaged_weights() -> None:
                 p.copy_(q)
         average.after_epoch(model, seed)
     batches = [images(6, seed)[0] for seed in range(4)]
-    average.refresh(batches)
+    average.refresh(batches, Processes())
     conv, norm = average.model[0], average.model[1]  # type: ignore[index]
     seen = [conv(x).detach().transpose(0, 1).flatten(1) for x in batches]
     mean = torch.stack([h.mean(1) for h in seen]).mean(0)
@@ -286,7 +317,7 @@ def test_refreshed_statistics_are_those_of_the_averaged_weights() -> None:
     assert not any(m.training for m in average.model.modules())
     assert not any(p.requires_grad for p in average.model.parameters())
     # A second time begins anew.
-    average.refresh(batches[:1])
+    average.refresh(batches[:1], Processes())
     torch.testing.assert_close(norm.running_mean, seen[0].mean(1), rtol=1e-12, atol=1e-14)
 
 
@@ -298,7 +329,7 @@ def test_an_average_leaves_the_model_alone() -> None:
         for _ in range(2):
             average.after_step(model, 0)
             average.after_epoch(model, 0)
-        average.refresh([images()[0]])
+        average.refresh([images()[0]], Processes())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())

@@ -192,8 +192,9 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(plain: RunFolder, tmp_pat
     assert differences(saved(plain.last)["model"], saved(other.last)["model"])
 
 
-def test_watching_changes_no_bit(tmp_path: Path) -> None:
-    said: dict[str, Any] = {"model": SMALL_CNN, "train__average": {"name": "ema"}}
+@pytest.mark.parametrize("average", [{"name": "ema"}, {"name": "swa", "start_epoch": 0}])
+def test_watching_changes_no_bit(tmp_path: Path, average: Any) -> None:
+    said: dict[str, Any] = {"model": SMALL_CNN, "train__average": average}
     quiet = trained(tmp_path, name="quiet", monitor__every=0, **said)
     often = {"monitor__flatness_every": 1, "monitor__flatness": ["ascent_robust", "average_clean"]}
     watched = config(tmp_path, name="watched", listeners=["tensorboard"], **often, **said)
@@ -407,7 +408,10 @@ def test_extra_images_are_trained_on(tmp_path: Path, digits: Data) -> None:
 
 def test_ema_follows_every_step(tmp_path: Path, digits: Data) -> None:
     settings = config(
-        tmp_path, model=SMALL_CNN, train__average={"name": "ema", "decay": 0.8}, monitor__every=0
+        tmp_path,
+        model=SMALL_CNN,
+        train__average={"name": "ema", "decay": 0.8, "warmup": False},
+        monitor__every=0,
     )
     trainer = Trainer(settings, digits, CPU)
     history: list[dict[str, Tensor]] = []
@@ -438,6 +442,8 @@ def test_swa_is_the_mean_of_the_epochs_and_has_statistics_of_its_own(
         train__epochs=4,
         train__average={"name": "swa", "start_epoch": 1},
         objective={"name": "standard"},
+        data__augment={"crop": 2},
+        data__mix={"name": "mixup"},
     )
     folder = RunFolder(tmp_path / "run")
     folder.prepare(settings, resume=False)
@@ -454,15 +460,19 @@ def test_swa_is_the_mean_of_the_epochs_and_has_statistics_of_its_own(
     for key in ends[0]:
         mean = torch.stack([e[key].detach().double() for e in ends[1:]]).mean(0)
         torch.testing.assert_close(state[key].double(), mean, rtol=1e-5, atol=1e-7)
-    # Four batches of the 60 training images, in any order, by hand.
+    # The mean of the batches' statistics, by hand, through the averaged first layer.
     net = build_model(settings, digits, CPU)
     net.load_state_dict(state)
-    x, _ = digits.train.tensors()
     first = net.net.features[0]  # type: ignore[union-attr,index]
-    means = first(net.normalize(x)).mean((0, 2, 3)).detach()  # type: ignore[operator]
-    got = state["net.features.1.running_mean"]
-    # The mean of batch means, the last of 12: near the mean of all.
-    torch.testing.assert_close(got, means, rtol=0.1, atol=0.05)
+    seen = [
+        first(net.normalize(x)).detach().transpose(0, 1).flatten(1)  # type: ignore[operator]
+        for ((x, _),) in trainer._feed.batches(4, 0)
+    ]
+    assert len(seen) == 4
+    mean = torch.stack([h.mean(1) for h in seen]).mean(0)
+    variance = torch.stack([h.var(1) for h in seen]).mean(0)
+    torch.testing.assert_close(state["net.features.1.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state["net.features.1.running_var"], variance, rtol=1e-4, atol=1e-5)
     assert [row["monitor_average"] is not None for row in rows(folder)] == [False, True, True, True]
     scores = [
         (row["monitor_average"] or row["monitor"])["validation"]["robust_accuracy"]
@@ -527,6 +537,48 @@ def test_a_run_stops_where_the_loss_is_not_finite(tmp_path: Path, digits: Data) 
     # From there the run goes on.
     folder = trained(tmp_path, resume=True, train__epochs=3)
     assert [row["epoch"] for row in rows(folder)] == [1, 2, 3]
+
+
+def test_the_best_of_averaged_weights_is_chosen_by_the_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Data
+) -> None:
+    # The raw weights get better where the averaged ones get worse.
+    settings = config(tmp_path, train__epochs=3, train__average={"name": "ema"})
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(settings, resume=False)
+    trainer = Trainer(settings, digits, CPU, folder=folder)
+    raw, averaged = iter([0.1, 0.2, 0.3]), iter([0.6, 0.5, 0.4])
+
+    def measured(self: Monitor, model: nn.Module) -> Any:
+        value = next(raw if model is trainer.model else averaged)
+        return {"validation": {"clean_accuracy": 1.0, "robust_accuracy": value}}
+
+    monkeypatch.setattr(Monitor, "__call__", measured)
+    trainer.run()
+    assert saved(folder.best)["epoch"] == 1
+    assert saved(folder.last)["best"] == {"epoch": 1, "score": 0.6}
+
+
+def test_nsam_climbs_other_batches_and_only_where_it_acts(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nsam = {"name": "nsam", "batches": 3, "inner": {"name": "sam", "rho": 0.05}}
+    settings = config(weights=nsam | {"when": {"until_epoch": 1}}, monitor__every=0)
+    trainer = Trainer(settings, digits, CPU)
+    ((a, _), (b, _), (c, _)) = next(trainer._feed.batches(0, 0))
+    assert not torch.equal(a, b)
+    assert not torch.equal(b, c)
+    attacked: list[int] = []
+    whole = rf.perturb.InputPerturbation.__call__
+
+    def counted(self: Any, *arguments: Any, **more: Any) -> Any:
+        attacked.append(trainer.epoch)
+        return whole(self, *arguments, **more)
+
+    monkeypatch.setattr(rf.perturb.InputPerturbation, "__call__", counted)
+    trainer.run()
+    assert attacked.count(0) == 12
+    assert attacked.count(1) == 4
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def run(self):
     state = {"model": dict(self.model.named_parameters()), "average": None}
     state["objective"] = self._objective.state_dict()
     if self.average is not None:
-        state["average"] = dict(self.average.model.named_parameters())
+        state["average"] = self.average.model.state_dict()
     torch.save(state, folder / f"{self.config.name}.{rank}.pt")
     return finished
 

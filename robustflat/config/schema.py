@@ -185,7 +185,11 @@ class MixConfig(Section):
 
 
 class DataConfig(Section):
-    """Which images, and how they are split."""
+    """Which images, and how they are split.
+
+    ``place`` is where the training images are kept: on the ``device``, on the ``host``, or, by
+    default, on the device if they take at most half of its free memory.
+    """
 
     name: str = "digits"
     root: str = "data"
@@ -195,6 +199,7 @@ class DataConfig(Section):
     validation_samples: Whole = 200
     image_size: Count | None = None
     cache: bool = True
+    place: Literal["auto", "device", "host"] = "auto"
     augment: Augment = Field(default="standard", validate_default=True)
     label_noise: LabelNoiseConfig | None = None
     extra: ExtraDataConfig | None = None
@@ -238,6 +243,7 @@ class TrainConfig(Section):
     batch_size: Count = 128
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
+    sync_batchnorm: bool = False
     deterministic: bool = False
     average: Average | None = None
     alarm: AlarmConfig | None = None

@@ -140,6 +140,8 @@ class InputPerturbation:
             if self.loss == "kl":
                 with torch.no_grad():
                     target = model(x)
+                # Older versions of torch would go on with the copies that this pass cached.
+                torch.clear_autocast_cache()
             best = self._search(model, x, target, generator, start)
             if self.restarts > 1:
                 best_loss = self._losses(model, best, target)
@@ -196,7 +198,9 @@ class InputPerturbation:
 
     def _losses(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            return attack_losses[self.loss](model(x), target)
+            losses = attack_losses[self.loss](model(x), target)
+        torch.clear_autocast_cache()
+        return losses
 
 
 def no_attack() -> None:

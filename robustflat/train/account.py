@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,9 +51,9 @@ class Account:
             "perturbation, set optimizer.clip, or train.on_nonfinite: skip."
         )
 
-    def figures(self, steps: int, mean: Callable[[Tensor], Tensor]) -> dict[str, float | None]:
+    def figures(self, steps: int) -> dict[str, float | None]:
         """Mean loss and gradient norm over the finite steps, and how many were not."""
-        loss, norm, count, _ = mean(self.totals).tolist()
+        loss, norm, count, _ = self.totals.tolist()
         return {
             "train_loss": loss / count if count else None,
             "gradient_norm": norm / count if count else None,

@@ -26,8 +26,16 @@ class Listener(Protocol):
 
 
 @contextmanager
-def stop_signals(request: Callable[[int], None]) -> Iterator[None]:
-    """Let SIGTERM, and SIGUSR1 (Slurm: the time is nearly over), call ``request``."""
+def stop_signals(
+    request: Callable[[int], None], *, kept_after_a_fault: bool = False
+) -> Iterator[None]:
+    """Let SIGTERM, and SIGUSR1 (Slurm: the time is nearly over), call ``request``.
+
+    Args:
+        request: is handed the signal's number.
+        kept_after_a_fault: do so after an exception too. torchrun sends SIGTERM to the others of a
+            process that died, and they shall not end before they have said what they know.
+    """
     before = {}
 
     def handler(signum: int, frame: FrameType | None) -> None:
@@ -41,6 +49,10 @@ def stop_signals(request: Callable[[int], None]) -> Iterator[None]:
         return
     try:
         yield
+    except BaseException:
+        if kept_after_a_fault:
+            before.clear()
+        raise
     finally:
         for which, former in before.items():
             signal.signal(which, former)

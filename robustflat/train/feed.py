@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from robustflat.perturb import Perturbation
 from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import Batch, TrainStep
+
+# Batches that the statistics of an average are taken from.
+_REFRESH = 100
 
 
 class Feed:
@@ -45,7 +49,7 @@ class Feed:
         weights: Perturbation,
     ) -> None:
         self._config, self._device, self._rank = config, device, processes.rank
-        self._images = dataset.train.to(device)
+        self._images = placed(dataset.train, config.data.place, device)
         self._augment = config.data.augment.build()
         self._augment(torch.zeros(1, *dataset.shape), torch.Generator())  # refuses what cannot fit
         self._classes = len(dataset.classes)
@@ -76,6 +80,17 @@ class Feed:
             len(self._images), config.train.batch_size, **self._cut
         )
 
+    def share(self, step: int) -> float:
+        """What this process's rows of a step count in the mean over all processes."""
+        return data.share(
+            len(self._images),
+            self._config.train.batch_size,
+            step,
+            rank=self._rank,
+            world=self._cut["world"],
+            extra=self._cut["extra"],
+        )
+
     def batches(self, epoch: int, step: int) -> Iterator[list[Batch]]:
         """The batches of every step of ``epoch`` from ``step`` on.
 
@@ -101,22 +116,19 @@ class Feed:
             yield [self._finished(x, y, (epoch, at, i)) for i, (x, y) in enumerate(together)]
 
     def refresh_inputs(self, step: TrainStep, model: nn.Module, epoch: int) -> Iterator[Tensor]:
-        """One epoch of the inputs that the objective trains on, attacked at ``model``.
+        """This process's share of what an epoch trains on, attacked at ``model``.
 
-        The attack uses the statistics of its batch: the running ones are what is to be computed.
+        At most 100 batches, which tell a mean and a variance well enough. The attack uses the
+        statistics of its batch: the running ones are what is to be computed.
         """
         attack = None if step.attack is None else replace(step.attack, mode="batch")
         generator = torch.Generator(self._device)
-        generator.manual_seed(derived_seed(self._config.seed, "attack", epoch))
-        size = self._config.train.batch_size
-        order = derived_seed(self._config.seed, "order", epoch)
-        drop = self._cut["drop_last"]
-        for x, y in data.batches(
-            self._images, size, device=self._device, order=order, drop_last=drop
-        ):
+        for at, ((x, y), *_) in enumerate(islice(self.batches(epoch, 0), _REFRESH)):
             if attack is None or step.objective.sees_clean:
                 yield x
             if attack is not None:
+                seed = derived_seed(self._config.seed, "attack", epoch, at, self._rank)
+                generator.manual_seed(seed)
                 yield attack(model, x, y, generator=generator)
 
     def _finished(self, x: Tensor, y: Tensor, where: tuple[int, ...]) -> Batch:
@@ -136,6 +148,17 @@ class Feed:
         return x, y
 
 
+def placed(images: data.Images, place: str, device: torch.device) -> data.Images:
+    """Images where they are kept during training, see ``data.place``."""
+    if place == "host":
+        return images
+    if place == "auto" and device.type == "cuda" and isinstance(images, data.MemoryImages):
+        free, _ = torch.cuda.mem_get_info(device)
+        if 2 * images.pixels.nbytes > free:
+            return images
+    return images.to(device)
+
+
 def _extra_images(config: RunConfig, dataset: data.Data, device: torch.device) -> data.Extra | None:
     extra = config.data.extra
     if extra is None:
@@ -147,4 +170,4 @@ def _extra_images(config: RunConfig, dataset: data.Data, device: torch.device) -
         samples=extra.samples,
         seed=config.seed,
     )
-    return data.Extra(images=images.to(device), fraction=extra.fraction)
+    return data.Extra(images=placed(images, config.data.place, device), fraction=extra.fraction)

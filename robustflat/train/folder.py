@@ -25,7 +25,8 @@ from robustflat.plugins import origin
 _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
 # What changes no weight of a run: where it is made, and how it is measured afterwards.
 _FREE_TO_CHANGE = (
-    ("device",), ("data", "root"), ("data", "download"), ("output",), ("evaluate",), ("flatness",),
+    ("device",), ("data", "root"), ("data", "download"), ("data", "place"), ("output",),
+    ("evaluate",), ("flatness",),
 )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.config import RunConfig
 from robustflat.data import Data
@@ -27,7 +26,7 @@ from robustflat.train.curriculum import Curriculum
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor, score, training_loss
-from robustflat.train.parallel import Processes
+from robustflat.train.parallel import Processes, replica, synchronised
 from robustflat.train.randomness import derived_seed
 from robustflat.train.setup import build_model, build_step
 from robustflat.train.step import Autocast, TrainStep
@@ -63,12 +62,11 @@ class Trainer:
         self.stop_requested = self.requeue_requested = False
 
         self.model = build_model(config, dataset, device)
+        if config.train.sync_batchnorm and self.processes.world > 1:
+            self.model = synchronised(self.model, device)
         self._replica: nn.Module = self.model
         if self.processes.world > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self._replica = DistributedDataParallel(
-                self.model, device_ids=ids, broadcast_buffers=False
-            )
+            self._replica = replica(self.model, device)
         if config.train.precision == "bf16" and self.processes.is_first:
             warn_of_emulation(device)
         self._step = build_step(config, self.model, device)
@@ -108,7 +106,7 @@ class Trainer:
             with (
                 float32(tf32=self.config.train.precision == "tf32"),
                 deterministic(self.config.train.deterministic),
-                stop_signals(self._ask_to_stop),
+                stop_signals(self._ask_to_stop, kept_after_a_fault=self.processes.world > 1),
             ):
                 while self.epoch < self.config.train.epochs and not self.reached_loss:
                     if not self._train_epoch():
@@ -196,11 +194,18 @@ class Trainer:
             weights = self._weights_now(factor)
             if weights.is_off:  # n-SAM's further batches are climbed only
                 batches = batches[:1]
-            step = self._step_now()
-            value, norm = step(self._replica, batches, weights, generator, of_weights)
+            value, norm = self._step_now()(
+                self._replica,
+                batches,
+                weights,
+                generator,
+                of_weights,
+                self._feed.share(self.step),
+            )
             self.processes.share_buffers(self.model)
             self._objective.after_step(self.model, self.epoch, self.processes.mean)
-            self._account.add(value, norm, self.step)
+            # The loss of all rows, in every process, so that the first one's checkpoint is all's.
+            self._account.add(self.processes.mean(value), norm, self.step)
             if self.average is not None:
                 self.average.after_step(self.model, self.epoch)
             for listener in self.listeners:
@@ -228,9 +233,11 @@ class Trainer:
         self._account.totals.zero_()
         self._seconds = 0.0
         measured: dict[str, Any] = {}
-        if config.monitor.every and (
-            self.epoch % config.monitor.every == 0 or self.epoch == config.train.epochs
-        ):
+        last, every = self.epoch == config.train.epochs, config.monitor.every
+        monitored = every > 0 and (last or self.epoch % every == 0)
+        if last or monitored:
+            self._refresh_average()
+        if monitored:
             measured = self._measure()
         row["monitor"] = measured.get("raw")
         row["monitor_average"] = measured.get("average")
@@ -285,13 +292,17 @@ class Trainer:
         for listener in self.listeners:
             listener.on_start(self.config.train.epochs, self.steps_per_epoch, self.epoch)
 
+    def _refresh_average(self) -> None:
+        """Make the average usable, if there is one that is not."""
+        average = self.average
+        if average is not None and average.needs_refresh:
+            inputs = self._feed.refresh_inputs(self._step_now(), average.model, self.epoch)
+            average.refresh(inputs, self.processes)
+
     def _measure(self) -> dict[str, Any]:
         """Figures of the raw and of the averaged weights."""
         measured = {"raw": self._monitor(self.model)}
         if self.average is not None and self.average.started:
-            if self.average.needs_refresh:
-                inputs = self._feed.refresh_inputs(self._step_now(), self.average.model, self.epoch)
-                self.average.refresh(inputs)
             measured["average"] = self._monitor(self.average.model)
         return measured
 
@@ -320,7 +331,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "steps": (self.epoch + 1) * self.steps_per_epoch,
             "lr": self._step.optimizer.param_groups[0]["lr"],
-            **self._account.figures(self.steps_per_epoch, self.processes.mean),
+            **self._account.figures(self.steps_per_epoch),
             "seconds": self._seconds,
         }
 
@@ -333,7 +344,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "epoch": self.epoch,
             "model": self.model.state_dict(),
-            "average_model": average.model.state_dict() if average and average.started else None,
+            "average_model": average.model.state_dict() if average and average.usable else None,
         }
 
     def _save_last(self) -> None:

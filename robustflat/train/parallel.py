@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.errors import ProcessLostError, TrainingDivergedError, UserError
 from robustflat.train.setup import resolve_device
@@ -119,6 +121,31 @@ class Processes:
         raise SystemExit(2)
 
 
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model whose BatchNorm layers normalise by the statistics of all processes' rows.
+
+    Raises:
+        UserError: on a CPU, where torch cannot.
+    """
+    if device.type != "cuda":
+        raise UserError(
+            f"train.sync_batchnorm needs GPUs, got device {device}: torch synchronises BatchNorm "
+            "on them alone. Leave it out, or use a network without BatchNorm."
+        )
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
+
+
+def replica(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """A model whose gradients are averaged over the processes; its buffers are left to us."""
+    ids = [device.index] if device.type == "cuda" else None
+    # Newer versions of torch have another name for it.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    ours: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, device_ids=ids, **ours)
+
+
 def started_by_torchrun() -> bool:
     """Whether this process is one of several that torchrun (or its like) started."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
@@ -184,7 +211,9 @@ def joined(name: str) -> Iterator[tuple[Processes, torch.device]]:
     if processes.world == 1:
         yield processes, resolve_device(device_name(name, processes, torch.cuda.device_count()))
         return
-    store = PrefixStore(f"robustflat-{next(_meetings)}", _store())
+    # Of no use to a later life of the same processes: what an earlier one left there.
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"robustflat-{life}-{next(_meetings)}", _store())
     try:
         # Before anyone waits for the others, so that a wrong device is told at once.
         place = resolve_device(device_name(name, processes, torch.cuda.device_count()))

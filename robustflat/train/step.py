@@ -74,6 +74,7 @@ class TrainStep:
         weights: Perturbation,
         generator: torch.Generator | None = None,
         weights_generator: torch.Generator | None = None,
+        share: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Take one step.
 
@@ -83,6 +84,8 @@ class TrainStep:
             weights: inner maximisation over weights.
             generator: source of the attack's randomness, on the model's device.
             weights_generator: of the weights' randomness; ``generator`` if None.
+            share: what this process's rows count in the mean over all processes; 1 where all have
+                equally many.
 
         Returns:
             The loss at the perturbed weights and the global L2 norm of the gradient before
@@ -97,7 +100,8 @@ class TrainStep:
             """Of a batch by its number, or of some rows of the first."""
             at, rows = (0, part) if isinstance(part, slice) else (part, slice(None))
             x, y = batches[at]
-            return found(seen, x[rows], adversarial[at][rows], y[rows])
+            value = found(seen, x[rows], adversarial[at][rows], y[rows])
+            return value if share == 1 else value * share
 
         buffers = [b.clone() for b in bare.buffers()] if self.skip_nonfinite else []
         remembered = weights.state_dict()

@@ -1,0 +1,95 @@
+"""With ``sync: global`` several processes take the very step of one process on the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from reference.nets import group_layer, images
+from torch import Tensor, nn
+from torch import multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import robustflat as rf
+from robustflat.data import share
+from robustflat.train.step import TrainStep
+
+WORLD, ROWS = 2, 7  # 4 rows for one process and 3 for the other
+METHODS: dict[str, Any] = {
+    "none": rf.no_perturbation(),
+    "awp": rf.awp(0.1),
+    "awp3": rf.awp(0.1, steps=3),
+    "amp": rf.amp(0.1),
+    "sam": rf.sam(0.2),
+    "asam": rf.asam(0.5),
+    "gsam": rf.gsam(0.2, 0.4),
+}
+
+
+def follow(method: str, sync: Any, model: nn.Module, rank: int, world: int) -> list[Tensor]:
+    """Three steps of a process; the weights that came of them, and the losses."""
+    step = TrainStep(
+        attack=rf.pgd("l2", 0.3, 2, start="zero"),
+        objective=rf.trades(2.0),
+        optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2),
+    )
+    weights = METHODS[method].synchronised(sync)
+    counts = share(ROWS, ROWS + 1, 0, rank=rank, world=world) if world > 1 else 1.0
+    losses = []
+    for seed in range(3):
+        x, y = (t[rank::world] for t in images(ROWS, seed))
+        value, _ = step(model, [(x, y)], weights, share=counts)
+        losses.append(value)
+    return [*(p.detach().clone() for p in model.parameters()), torch.stack(losses)]
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
+    )
+    results = {
+        f"{method}-{sync}": follow(
+            method, sync, DistributedDataParallel(group_layer()), rank, WORLD
+        )
+        for method in METHODS
+        for sync in ("global", "local")
+    }
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    mp.start_processes(process, (str(folder),), nprocs=WORLD, start_method="spawn")
+    return [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(WORLD)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one_on_the_whole_batch(
+    ranks: list[dict[str, Any]], method: str
+) -> None:
+    *expected, losses = follow(method, "local", group_layer(), 0, 1)
+    of_ranks = [r[f"{method}-global"] for r in ranks]
+    for *weights, _ in of_ranks:
+        for a, b in zip(weights, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    mean = torch.stack([found[-1] for found in of_ranks]).mean(0)
+    torch.testing.assert_close(mean, losses, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "none"])
+def test_perturbations_of_their_own_are_another_method(
+    ranks: list[dict[str, Any]], method: str
+) -> None:
+    ours, theirs = ranks[0][f"{method}-local"], ranks[0][f"{method}-global"]
+    change = sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True))
+    assert change > 1e-12
+    # Yet the replicas stay equal.
+    for a, b in zip(ours[:-1], ranks[1][f"{method}-local"][:-1], strict=True):
+        assert torch.equal(a, b)

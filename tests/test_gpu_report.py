@@ -1,0 +1,28 @@
+"""The report that a GPU is asked for runs, at a tiny size, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import gpu_report  # type: ignore[import-not-found]
+
+
+def test_the_report_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    said = "--device cpu --batch 4 --images 2 --rounds 1 --width 1 --networks preact_resnet18"
+    said += " --settings fp32 bf16+channels_last"
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", *said.split(), "--output", str(output)])
+    gpu_report.main()
+    report = json.loads(output.read_text())
+    assert [row["setting"] for row in report["steps"]] == ["fp32", "bf16+channels_last"]
+    for row in report["steps"]:
+        assert set(row["seconds"]) == {"to_images", "to_weights", "step", "step_awp"}
+        assert row["seconds"]["step"] > row["seconds"]["to_weights"] > 0
+        bare = 10 * row["seconds"]["to_images"] + row["seconds"]["to_weights"]
+        assert row["over"] == pytest.approx(row["seconds"]["step"] / bare - 1)
+    assert report["autoattack"]["images_per_second"] > 0
