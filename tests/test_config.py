@@ -233,6 +233,10 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
         ("FILE:4:52:", "weights.step.at"),
     ),
+    "examples of an objective without rows": (
+        "name: a\nobjective: gkl\nweights: rwp\n",
+        ("FILE:2:1:", "rwp chooses examples", "gkl is no mean of one loss a row"),
+    ),
     "validation of nothing": (
         MINIMAL + "data: {validation_samples: 0}\n",
         ("validation_samples is 0", "monitor.every"),
