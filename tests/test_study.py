@@ -295,6 +295,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
     events: list[Event] = []
     with pytest.raises(UserError, match=r"3 configurations .*interval needs at least 5"):
         run_study(chosen)
+    seeds = study(output, grid={"weights": WEIGHTS, "seed": list(range(5))})
+    with pytest.raises(UserError, match=r"2 configurations .seeds are none."):
+        run_study(seeds)
     assert not StudyFolder(chosen).root.exists()
     result = run_study(chosen, 2, events.append, yes=True)
     assert sorted((e.run, e.state) for e in events) == [

@@ -300,6 +300,17 @@ def test_information_is_whole_for_the_target_itself_and_none_for_a_factor() -> N
     assert found.value < found.chance
 
 
+def test_two_factors_together_can_be_what_a_measure_mirrors() -> None:
+    rng = np.random.default_rng(3)
+    levels = grid((2, 2, 6))
+    both = [float((level["a"] + level["b"]) % 2) for level in levels]
+    measure, gap = ([v + 1e-3 * rng.normal() for v in both] for _ in range(2))
+    found = information(runs(measure, gap, levels))
+    assert found.given == ("a", "b")
+    assert found.value is not None
+    assert found.value < 0.2
+
+
 def test_information_is_the_formula_on_a_table_of_pairs() -> None:
     # One factor of two levels, so S = {} and S = {c}; every run a configuration of its own.
     x, y = [0.0, 1, 2, 3], [0.0, 1, 3, 2]
