@@ -741,3 +741,18 @@ def test_images_are_read_a_batch_at_a_time():
     assert torch.equal(found.outcomes, wanted.outcomes)
     assert found.warnings == wanted.warnings
     assert max(reads) <= 256, "the probes look at 256"
+
+
+def test_an_attack_that_has_nothing_left_to_attack_has_ended_too():
+    model, data = linear(4, (1, 3, 3)), (IMAGES, LABELS)
+    found = evaluate(model, data, ["autoattack:custom=apgd-ce,apgd-dlr", "fgsm"], eps=1.0, sanity=0)
+    assert found.attacks["apgd-dlr"].attacked == 0
+    assert found.suites["autoattack:custom=apgd-ce,apgd-dlr"].accuracy == 0
+    assert found.warnings == []
+
+
+def test_a_radius_is_written_in_levels_only_where_people_do():
+    from robustflat.evaluate.threat import radius
+
+    written = {8 / 255: "8/255", 1 / 255: "1/255", 0.2: "0.2", 0.5: "0.5", 0.0: "0", 0.03: "0.03"}
+    assert {eps: radius(eps) for eps in written} == written

@@ -162,12 +162,12 @@ def test_boundary_thickness_counts_the_open_part_of_the_segment() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x - 0.5)
 
-    # At 0.7 the logit is 2, at x_adv = 0.3 it is -2; 0 < tanh(z/2) < 0.75 for 0 < z < 1.946.
-    model = Shifted([10.0])
+    # At 0.7 the logit is 4, at x_adv = 0.3 it is -4; 0 < tanh(z/2) < 0.75 for 0 < z < 1.946.
+    model = Shifted([20.0])
     data = (torch.tensor([[0.7], [0.99]], dtype=torch.float64), torch.zeros(2, dtype=torch.long))
     found = measured(model, data, "boundary_thickness", eps=0.4)
     assert found.details["changed"] == 0.5, "0.99 stays on its side"
-    assert found.value == pytest.approx(0.4 * (2 * math.atanh(0.75)) / 4, abs=0.4 / 32)
+    assert found.value == pytest.approx(0.4 * (2 * math.atanh(0.75)) / 8, abs=0.4 / 32)
     none = measured(model, data, "boundary_thickness", eps=0.01)
     assert math.isnan(none.value)
     assert none.details["changed"] == 0

@@ -95,7 +95,7 @@ def test_overfitting_is_studied_for_the_weaker_of_each(points: list[Point]) -> N
     def weights(of: list[Point]) -> dict[tuple[Any, ...], float | None]:
         found: dict[tuple[Any, ...], Any] = {}
         for point in of:
-            key = (point.factors["method"], point.factors["parameters"], point.factors["seed"])
+            key = (point.factors["method"], point.factors["parameters"])
             found[key] = min(found.get(key, np.inf), point.factors["strength"] or np.inf)
         return found
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from robustflat.study.engine import Local, Order, Outcome, Processes, _visible_d
 from robustflat.study.folder import RunFiles, StudyFolder, job_of
 from robustflat.study.grid import expand, size
 from robustflat.study.ledger import ledger, save_ledger
+from robustflat.study.ranking import Estimate
 from robustflat.study.reading import check_study
 from robustflat.study.result import Failure, RunResult, rank_all
 from robustflat.study.targets import TARGETS, figures
@@ -293,6 +295,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
     events: list[Event] = []
     with pytest.raises(UserError, match=r"3 configurations .*interval needs at least 5"):
         run_study(chosen)
+    seeds = study(output, grid={"weights": WEIGHTS, "seed": list(range(5))})
+    with pytest.raises(UserError, match=r"2 configurations .seeds are none."):
+        run_study(seeds)
     assert not StudyFolder(chosen).root.exists()
     result = run_study(chosen, 2, events.append, yes=True)
     assert sorted((e.run, e.state) for e in events) == [
@@ -778,6 +783,15 @@ def test_rankings_say_where_an_order_holds_and_where_it_reverses(tmp_path: Path)
     assert written["granulated"]["verdicts"] == mixed.verdicts()
     assert written["conditional"]["batch_size"]["levels"][0]["level"] == 8
     assert written["sign_error"]["worst"]["factor"] == mixed.sign_error.worst.factor  # type: ignore[union-attr]
+
+
+def test_verdicts_by_hand(tmp_path: Path) -> None:
+    whole = made_up(tmp_path).rankings["gap_robust_accuracy"]["worst_clean"]
+    ends = {"a": (0.1, 0.9), "b": (-0.9, -0.1), "c": (-0.1, 0.9), "d": (None, None)}
+    axes = {name: Estimate(value=0.0, low=low, high=high) for name, (low, high) in ends.items()}
+    for average, expected in ((0.5, ["holds", "reverses"]), (-0.5, ["reverses", "holds"])):
+        made = replace(whole, axes=axes, average=Estimate(value=average))
+        assert list(made.verdicts().values()) == [*expected, "open", "open"]
 
 
 def test_the_ledger_has_one_row_a_run_in_both_formats(tmp_path: Path) -> None:

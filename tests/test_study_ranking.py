@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import kendalltau, norm
+from scipy.stats import t as student
 
 from robustflat.study import criteria, ranking
 from robustflat.study.criteria import information, sign_error
@@ -94,6 +95,10 @@ def test_a_perfect_order_is_as_sure_as_its_p_value() -> None:
         assert 0 < found.low < 1
         assert found.high == pytest.approx(1)
         assert found.p_value < 0.05
+        # Half a pair short of perfect, with the least variance: 1 / (4 n).
+        reach = student.ppf(0.975, count - 2) * math.sqrt(0.25 / count)
+        assert found.low == pytest.approx(math.tanh(math.atanh(count / (count + 2)) - reach))
+    assert found.p_value == 1 / 1000, "the order itself is one of the permutations"
     lows = [tau(runs(range(n), range(n))).low for n in (5, 12, 40)]
     assert lows == sorted(lows)  # type: ignore[type-var]
     reverse = tau(runs(range(12), range(12, 0, -1)))
@@ -174,6 +179,14 @@ def test_a_factors_p_value_exchanges_along_its_lines_alone() -> None:
     assert axes["a"].p_value == pytest.approx(2 / 2**4, abs=0.03)
     assert tau(found).value is not None
     assert tau(found).value < 0  # type: ignore[operator]
+
+
+def test_what_is_tied_along_a_line_stays_tied() -> None:
+    levels = [{"a": a, "b": b} for a in range(2) for b in range(3)]
+    axes, _ = granulated(runs([0, 1, 2, 0, 1, 2], [0, 0, 0, 7, 8, 9], levels))
+    assert axes["b"].value == 0.5
+    # Of the six orders of the second line two are as extreme; exchanged freely it were fewer.
+    assert axes["b"].p_value == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_tau_conditional_on_each_factor() -> None:
@@ -285,6 +298,17 @@ def test_information_is_whole_for_the_target_itself_and_none_for_a_factor() -> N
     assert found.value < 0.3
     assert found.chance is not None
     assert found.value < found.chance
+
+
+def test_two_factors_together_can_be_what_a_measure_mirrors() -> None:
+    rng = np.random.default_rng(3)
+    levels = grid((2, 2, 6))
+    both = [float((level["a"] + level["b"]) % 2) for level in levels]
+    measure, gap = ([v + 1e-3 * rng.normal() for v in both] for _ in range(2))
+    found = information(runs(measure, gap, levels))
+    assert found.given == ("a", "b")
+    assert found.value is not None
+    assert found.value < 0.2
 
 
 def test_information_is_the_formula_on_a_table_of_pairs() -> None:
