@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import struct
@@ -435,11 +436,14 @@ def test_a_tree_is_decoded_once_for_all_processes_and_commands(tree, monkeypatch
     assert keys(first.train) == keys(again.train)
     assert keys(first.validation) == keys(again.validation)
     # Whoever writes into what was read does not change it for the others.
+    before = keys(first.test)
     again.test.pixels.zero_()
-    assert keys(rd.load("image_folder", root=tree).test) == keys(first.test)
+    assert keys(rd.load("image_folder", root=tree).test) == before
 
 
 def test_a_changed_image_is_decoded_anew(tree):
+    for path in tree.rglob("*.png"):
+        os.utime(path, (1e9, 1e9))
     before = rd.load("image_folder", root=tree)
     save(tree / "train" / "cat" / "0.png", np.full((6, 5, 3), 77, np.uint8))
     after = rd.load("image_folder", root=tree)
@@ -447,6 +451,11 @@ def test_a_changed_image_is_decoded_anew(tree):
     assert before.train.fetch(torch.tensor([0]))[0, 0, 0, 0] == 0
     assert keys(before.train)[1:] == keys(after.train)[1:]
     # The same names and sizes under another class are another data set.
+    save(tree / "train" / "cat" / "0.png", np.full((6, 5, 3), 0, np.uint8))
+    for path in tree.rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(200, b"x"))
+        os.utime(path, (2e9, 2e9))
+    rd.load("image_folder", root=tree)
     (tree / "train" / "dog").rename(tree / "train" / "ant")
     (tree / "test" / "dog").rename(tree / "test" / "ant")
     assert rd.load("image_folder", root=tree).train.fetch(torch.tensor([0]))[0, 0, 0, 0] == 10

@@ -111,6 +111,8 @@ class NoSync(TorchDispatchMode):
         # Indexing with a mask does too.
         if name in ("index", "index_put", "index_put_"):
             assert not any(t is not None and t.dtype == torch.bool for t in args[1])
+            # And with positions that lie elsewhere: they are copied, and waited for.
+            assert all(t is None or t.device == args[0].device for t in args[1])
         return func(*args, **(kwargs or {}))
 
 

@@ -8,6 +8,7 @@ import signal
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from train_support import SMALL_CNN, config, differences, python, same_run, save
 from robustflat.data import MemoryImages
 from robustflat.errors import UserError
 from robustflat.files import locked
-from robustflat.train import train
+from robustflat.train import run, train
 from robustflat.train.feed import placed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor
@@ -220,7 +221,7 @@ def test_what_starts_a_run_again_resumes_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     folder = trained(tmp_path)
-    before = folder.last.read_bytes()
+    before = folder.last.stat().st_mtime_ns
     monkeypatch.setenv(name, "0")
     assert not was_restarted()
     with pytest.raises(UserError, match="already exists"):
@@ -228,7 +229,7 @@ def test_what_starts_a_run_again_resumes_it(
     monkeypatch.setenv(name, "1")
     # Not even --overwrite, which stands in the job's script, loses what the first life did.
     train(config(tmp_path), overwrite=True)
-    assert folder.last.read_bytes() == before
+    assert folder.last.stat().st_mtime_ns == before  # not even to the same end
 
 
 class Warned:
@@ -314,6 +315,25 @@ def test_a_run_that_another_process_writes_is_left_alone(held: Any, tmp_path: Pa
 
 
 # --- shares of the work
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_the_first_process_of_every_host_prepares_the_data(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int
+) -> None:
+    told: list[str] = []
+
+    class Host(Processes):
+        @contextmanager
+        def together(self) -> Iterator[None]:
+            yield
+            told.append("all wait")
+
+    monkeypatch.setattr(run, "load_data", lambda config: told.append("load") or "images")
+    # The second host: its first process is not the first of all.
+    assert run._load_once(config(), Host(2 + local_rank, 4, local_rank, 2)) == "images"
+    expected = ["all wait", "load", "all wait"] if local_rank else ["load", "all wait", "all wait"]
+    assert told == expected
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,10 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A part that a user's mistake may end: in all processes or in none, told by the first.
+        """A part that a user's mistake may end: in all processes or in none.
 
         Raises:
-            UserError: the mistake of the lowest rank that met one, in the first process.
-            SystemExit: in the others.
+            UserError: the mistake of the lowest rank that met one, in all processes.
         """
         mistake: UserError | None = None
         try:
@@ -114,11 +113,8 @@ class Processes:
                 raise
             mistake = error
         met = [m for m in self.gather(None if mistake is None else str(mistake)) if m is not None]
-        if not met:
-            return
-        if self.is_first:
+        if met:
             raise UserError(met[0]) from None
-        raise SystemExit(2)
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:

@@ -46,7 +46,6 @@ def train(
         ProcessLostError: if another process ended or cannot be reached.
     """
     resume = resume or was_restarted()
-    overwrite = overwrite and not resume
     use_threads(config)
     folder = RunFolder(Path(config.output) / config.name)
     with joined(config.device) as (processes, device):
