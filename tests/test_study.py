@@ -353,12 +353,14 @@ def test_a_failure_is_told_with_its_last_lines_and_tried_again(uninterrupted: St
     ]
     # Repeated with what can be trained alone, everything is kept.
     events: list[Event] = []
-    before = StudyFolder(chosen).result.read_bytes()
+    folder = StudyFolder(chosen)
+    before = {path: path.read_bytes() for path in (folder.result, folder.config_file)}
     narrower = study(chosen.output)
     try:
         again = run_study(narrower, 1, events.append, yes=True)
     finally:
-        StudyFolder(chosen).result.write_bytes(before)
+        for path, content in before.items():
+            path.write_bytes(content)
     assert [(e.run, e.state, e.done) for e in events] == [(NONE, "kept", 1), (AWP, "kept", 2)]
     assert timeless(again) == timeless(uninterrupted)
 
