@@ -353,8 +353,7 @@ def test_a_failure_is_told_with_its_last_lines_and_tried_again(uninterrupted: St
     ]
     # Repeated with what can be trained alone, everything is kept.
     events: list[Event] = []
-    folder = StudyFolder(chosen)
-    before = {path: path.read_bytes() for path in (folder.result, folder.config_file)}
+    before = {p: p.read_bytes() for p in uninterrupted.folder.iterdir() if p.is_file()}
     narrower = study(chosen.output)
     try:
         again = run_study(narrower, 1, events.append, yes=True)
@@ -465,7 +464,8 @@ def test_a_dead_workers_run_is_resumed_by_another(
             return None
 
         def named(process: psutil.Process) -> str:
-            return Path(process.cmdline()[-1]).name.removesuffix(".job.json")
+            *_, last = process.cmdline() or [""]  # nothing once it has ended
+            return Path(last).name.removesuffix(".job.json")
 
         until(lambda: busy() is not None)
         orphan = busy()
