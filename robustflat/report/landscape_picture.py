@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,31 +207,26 @@ def _title(found: Landscape, quantity: Quantity) -> str:
 
 def _circumstances(landscapes: list[Landscape]) -> str:
     """Under which threat, on how many images; where they differ, all of it."""
-
-    def said(text: Callable[[Mapping[str, Any]], str]) -> str:
-        return " or ".join(dict.fromkeys(text(found.about) for found in landscapes))
-
+    abouts = [found.about for found in landscapes]
+    said = [" or ".join(dict.fromkeys(parts)) for parts in zip(*map(_parts, abouts), strict=True)]
     draws = max(found.draws for found in landscapes)
-    band = f"mean and standard deviation of {draws} directions" if draws > 1 else ""
-    parts = (said(_attack), said(_images), said(_statistics), band)
-    return "; ".join(filter(None, parts))
+    if draws > 1:
+        said.append(f"mean and standard deviation of {draws} directions")
+    return "; ".join(filter(None, said))
 
 
-def _attack(about: Mapping[str, Any]) -> str:
-    if about.get("eps") is None:
-        return ""
-    return f"robust: {Threat.of(about['norm'], about['eps'])}, {about['attack']}"
-
-
-def _images(about: Mapping[str, Any]) -> str:
-    split, data = about.get("split", ""), about.get("data")
-    images = f"{about.get('examples', '?')} {split} images".replace("  ", " ")
-    return f"{images} of {data}" if data else images
-
-
-def _statistics(about: Mapping[str, Any]) -> str:
-    words = {"keep": "kept", "refresh": "refreshed", "interpolate": "interpolated"}
-    return f"BatchNorm statistics {words[about['batchnorm']]}" if "batchnorm" in about else ""
+def _parts(about: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Attack, images and BatchNorm of one; "" for what is not known or not used."""
+    attack, count, data = (about.get(key) for key in ("attack", "examples", "data"))
+    threat = f"robust: {Threat.of(about['norm'], about['eps'])}, {attack}" if attack else ""
+    images = " ".join(filter(None, (str(count), about.get("split"), "images"))) if count else ""
+    statistics = {"keep": "kept", "refresh": "refreshed", "interpolate": "interpolated"}
+    batchnorm = statistics.get(about.get("batchnorm", ""))
+    return (
+        threat,
+        f"{images} of {data}" if data else images,
+        f"BatchNorm statistics {batchnorm}" if batchnorm else "",
+    )
 
 
 def _name(model: str, kind: str) -> str:
