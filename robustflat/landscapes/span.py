@@ -1,4 +1,4 @@
-"""Owns the directions and planes of weight space along which a landscape is drawn."""
+"""Owns the line or plane of weight space through checkpoints."""
 
 from __future__ import annotations
 
@@ -10,63 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.flatness.options import Options
-from robustflat.flatness.spectrum import Hessian, largest
-from robustflat.flatness.subject import LossKind, Subject
-from robustflat.perturb import SCALES, Ball
 
 State = Mapping[str, Tensor]
-
-
-def filter_normalised(
-    subject: Subject, named: Mapping[str, Tensor], count: int
-) -> list[list[Tensor]]:
-    """Random directions whose every filter has the norm of the model's (Li et al. 2018).
-
-    They depend on the seed and the shapes alone but for that norm, so that models of one
-    architecture are seen along the same directions.
-    """
-    weights = [p.detach() for p in named.values()]
-    scale = SCALES["row_norm"](list(named), weights)
-    assert scale is not None
-    ball = Ball(2.0, 1.0, "row")
-    found = []
-    for index in range(count):
-        generator = subject.generator("direction", index, device=weights[0].device)
-        u = ball.sample(weights, generator, surface=True)
-        found.append(list(torch._foreach_mul(u, scale)))
-    return found
-
-
-def eigenvectors(
-    subject: Subject, options: Options, named: Mapping[str, Any], loss: LossKind, count: int
-) -> list[list[Tensor]]:
-    """The Hessian's top eigenvectors, each as long as the weights that it moves.
-
-    A coordinate is then a relative displacement, as it is for filter-normalised directions. The
-    sign is such that the largest entry is positive.
-    """
-    hessian = Hessian(
-        subject.closure(options, "clean" if loss == "clean" else "robust_fixed"), dict(named)
-    )
-    pairs = largest(
-        hessian,
-        count,
-        tolerance=options.tolerance,
-        max_hvps=options.max_hvps,
-        seed=subject.generator("lanczos", "directions").initial_seed() % 2**32,
-    )
-    if len(pairs.values) < count:
-        raise UserError(
-            f"Only {len(pairs.values)} of {count} eigenvectors converged within {options.max_hvps} "
-            "Hessian-vector products. Raise max_hvps, or tolerance."
-        )
-    length = float(torch.stack([p.detach().norm() for p in named.values()]).norm())
-    found = []
-    for column in torch.from_numpy(pairs.vectors.copy()).T:
-        sign = 1.0 if column[column.abs().argmax()] >= 0 else -1.0
-        found.append(hessian.split(column * (sign * length)))
-    return found
 
 
 class Span:
