@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,7 +192,8 @@ def device_name(name: str, processes: Processes, gpus: int) -> str:
 def joined(name: str) -> Iterator[tuple[Processes, torch.device]]:
     """Join the processes that torchrun started, or be the only one; leave them on exit.
 
-    Of a failure that all processes meet, one speaks; the others exit in silence.
+    Of a failure that all processes meet, one speaks; the others exit in silence. What holds a
+    replica must have ended before the exit.
 
     Args:
         name: the device of the configuration.
@@ -226,7 +228,8 @@ def joined(name: str) -> Iterator[tuple[Processes, torch.device]]:
             device_id=place if on_gpu else None,
         )
         yield processes, place
-    except (UserError, TrainingDivergedError):
+    except (UserError, TrainingDivergedError) as error:
+        traceback.clear_frames(error.__traceback__)  # where a replica may live on
         _leave()
         if not _is_first_to_speak(store):
             raise SystemExit(2) from None
@@ -247,8 +250,20 @@ def joined(name: str) -> Iterator[tuple[Processes, torch.device]]:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Part from the other processes.
+
+    Up to torch 2.6 the end of a group waits for gloo's threads, which may be waiting for Python's
+    lock to let go of a tensor. Of all that hold a group only its backend gives up the lock, so it
+    must be the last: any replica has ended, and the group ends here.
+    """
+    if not dist.is_initialized():
+        return
+    group = dist.group.WORLD
+    assert group is not None
+    backend = group._get_backend(torch.device("cpu"))
+    del group
+    dist.destroy_process_group()
+    del backend
 
 
 def _is_gloo(error: RuntimeError) -> bool:
