@@ -263,8 +263,8 @@ def test_along_the_gradient_the_slope_is_its_length():
     attack, (x, y) = rf.pgd(eps=0.1, steps=3, start="zero"), data
     robust = float(flat_gradient(model, attack(model, x, y), y).norm())
     drawn = landscape(
-        model, data, directions="gradient", parameters="all", points=3, span=h, hessian="robust",
-        losses=["robust_fixed"], attack=attack,
+        model, data, directions="gradient", parameters="all", points=3, span=h, losses=["robust_fixed"],
+        attack=attack, direction_loss="robust",
     )  # fmt: skip
     low, _, high = drawn.losses["robust_fixed"][0]
     assert (high - low) / (2 * h * length) == pytest.approx(robust, rel=1e-5)
@@ -452,7 +452,7 @@ def test_a_record_tells_its_circumstances_and_is_json(tmp_path):
     about = content["about"]
     assert "radius=0.5" in about.pop("attack_settings")
     assert about == {
-        "directions": "filter", "parameters": "matrices", "hessian": None, "split": "test",
+        "directions": "filter", "parameters": "matrices", "direction_loss": None, "split": "test",
         "grid": [3, 3], "draws": 1, "span": 1.0,
         "losses": ["clean", "robust"], "norm": "l2", "eps": 0.5, "attack": "pgd-3-2:margin",
         "seed": 4, "examples": 9, "batch_size": 5, "batchnorm": "keep", "dtype": "float64",
@@ -462,6 +462,9 @@ def test_a_record_tells_its_circumstances_and_is_json(tmp_path):
     assert Landscape.load(path).points == {"model": (0.0, 0.0)}
     given = landscape(model, data, points=3, attack=rf.fgsm("l2", 0.25), norm="linf", eps=0.1)
     assert (given.about["norm"], given.about["eps"]) == ("l2", 0.25), "the attack's own"
+    toward = {"directions": "gradient", "direction_loss": "robust", "eps": 0.25}
+    about = landscape(model, data, points=3, losses=["clean"], attack="pgd-1", **toward).about
+    assert (about["eps"], about["attack"]) == (0.25, "pgd-1"), "which the direction depends on"
     clean = landscape(model, data, points=3, losses=["clean"]).about
     assert clean["norm"] is clean["eps"] is clean["attack"] is clean["attack_settings"] is None
 
@@ -731,6 +734,7 @@ def test_the_page_shows_the_means_and_needs_nothing_else(tmp_path):
         ("span must be positive", {"span": 0.0}),
         ("losses must be some of", {"losses": ["worst"]}),
         ("directions must be one of", {"directions": "pca"}),
+        ("direction_loss must be clean or robust", {"direction_loss": "worst"}),
         ("one gradient", {"directions": "gradient", "dimensions": 2}),
         ("draws must be at least 1", {"draws": 0}),
         ("1 for eigenvectors, got 2", {"draws": 2, "directions": "eigenvectors"}),
