@@ -263,8 +263,8 @@ def test_along_the_gradient_the_slope_is_its_length():
     attack, (x, y) = rf.pgd(eps=0.1, steps=3, start="zero"), data
     robust = float(flat_gradient(model, attack(model, x, y), y).norm())
     drawn = landscape(
-        model, data, directions="gradient", parameters="all", points=3, span=h, losses=["robust_fixed"],
-        attack=attack, direction_loss="robust",
+        model, data, directions="gradient", parameters="all", points=3, span=h, attack=attack,
+        losses=["robust_fixed"], direction_loss="robust",
     )  # fmt: skip
     low, _, high = drawn.losses["robust_fixed"][0]
     assert (high - low) / (2 * h * length) == pytest.approx(robust, rel=1e-5)
