@@ -3,7 +3,7 @@
 from robustflat.errors import UserError
 from robustflat.evaluate import evaluate
 from robustflat.flatness import flatness
-from robustflat.landscapes import between, landscape
+from robustflat.landscapes import landscape
 from robustflat.objectives import adversarial, gkl, ikl, mart, mlcat, rebat, standard, trades
 from robustflat.perturb import (
     Ascent,
@@ -52,7 +52,6 @@ __all__ = [
     "asam",
     "awp",
     "awp_global",
-    "between",
     "custom",
     "esam",
     "evaluate",

@@ -276,7 +276,11 @@ def landscape(
     ] = "filter",
     draws: Annotated[int, typer.Option(help="Random directions, for a mean and its spread.")] = 1,
     between: Annotated[
-        bool, typer.Option("--between", help="The line or plane through two or three runs.")
+        bool,
+        typer.Option(
+            "--between",
+            help="The line or plane through two or three runs, or best and last of one.",
+        ),
     ] = False,
     batchnorm: Annotated[
         str | None,

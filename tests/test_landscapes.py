@@ -423,6 +423,7 @@ def test_in_a_folder_every_landscape_has_a_file_of_its_own(tmp_path):
     landscape(model, data, seed=1, **options)
     landscape(model, data, **options)
     between(model, {"a": model, "b": mlp(seed=1)}, data, **{**options, "points": 2})
+    landscape(model, data, **options)
     with pytest.raises(Stop):
         landscape(model, data, seed=2, on_progress=stopping(2), **options)
     names = sorted(p.name.rsplit("-", 1)[0] for p in (tmp_path / "landscapes").glob("*.json"))
@@ -430,8 +431,8 @@ def test_in_a_folder_every_landscape_has_a_file_of_its_own(tmp_path):
         "between-line-checkpoints", "line-filter", "line-filter", "line-filter", "plane-filter"
     ]  # fmt: skip
     drawn = drawn_in(tmp_path / "landscapes")
-    assert [found.kind for found in drawn] == ["line", "plane", "line", "between-line"]
-    assert [found.about["seed"] for found in drawn] == [0, 0, 1, 0]
+    assert [found.kind for found in drawn] == ["plane", "line", "between-line", "line"]
+    assert [found.about["seed"] for found in drawn] == [0, 1, 0, 0], "asked for last, it is last"
     assert drawn_in(tmp_path / "nothing") == []
 
 
@@ -686,9 +687,11 @@ def test_checkpoints_are_named_where_they_are():
     assert "robust" not in figure.get_supxlabel()
     plane = replace(surface(1, 1, **about), points={"a": (0.0, 0.0), "b": (0.5, 0.0), "c": (0, 1)})
     figure = landscape_figure({"": plane})
-    assert figure.get_suptitle() == "Loss on the plane through a and b and c"
-    names = [t for t in figure.axes[0].texts if t.get_text() in ("a", "b", "c")]
-    assert [t.xy for t in names] == [(0, 0), (0.5, 0), (0, 1)]
+    assert figure.get_suptitle() == "Loss on the plane through\na (1), b (2), c (3)"
+    names = [t for t in figure.axes[0].texts if t.get_bbox_patch()]
+    assert [(t.get_text(), t.xy) for t in names] == [
+        ("1", (0, 0)), ("2", (0.5, 0)), ("3", (0, 1))
+    ]  # fmt: skip
     assert [(m.get_xdata()[0], m.get_ydata()[0]) for m in figure.axes[0].lines] == [
         (0, 0), (0.5, 0), (0, 1)
     ]  # fmt: skip
@@ -733,6 +736,7 @@ def test_the_page_shows_the_means_and_needs_nothing_else(tmp_path):
         ("1 for eigenvectors, got 2", {"draws": 2, "directions": "eigenvectors"}),
         ("batchnorm must be one of keep, refresh here", {"batchnorm": "interpolate"}),
         ("batch_size must be at least 1", {"batch_size": 0}),
+        ("no setting 'recompute_batchnorm'. Did you mean 'batchnorm'", {"recompute_batchnorm": 1}),
         ("Unknown attack 'square' for a landscape", {"attack": "square"}),
         ("norm must be", {"norm": "l7"}),
         ("eps must be", {"eps": -1.0}),

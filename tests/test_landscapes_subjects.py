@@ -17,6 +17,8 @@ from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
 
 torch.set_num_threads(1)
+SAID = ["--model", "small_cnn", "--option", "width=4", "--option", "depth=2",
+        "--data", "digits", "--norm", "linf", "--eps", "0.1"]  # fmt: skip
 FAST = ["--points", "3", "--samples", "30", "--attack", "pgd-1"]
 
 
@@ -111,6 +113,22 @@ def test_between_runs_statistics_are_interpolated_refreshed_or_kept(draw: Any, p
     assert "between-line" not in kinds, "its home is the first one's"
 
 
+def test_between_the_best_and_the_last_checkpoint_of_a_run(draw: Any, tmp_path: Path) -> None:
+    folder = trained(tmp_path, model=SMALL_CNN, train__epochs=2)
+    subject = open_subject(folder.root, device="cpu")
+    best, last = (subject.network(name).model for name in ("best", "last"))
+    assert (subject.network("best").epoch, subject.network("last").epoch) == (1, 2)
+    draw(folder.root, "--between", "--output", "line.png", "--points", 25, "--split", "test")
+    found = newest(folder.root)
+    assert list(found.points) == ["best", "last"]
+    x, y = subject.tensors("test", 30)
+    for model, (at,) in zip((best, last), found.points.values(), strict=True):
+        place = min(range(25), key=lambda i: abs(found.axes[0][i] - at))
+        with torch.no_grad():
+            expected = float(F.cross_entropy(model(x), y))
+        assert found.losses["clean"][0, place] == pytest.approx(expected, rel=1e-4)
+
+
 def test_statistics_are_refreshed_on_training_images_where_test_images_are_measured(
     draw: Any, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,9 +147,7 @@ def test_statistics_are_refreshed_on_training_images_where_test_images_are_measu
 def test_a_model_from_elsewhere_is_drawn_as_the_run_that_it_came_from(
     draw: Any, place: Path
 ) -> None:
-    said = ["--model", "small_cnn", "--option", "width=4", "--option", "depth=2",
-            "--data", "digits", "--norm", "linf", "--eps", "0.1"]  # fmt: skip
-    draw("net.pt", *said, "--split", "test", "--output", "net.png")
+    draw("net.pt", *SAID, "--split", "test", "--output", "net.png")
     draw("a", "--split", "test", "--output", "a.png", "--norm", "linf", "--eps", "0.1")
     (theirs,) = drawn_in(place / "evaluations" / "net.pt" / "landscapes")
     mine = newest(place / "a")
@@ -149,7 +165,9 @@ def test_a_model_from_elsewhere_is_drawn_as_the_run_that_it_came_from(
         (["a", "--batchnorm", "interpolate"], "batchnorm must be one of keep, refresh here"),
         (["a", "--attack", "square"], "Unknown attack 'square' for a landscape"),
         (["a", "b", "--between", "--dimensions", "2"], "leave --dimensions"),
-        (["a", "--between"], "two or three of them, got 1"),
+        (["net.pt", *SAID, "--between"], "two or three of them"),
+        (["a", "--between", "--checkpoint", "best"], "without --checkpoint"),
+        (["a", "b", "a", "b", "--between"], "got 4"),
         (["a", "--samples", "0"], "at least 1"),
         (["net.pt"], "name it with --model"),
         (["nothing"], "does not exist"),

@@ -144,7 +144,6 @@ def between(
     dicts = {label: copied(state) for label, state in states.items()}
     with undisturbed(model), kept([*model.parameters(), *model.buffers()]):
         span = Span(dicts, model)
-        model.load_state_dict(dict(span.first))
         count = (25 if len(span.axes) == 1 else 13) if points is None else points
         if count < 2:
             raise UserError(f"points must be at least 2, got {count}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import time
@@ -53,8 +54,8 @@ class Common(TypedDict, total=False):
         batch_size: examples in a pass; 128.
         examples: take the first so many.
         batchnorm: where BatchNorm's statistics come from. "keep": the model's own, of checkpoints
-            the first one's. "refresh": computed from images at every point. "interpolate", between
-            checkpoints: combined like the weights.
+            the first one's. "refresh": computed from clean images at every point. "interpolate",
+            between checkpoints: combined like the weights.
         refresh_on: images ``[N, ...]`` for "refresh", of training; those measured if left out.
         about: further circumstances for the record, ready for JSON.
         store: a file ending in .json, or a folder in which the landscape names its own: the
@@ -94,8 +95,12 @@ class Scene:
     def __init__(
         self, model: nn.Module, data: Data, batchnorm: Sequence[str], common: Common
     ) -> None:
-        self.losses = list(dict.fromkeys(common.get("losses", ("clean", "robust"))))
         known = get_args(LossKind)
+        for name in common.keys() - Common.__annotations__.keys():
+            near = difflib.get_close_matches(name, Common.__annotations__, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"A landscape has no setting {name!r}.{hint}")
+        self.losses = list(dict.fromkeys(common.get("losses", ("clean", "robust"))))
         if not self.losses or any(loss not in known for loss in self.losses):
             raise UserError(f"losses must be some of {', '.join(known)}, got {self.losses!r}.")
         size = common.get("batch_size", 128)
@@ -183,7 +188,10 @@ class Scene:
                 if path is None:
                     return found
                 stack.enter_context(locked(path))
-                return _begun(path, found)
+                old = _begun(path, found)
+                if old.complete:
+                    path.touch()  # It is now the one asked for last.
+                return old
 
             found = self.team.once(begin)
             if found.complete:

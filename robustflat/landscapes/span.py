@@ -23,7 +23,7 @@ class Span:
 
     Args:
         states: state dicts by label, two or three.
-        model: tells which entries are parameters.
+        model: tells which entries are parameters; it is left with the first state.
 
     Raises:
         UserError: if the states do not fit the model, coincide or lie on one line.
@@ -37,15 +37,13 @@ class Span:
             )
         self._labels = list(states)
         _check_fit(states, model)
-        first, *rest = states.values()
-        self.first = first
-        self._states = list(states.values())
+        first, *rest = self._states = list(states.values())
+        model.load_state_dict(dict(first))
         self.moved = {n: p for n, p in model.named_parameters() if n in first}
         self._buffers = {
             n: b for n, b in model.named_buffers() if n in first and b.is_floating_point()
         }
-        edges = [self._difference(other, first, self.moved) for other in rest]
-        self._sides = [self._difference(other, first, self._buffers) for other in rest]
+        edges = [[o[n].to(p) - first[n].to(p) for n, p in self.moved.items()] for o in rest]
         lengths = [_norm(edge) for edge in edges]
         if min(lengths) == 0:
             raise UserError(
@@ -73,28 +71,27 @@ class Span:
         return dict(zip(self._labels, self._corners, strict=True))
 
     def shares(self, at: Sequence[float]) -> list[float]:
-        """The affine weights of the second (and third) state at given coordinates."""
+        """The weight of each state in the affine combination at given coordinates; they add to 1.
+
+        At a state it is 1 and the others' are 0, without rounding.
+        """
         length = self._corners[1][0]
         if len(at) == 1:
-            return [at[0] / length]
-        along, height = self._corners[2]
-        third = at[1] / height
-        return [(at[0] - third * along) / length, third]
+            rest = [at[0] / length]
+        else:
+            along, height = self._corners[2]
+            third = at[1] / height
+            rest = [(at[0] - third * along) / length, third]
+        return [1 - sum(rest), *rest]
 
     @torch.no_grad()
     def set_buffers(self, at: Sequence[float]) -> None:
         """Interpolate the model's floating-point buffers at given coordinates."""
-        for index, (name, buffer) in enumerate(self._buffers.items()):
-            value = self.first[name].to(buffer)
-            for share, side in zip(self.shares(at), self._sides, strict=True):
-                value = value + side[index] * share
-            ends = [state[name].to(buffer) for state in self._states]
-            low, high = torch.stack(ends).aminmax(dim=0)
+        for name, buffer in self._buffers.items():
+            ends = torch.stack([state[name].to(buffer) for state in self._states])
+            low, high = ends.aminmax(dim=0)
+            value = torch.tensordot(ends.new_tensor(self.shares(at)), ends, dims=1)
             buffer.copy_(value.clamp(low, high))
-
-    @staticmethod
-    def _difference(a: State, b: State, like: Mapping[str, Tensor]) -> list[Tensor]:
-        return [a[name].to(tensor) - b[name].to(tensor) for name, tensor in like.items()]
 
 
 def copied(state: State | nn.Module) -> dict[str, Any]:
@@ -104,19 +101,15 @@ def copied(state: State | nn.Module) -> dict[str, Any]:
 
 
 def _check_fit(states: Mapping[str, State], model: nn.Module) -> None:
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if _is_tensor(t)}
     for label, state in states.items():
-        got = {name: tuple(t.shape) for name, t in state.items() if _is_tensor(t)}
-        if got != wanted:
-            odd = sorted(set(got.items()) ^ set(wanted.items()))
+        try:
+            model.load_state_dict(dict(state))
+        except RuntimeError as error:
             raise UserError(
-                f"The checkpoint {label!r} does not fit the model: {odd[0][0]} is missing, "
-                "additional or of another shape. A landscape needs checkpoints of one architecture."
-            )
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+                f"The checkpoint {label!r} does not fit the model: "
+                f"{str(error).splitlines()[-1].strip()} A landscape needs checkpoints of one "
+                "architecture."
+            ) from None
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:

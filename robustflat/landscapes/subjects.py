@@ -46,23 +46,28 @@ def draw_subject(subject: Subject, sight: Sight) -> Landscape:
 def draw_between(subjects: Sequence[Subject], sight: Sight) -> Landscape:
     """The loss on the line through two subjects' weights, or the plane through three.
 
-    Images, threat and home are the first one's.
+    Of a single run it is the line through its best and its last checkpoint. Images, threat and home
+    are the first one's.
 
     Raises:
-        UserError: if there are not two or three of them, or their networks differ.
+        UserError: if there are more of them, or their networks differ.
     """
-    if len(subjects) not in (2, 3):
-        raise UserError(
-            f"A landscape between runs goes through two or three of them, got {len(subjects)}."
-        )
     first = subjects[0]
-    roots = [subject.home.root for subject in subjects]
-    networks = [_network(subject, sight) for subject in subjects]
-    states = dict(zip(distinct_names(roots), (n.model for n in networks), strict=True))
-    about = _about(first, sight, networks[0]) | {"subject": list(states)}
+    if len(subjects) == 1 and first.is_run and sight.checkpoint is None:
+        states = {name: first.network(name, sight.weights) for name in ("best", "last")}
+    elif len(subjects) in (2, 3):
+        names = distinct_names([subject.home.root for subject in subjects])
+        networks = [_network(subject, sight) for subject in subjects]
+        states = dict(zip(names, networks, strict=True))
+    else:
+        raise UserError(
+            "A landscape between runs goes through two or three of them, or through the best and "
+            f"the last checkpoint of one (without --checkpoint); got {len(subjects)}."
+        )
+    about = _about(first, sight, next(iter(states.values()))) | {"subject": list(states)}
     return between(
-        _network(first, sight).model, states, _images(first, sight), about=about,
-        **_common(first, sight),
+        _network(first, sight).model, {name: state.model for name, state in states.items()},
+        _images(first, sight), about=about, **_common(first, sight),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def _lines(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool | 
 
 def _planes(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool | None) -> Figure:
     grids = {name: landscape.mean(quantity) for name, landscape in landscapes.items()}
-    kinds = list(dict.fromkeys(kind for grid in grids.values() for kind in grid))
+    kinds = [kind for kind in _STYLES if any(kind in grid for grid in grids.values())]
     known = np.concatenate([grid.ravel() for of in grids.values() for grid in of.values()])
     known = known[np.isfinite(known)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
@@ -130,12 +130,17 @@ def _planes(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool |
     high = high if high > low else low + 1
     norm: Normalize = (LogNorm if log else Normalize)(low, high)
     shape = (len(landscapes), len(kinds))
-    figure = Figure(figsize=(3.7 * shape[1] + 1.0, 3.6 * shape[0] + 0.5), layout="constrained")
+    x, y = next(iter(landscapes.values())).axes
+    width = 3.3 * min(max((x[-1] - x[0]) / (y[-1] - y[0]), 0.4), 2.5)
+    size = ((width + 0.4) * shape[1] + 1.2, 3.6 * shape[0] + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(*shape, squeeze=False, sharex="row", sharey="row")
     for row, (name, landscape) in zip(panels, landscapes.items(), strict=True):
         for panel, kind in zip(row, kinds, strict=True):
             panel.set_title(_name(name, kind), fontsize=10)
-            if kind in grids[name]:
+            if kind not in grids[name]:
+                panel.set_axis_off()
+            else:
                 _plane(panel, landscape, grids[name][kind], norm)
             panel.set_xlabel(landscape.names[0], fontsize=8)
         row[0].set_ylabel(landscape.names[1], fontsize=8)
@@ -157,11 +162,11 @@ def _plane(panel: Axes, landscape: Landscape, grid: Grid, norm: Normalize) -> No
     filled.set_edgecolor("face")  # Or the paper shines through between the shades of a PDF.
     lines = panel.contour(x, y, image, _ticks(norm), colors="white", linewidths=0.6)
     panel.clabel(lines, fmt="%g", fontsize=7)
-    for label, (a, b) in landscape.points.items():
+    for number, (a, b) in enumerate(landscape.points.values(), 1):
         panel.plot(a, b, "o", color="white", markeredgecolor="black", markersize=5)
         if len(landscape.points) > 1:
             panel.annotate(
-                label, (a, b), (0, 6), textcoords="offset points", ha="center", fontsize=8,
+                f"{number}", (a, b), (0, 6), textcoords="offset points", ha="center", fontsize=8,
                 bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
             )  # fmt: skip
     panel.set_aspect("equal")
@@ -200,38 +205,35 @@ def _limits(norm: Normalize) -> tuple[float, float]:
 def _title(found: Landscape, quantity: Quantity) -> str:
     what = _label(quantity).capitalize()
     if found.about.get("directions") == "checkpoints":
-        shape = "line" if len(found.axes) == 1 else "plane"
-        return f"{what} on the {shape} through {' and '.join(found.points)}"
+        if len(found.axes) == 1:
+            return f"{what} on the line through {' and '.join(found.points)}"
+        names = ", ".join(f"{name} ({i})" for i, name in enumerate(found.points, 1))
+        return f"{what} on the plane through\n{names}"
     return f"{what} around the weights"
 
 
 def _circumstances(landscapes: list[Landscape]) -> str:
     """Under which threat, on how many images; where they differ, all of it."""
-
-    def said(text: Callable[[Mapping[str, Any]], str]) -> str:
-        return " or ".join(dict.fromkeys(text(found.about) for found in landscapes))
-
+    abouts = [found.about for found in landscapes]
+    said = [" or ".join(dict.fromkeys(parts)) for parts in zip(*map(_parts, abouts), strict=True)]
     draws = max(found.draws for found in landscapes)
-    band = f"mean and standard deviation of {draws} directions" if draws > 1 else ""
-    parts = (said(_attack), said(_images), said(_statistics), band)
-    return "; ".join(filter(None, parts))
+    if draws > 1:
+        said.append(f"mean and standard deviation of {draws} directions")
+    return "; ".join(filter(None, said))
 
 
-def _attack(about: Mapping[str, Any]) -> str:
-    if about.get("eps") is None:
-        return ""
-    return f"robust: {Threat.of(about['norm'], about['eps'])}, {about['attack']}"
-
-
-def _images(about: Mapping[str, Any]) -> str:
-    split, data = about.get("split", ""), about.get("data")
-    images = f"{about.get('examples', '?')} {split} images".replace("  ", " ")
-    return f"{images} of {data}" if data else images
-
-
-def _statistics(about: Mapping[str, Any]) -> str:
-    words = {"keep": "kept", "refresh": "refreshed", "interpolate": "interpolated"}
-    return f"BatchNorm statistics {words[about['batchnorm']]}" if "batchnorm" in about else ""
+def _parts(about: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Attack, images and BatchNorm of one; "" for what is not known or not used."""
+    attack, count, data = (about.get(key) for key in ("attack", "examples", "data"))
+    threat = f"robust: {Threat.of(about['norm'], about['eps'])}, {attack}" if attack else ""
+    images = " ".join(filter(None, (str(count), about.get("split"), "images"))) if count else ""
+    statistics = {"keep": "kept", "refresh": "refreshed", "interpolate": "interpolated"}
+    batchnorm = statistics.get(about.get("batchnorm", ""))
+    return (
+        threat,
+        f"{images} of {data}" if data else images,
+        f"BatchNorm statistics {batchnorm}" if batchnorm else "",
+    )
 
 
 def _name(model: str, kind: str) -> str:
