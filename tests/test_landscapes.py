@@ -432,6 +432,10 @@ def test_a_landscape_replaces_its_own_earlier_one_and_no_other(tmp_path):
             margin=0.0,
         )  # fmt: skip
         assert drawn.losses["clean"][0, 1] == pytest.approx(loss_of(second, data))
+    for change in ({"margin": 0.5}, {"points": 3}, {"batchnorm": "keep"}):
+        options = {"margin": 0.0, "points": 2, "losses": ["clean"], "store": line, **change}
+        with pytest.raises(rf.UserError, match="holds another landscape"):
+            between(model, {"a": model, "b": mlp(seed=2)}, data, **options)
 
 
 def test_refreshing_on_other_images_is_another_landscape(tmp_path):
