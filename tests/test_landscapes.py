@@ -26,6 +26,7 @@ from robustflat.flatness.options import Options
 from robustflat.flatness.subject import Subject
 from robustflat.landscapes import Landscape, between, drawn_in, landscape, scene
 from robustflat.landscapes.directions import Random, eigenvectors
+from robustflat.landscapes.span import Span, copied
 from robustflat.report.landscape_figures import save_html
 from robustflat.report.landscape_picture import landscape_figure, save_picture
 
@@ -154,6 +155,26 @@ def test_a_plane_meets_its_three_checkpoints():
     )
     assert alone.losses["clean"][0, 1] == pytest.approx(loss_of(models[2], data))
     assert (low == high).all()
+
+
+def test_in_a_plane_weights_and_statistics_are_combined_alike():
+    models = [conv_net(seed).double() for seed in range(3)]
+    states = {name: copied(model) for name, model in zip("abc", models, strict=True)}
+    span = Span(states, models[0])
+    points = {name: np.array(at) for name, at in span.points.items()}
+    means = {name: state["1.running_mean"] for name, state in states.items()}
+    weights = {name: state["5.weight"] for name, state in states.items()}
+    buffer = dict(models[0].named_buffers())["1.running_mean"]
+    number = list(span.moved).index("5.weight")
+    for shares in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0.2, 0.5, 0.3)):
+        at = sum(share * points[name] for name, share in zip("abc", shares, strict=True))
+        assert span.shares(at) == pytest.approx(shares, abs=1e-12)
+        span.set_buffers(at)
+        expected = sum(s * means[name] for name, s in zip("abc", shares, strict=True))
+        assert torch.allclose(buffer, expected, rtol=1e-12)
+        weight = weights["a"] + sum(x * axis[number] for x, axis in zip(at, span.axes, strict=True))
+        expected = sum(s * weights[name] for name, s in zip("abc", shares, strict=True))
+        assert torch.allclose(weight, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_interpolated_statistics_never_leave_the_checkpoints_range():
