@@ -322,12 +322,12 @@ def landscape(
 
     around = {
         "dimensions": dimensions, "directions": directions, "direction_loss": direction_loss,
-        "draws": draws, "span": span,
+        "draws": draws, "span": span, "parameters": parameters,
     }  # fmt: skip
-    if between and tuple(around.values()) != (1, "filter", "clean", 1, None):
+    if between and tuple(around.values()) != (1, "filter", "clean", 1, None, "matrices"):
         raise UserError(
             "--between draws the line through two, or the plane through three: leave --dimensions, "
-            "--directions, --direction-loss, --draws and --span out."
+            "--directions, --direction-loss, --draws, --span and --parameters out."
         )
     elsewhere = _elsewhere(model, option, data, root, normalise, trust)
     opened = [
