@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,7 @@ def filter_normalised(
     ball = Ball(2.0, 1.0, "row")
     found = []
     for index in range(count):
-        generator = subject.generator("direction", index, device=weights[0].device)
-        u = ball.sample(weights, generator, surface=True)
+        u = subject.draw(partial(ball.sample, surface=True), weights, "direction", index)
         found.append(list(torch._foreach_mul(u, scale)))
     return found
 

@@ -145,8 +145,8 @@ def _sigma(
     weights = [p.detach().clone() for p in parameters]
 
     def noise(index: int, sigma: float) -> list[Tensor]:
-        generator = subject.generator(name, index)
-        return [torch.randn(w.shape, generator=generator).to(w) * spread(w, sigma) for w in weights]
+        drawn = subject.draw(normal, weights, name, index)
+        return [z * spread(w, sigma) for z, w in zip(drawn, weights, strict=True)]
 
     def compute() -> dict[str, float]:
         before = _error(closure)
