@@ -24,15 +24,13 @@ test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # The oldest torch that is promised, and the tests of what robustflat is for: perturbation, step,
-# training, evaluation, flatness. Left out by name: faults at every operation, which count those of
-# newer versions; outcomes of eleven shards, which differ; LESAM in float32, equal but for rounding.
-# Runs under torchrun are tested on the newest torch only.
+# training (by several processes too), evaluation, flatness.
 CORE := ascent ball batchnorm checkpoint data_batches distributed displace evaluate evaluate_gap \
         flatness_curvature flatness_sharpness flatness_state global inputs ladder meta \
-        numerics objectives optim precision resume step train trajectories weights
+        numerics objectives optim precision processes resume step train train_distributed \
+        trajectories weights
 test-oldest: $(VENV)/installed-oldest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(CORE:%=tests/test_%.py) \
-		-k "not every_operation and not eleven_shards and not lesam"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(CORE:%=tests/test_%.py)
 
 # Needs a GPU; without one every test is skipped with a sentence.
 test-gpu: $(VENV)/installed-test

@@ -2,7 +2,8 @@
 
 from robustflat.errors import UserError
 from robustflat.evaluate import evaluate
-from robustflat.flatness import flatness, landscape
+from robustflat.flatness import flatness
+from robustflat.landscapes import landscape
 from robustflat.objectives import adversarial, gkl, ikl, mart, mlcat, rebat, standard, trades
 from robustflat.perturb import (
     Ascent,

@@ -35,6 +35,21 @@ Weights = Annotated[
 ]
 Norm = Annotated[str | None, typer.Option(help="linf, l2 or l1, with --eps; else the run's.")]
 Eps = Annotated[str | None, typer.Option(help="Radius in that norm, such as 8/255.")]
+Targets = Annotated[
+    list[str],
+    typer.Argument(
+        help="Run folders; or one model: timm:NAME, package.module:factory, a TorchScript or "
+        "exported program, or a state_dict with --model."
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="Model of a file of weights.")]
+ModelOption = Annotated[list[str] | None, typer.Option(help="name=value of the model.")]
+Normalise = Annotated[
+    str | None, typer.Option(help="Of a model, what is in front of it: none, data or MEAN/STD.")
+]
+DataName = Annotated[str | None, typer.Option(help="Of a model: the set of its images.")]
+Root = Annotated[Path | None, typer.Option(help="Of a model: where the data are.")]
+Trust = Annotated[bool, typer.Option(help="Load a program, which can run any code.")]
 
 
 @app.command()
@@ -105,13 +120,7 @@ def list_(
 
 @app.command()
 def evaluate(
-    targets: Annotated[
-        list[str],
-        typer.Argument(
-            help="Run folders; or one model: timm:NAME, package.module:factory, a TorchScript or "
-            "exported program, or a state_dict with --model."
-        ),
-    ],
+    targets: Targets,
     attack: Annotated[
         list[str] | None,
         typer.Option(help="autoattack, autoattack:fast, pgd-20, pgd-50-10, torchattacks:CW, ..."),
@@ -139,21 +148,17 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder for the results; the run's own, or evaluations/NAME."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Model of a file of weights.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="name=value of the model.")] = None,
-    normalise: Annotated[
-        str | None,
-        typer.Option(help="Of a model, what is in front of it: none, data or MEAN/STD."),
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Of a model: its test images.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Of a model: where the data are.")] = None,
-    trust: Annotated[bool, typer.Option(help="Load a program, which can run any code.")] = False,
+    model: Model = None,
+    option: ModelOption = None,
+    normalise: Normalise = None,
+    data: DataName = None,
+    root: Root = None,
+    trust: Trust = False,
 ) -> None:
     """Attack runs or any models on test images; of runs also measure the robust gap.
 
     With several processes: torchrun -m robustflat evaluate ...
     """
-    from robustflat.elsewhere import Elsewhere
     from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
     from robustflat.report.tables import evaluation_table
@@ -175,14 +180,7 @@ def evaluate(
         merge=merge,
         precision=_one_of("--precision", precision, ("fp32", "bf16")),
     )
-    elsewhere = Elsewhere(
-        model=model,
-        option=_options(option),
-        data=data,
-        root=root,
-        normalise=normalise,
-        trust=trust,
-    )
+    elsewhere = _elsewhere(model, option, data, root, normalise, trust)
     # All of them first: no attack is paid before every target is known to be there.
     subjects = [
         open_subject(
@@ -268,51 +266,94 @@ def flatness(
 
 @app.command()
 def landscape(
-    runs: Runs,
-    output: Annotated[Path, typer.Option(help="A .png or .html file.")] = Path("landscape.png"),
+    targets: Targets,
+    output: Annotated[Path, typer.Option(help="A .png, .pdf, .svg or .html file.")] = Path(
+        "landscape.png"
+    ),
     dimensions: Annotated[int, typer.Option(help="1 or 2.")] = 1,
-    directions: Annotated[str, typer.Option(help="filter (random) or eigenvectors.")] = "filter",
+    directions: Annotated[
+        str, typer.Option(help="filter, layer or global (random), eigenvectors, gradient.")
+    ] = "filter",
+    draws: Annotated[int, typer.Option(help="Random directions, for a mean and its spread.")] = 1,
     between: Annotated[
-        bool, typer.Option("--between", help="The line or plane through two or three runs.")
+        bool,
+        typer.Option(
+            "--between",
+            help="The line or plane through two or three runs, or best and last of one.",
+        ),
     ] = False,
+    batchnorm: Annotated[
+        str | None,
+        typer.Option(help="Statistics: keep, refresh (on training images), or interpolate."),
+    ] = None,
     points: Annotated[int | None, typer.Option(help="Along each axis, odd.")] = None,
     span: Annotated[float | None, typer.Option(help="Reach, in norms of the weights.")] = None,
     loss: Annotated[list[str] | None, typer.Option(help="clean, robust, robust_fixed.")] = None,
+    attack: Annotated[str, typer.Option(help="pgd-STEPS, pgd-STEPS-RESTARTS, fgsm.")] = "pgd-10",
     checkpoint: Annotated[str | None, typer.Option(help="last (if left out) or best.")] = None,
     weights: Weights = None,
-    samples: Annotated[int | None, typer.Option(help="Training images to measure on.")] = None,
+    split: Annotated[str, typer.Option(help="Whose images: train, validation or test.")] = "train",
+    samples: Annotated[int | None, typer.Option(help="Images to measure on.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
     norm: Norm = None,
     eps: Eps = None,
     device: Device = "auto",
+    model: Model = None,
+    option: ModelOption = None,
+    normalise: Normalise = None,
+    data: DataName = None,
+    root: Root = None,
+    trust: Trust = False,
 ) -> None:
-    """Draw the loss around the weights of runs, all on one axis, or between them."""
-    from rich.console import Console
+    """Draw the loss around the weights of runs or models, all on one axis, or between them.
 
-    from robustflat.report.landscape_figures import save_html, save_png
+    What is measured is kept beside the subject's other results, and resumed. With several
+    processes: torchrun -m robustflat landscape ...
+    """
+    from robustflat.evaluate import Team
+    from robustflat.landscapes.subjects import Sight, draw_between, draw_subject
+    from robustflat.report.landscape_figures import save_html
+    from robustflat.report.landscape_picture import save_picture
     from robustflat.report.progress import Counter
-    from robustflat.runs.landscapes import draw_between, draw_subject
-    from robustflat.subject import distinct_names
+    from robustflat.subject import distinct_names, open_subject
 
-    opened = _runs(runs, norm, eps, device)
-    _speak()
-    common: dict[str, Any] = {"points": points, "seed": seed, "losses": loss or ["clean", "robust"]}
-    common |= {"checkpoint": checkpoint, "weights": weights, "samples": samples}
-    around: dict[str, Any] = {"dimensions": dimensions, "directions": directions, "span": span}
-    with Counter(Console(), "landscape") as counter:
+    around = {"dimensions": dimensions, "directions": directions, "draws": draws, "span": span}
+    if between and around != {"dimensions": 1, "directions": "filter", "draws": 1, "span": None}:
+        raise UserError(
+            "--between draws the line through two, or the plane through three: leave --dimensions, "
+            "--directions, --draws and --span out."
+        )
+    elsewhere = _elsewhere(model, option, data, root, normalise, trust)
+    opened = [
+        open_subject(
+            target, norm=norm, eps=_number("--eps", eps), device=device, elsewhere=elsewhere,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        )
+        for target in targets
+    ]  # fmt: skip
+    team = Team.of_torchrun()
+    if team.is_first:
+        _speak()
+    with Counter(_console(quiet=not team.is_first), "landscape") as counter:
+        settings = {
+            "points": points, "seed": seed, "losses": loss or ["clean", "robust"],
+            "attack": attack, "team": team, "on_progress": counter.on_measure,
+            **({} if between else around), **({"batchnorm": batchnorm} if batchnorm else {}),
+        }  # fmt: skip
+        sight = Sight(
+            checkpoint=checkpoint, weights=weights, split=split, samples=samples, settings=settings
+        )
         if between:
-            found = {"": draw_between(opened, on_progress=counter.on_measure, **common)}
+            found = {"": draw_between(opened, sight)}
         else:
             names = distinct_names([subject.home.root for subject in opened])
             found = {
-                name: draw_subject(subject, on_progress=counter.on_measure, **common, **around)
+                name: draw_subject(subject, sight)
                 for name, subject in zip(names, opened, strict=True)
             }
-    if output.suffix == ".html":
-        save_html(found, output)
-    else:
-        save_png(found, output)
-    typer.echo(f"written: {output}")
+    if team.is_first:
+        (save_html if output.suffix == ".html" else save_picture)(found, output)
+        typer.echo(f"written: {output}")
 
 
 @app.command()
@@ -456,6 +497,23 @@ def _runs(roots: list[Path], norm: str | None, eps: str | None, device: str) -> 
         RunFolder(root).read_config()
     number = _number("--eps", eps)
     return [open_subject(root, norm=norm, eps=number, device=device) for root in roots]
+
+
+def _elsewhere(
+    model: str | None,
+    option: list[str] | None,
+    data: str | None,
+    root: Path | None,
+    normalise: str | None,
+    trust: bool,
+) -> Any:
+    """What was said of a model that no run made."""
+    from robustflat.elsewhere import Elsewhere
+
+    return Elsewhere(
+        model=model, option=_options(option), data=data, root=root, normalise=normalise,
+        trust=trust,
+    )  # fmt: skip
 
 
 def _checkpoints(name: str | None) -> tuple[str, ...] | None:

@@ -21,7 +21,8 @@ from robustflat.errors import UserError
 from robustflat.evaluate.threat import Threat
 from robustflat.train.checkpoint import load_checkpoint
 from robustflat.train.folder import RunFolder
-from robustflat.train.setup import load_data, resolve_device, use_threads
+from robustflat.train.parallel import resolve_device
+from robustflat.train.setup import load_data, use_threads
 
 WEIGHTS = ("auto", "raw", "average")
 # The only state that a model from elsewhere has.
@@ -136,16 +137,22 @@ class Subject:
         splits = {"train": data.train, "validation": data.validation, "test": data.test}
         return {name: _part(split, limit) for name, split in splits.items() if split is not None}
 
-    def train_tensors(self, limit: int) -> tuple[Tensor, Tensor]:
-        """A fixed choice of un-augmented training images, [M, C, H, W] in [0, 1], and labels.
+    def tensors(self, split: str, limit: int) -> tuple[Tensor, Tensor]:
+        """A fixed choice of un-augmented images, [M, C, H, W] in [0, 1], and labels.
+
+        Args:
+            split: "train" (without what is held out for validation), "validation" or "test".
+            limit: How many, every class keeping its share; all, if there are fewer.
 
         Raises:
             UserError: If there is none to choose.
         """
         if limit < 1:
             raise UserError(f"The number of samples must be at least 1, got {limit}.")
-        train = self.images().train
-        return train.tensors(min(limit, len(train)))
+        splits = self.splits(None)
+        if split not in splits:
+            raise UserError(f"The split must be one of {', '.join(splits)}, got {split!r}.")
+        return splits[split].tensors(min(limit, len(splits[split])))
 
 
 def open_subject(

@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python scripts/gpu_report.py --output gpu.json
 
-It needs no network and no data, and runs from a checkout on any torch from 2.6 on. A row is one
+It needs no network and no data, and runs from a checkout on any torch from 2.6 on; of robustflat's
+other packages only NumPy, SciPy and, for AutoAttack, pyautoattack must be there. A row is one
 network in one setting: seconds of a step with and without AWP, and how much longer each takes than
 the passes it consists of, timed alone (a forward pass, one with gradients of the images, one with
 gradients of the weights). ``--device cpu`` with small ``--width``, ``--batch`` and ``--images``
@@ -70,7 +71,10 @@ def main() -> None:
             report["steps"].append(row)
             print(row, flush=True)
             write_json(args.output, report)
-    report["autoattack"] = autoattack_speed(args, device)
+    try:
+        report["autoattack"] = autoattack_speed(args, device)
+    except (ImportError, torch.OutOfMemoryError) as error:
+        report["autoattack"] = {"error": str(error).splitlines()[0]}
     write_json(args.output, report)
     print(f"written: {args.output}")
 
@@ -140,7 +144,7 @@ def step_times(
 
 
 def autoattack_speed(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Images a second that AutoAttack's standard version gets through, none of them broken early.
+    """Images a second that AutoAttack's fast version gets through, none of them broken early.
 
     A network of random weights is wrong on most labels, so the labels are its own answers.
     """

@@ -11,7 +11,8 @@ from flatness_models import conv_net, examples, mlp
 from torch.utils.data import DataLoader, TensorDataset
 
 import robustflat as rf
-from robustflat.flatness import MEASURES, between, flatness, landscape
+from robustflat.flatness import MEASURES, flatness
+from robustflat.landscapes import between, landscape
 
 torch.set_num_threads(1)
 QUICK = {
@@ -90,7 +91,7 @@ def test_a_landscape_leaves_no_trace_even_when_interrupted(model, draw):
     other = conv_net(1)
 
     def measure(**options: object) -> None:
-        options = {"eps": 0.05, "batch_size": 3, "points": 3, "recompute_batchnorm": True, **options}  # noqa: E501  # fmt: skip
+        options |= {"eps": 0.05, "batch_size": 3, "points": 3, "batchnorm": "refresh"}
         if draw == "between":
             between(model, {"a": model, "b": other}, DATA, **options)
         else:
@@ -234,20 +235,6 @@ def test_a_store_of_another_measurement_or_damaged_is_refused(tmp_path):
     store.write_text(kept[: len(kept) // 2])
     with pytest.raises(rf.UserError, match="does not hold the parts"):
         flatness(model, data, ["ascent_clean"], store=store)
-
-
-def test_a_landscape_is_resumed(tmp_path):
-    model, data = mlp(), examples(7, (6,), 4)
-    seen: list[object] = []
-    whole = landscape(model, data, points=7, eps=0.05, on_progress=seen.append)
-    store, half = tmp_path / "points.json", stopping(len(seen) // 2)
-    with pytest.raises(Stop):
-        landscape(model, data, points=7, eps=0.05, store=store, on_progress=half)
-    assert 0 < len(json.loads(store.read_text())["parts"]) < 7
-    resumed = landscape(model, data, points=7, eps=0.05, store=store)
-    assert resumed.to_dict() == whole.to_dict()
-    with pytest.raises(rf.UserError, match="another measurement"):
-        landscape(model, data, points=7, eps=0.06, store=store)
 
 
 def test_progress_rises_to_what_was_stated():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from train_support import python
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import gpu_report  # type: ignore[import-not-found]
@@ -26,3 +27,13 @@ def test_the_report_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         bare = 10 * row["seconds"]["to_images"] + row["seconds"]["to_weights"]
         assert row["over"] == pytest.approx(row["seconds"]["step"] / bare - 1)
     assert report["autoattack"]["images_per_second"] > 0
+
+
+def test_the_report_needs_no_packages_beside_torch_numpy_and_scipy() -> None:
+    others = ["pydantic", "yaml", "typer", "rich", "pyautoattack", "sklearn", "matplotlib"]
+    others += ["tensorboard", "torchvision"]
+    hide = f"import sys; sys.modules.update(dict.fromkeys({others}))"
+    run = f"sys.path.insert(0, {gpu_report.__file__.rpartition('/')[0]!r}); import gpu_report"
+    process = python("-c", f"{hide}; {run}; from robustflat.evaluate import evaluation")
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0

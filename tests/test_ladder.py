@@ -103,8 +103,13 @@ LADDER: dict[str, tuple[Backward, Backward]] = {
         rowwise(rf.awp_global(0.1, parameters="matrices", statistics="perturbed")),
     ),
 }
-# Not to the last bit: a sum of parts, or a path by another way.
-NEARLY = {"gam of gamma 0 and beta1 1 is sam", "rwp_mix of alpha 0 is sgd"}
+# Not to the last bit: a sum of parts, a path by another way, or a point of the ball's surface that
+# is projected onto the ball and may lie outside by rounding.
+NEARLY = {
+    "gam of gamma 0 and beta1 1 is sam",
+    "rwp_mix of alpha 0 is sgd",
+    "lesam of a large sigma is sam",
+}
 
 
 @pytest.mark.parametrize("rung", LADDER)

@@ -408,6 +408,28 @@ def test_timm_models():
             )
 
 
+@pytest.mark.parametrize(
+    ("pretrained", "channels", "ours"), [(True, 3, False), (True, 1, True), (False, 3, True)]
+)
+def test_a_pretrained_network_keeps_the_normalisation_it_was_trained_with(
+    tmp_path, pretrained, channels, ours
+):
+    timm = pytest.importorskip("timm")
+    published = timm.create_model("test_resnet")
+    torch.save(published.state_dict(), tmp_path / "published.pt")
+    own = {"mean": (0.6, 0.5, 0.4), "std": (0.3, 0.2, 0.1)}
+    where = {"file": str(tmp_path / "published.pt"), **own}
+    model = make(
+        "timm:test_resnet", 10, channels, pretrained=pretrained, pretrained_cfg_overlay=where
+    )
+    # What three channels were normalised by says nothing of one.
+    expected = {k: torch.tensor(v[:channels]) for k, v in (STATS if ours else own).items()}
+    assert torch.equal(model.normalize.mean.flatten(), expected["mean"])
+    assert torch.equal(model.normalize.std.flatten(), expected["std"])
+    same = torch.equal(model.net.layer1[0].conv1.weight, published.layer1[0].conv1.weight)
+    assert same == pretrained
+
+
 def test_timm_missing_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"robustflat\[timm\]"):

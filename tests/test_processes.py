@@ -41,14 +41,28 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 # Trains each run whole, then stopped by a SIGTERM to one process and resumed.
 SCRIPT = """
-import os, signal, sys, torch
+import os, signal, sys, torch, weakref
 from pathlib import Path
 from robustflat.config import read_config
 from robustflat.train import train
+from robustflat.train import loop, parallel
 from robustflat.train.step import TrainStep
 
 folder, names = Path(sys.argv[1]), sys.argv[2:]
 rank, seen, take = os.environ["RANK"], [], TrainStep.__call__
+made, make, leave = [], loop.replica, parallel._leave
+
+def remembered(*arguments):
+    replica = make(*arguments)
+    made.append(weakref.ref(replica))
+    return replica
+
+def checked():
+    # On torch 2.6 a replica that outlives its group may wait for ever at its end.
+    assert made and not any(replica() for replica in made)
+    leave()
+
+loop.replica, parallel._leave = remembered, checked
 
 def watched(self, model, batches, *rest, **more):
     # The buffers that the step before left.

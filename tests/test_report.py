@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from train_support import config, measurements
 from robustflat.config import write_config
 from robustflat.errors import UserError
 from robustflat.files import write_json
-from robustflat.flatness import Landscape
+from robustflat.landscapes import Landscape
 from robustflat.report.charts import Line, line_chart, log_ticks, number, plane, ticks
 from robustflat.report.markup import Html, node
 from robustflat.report.page import write_page
@@ -164,20 +165,24 @@ def metrics(train: float = 0.9) -> list[dict[str, Any]]:
     return rows
 
 
-def landscape(planar: bool = False) -> Landscape:
+def landscape(planar: bool = False, seed: int = 0) -> Landscape:
     axis = [-0.5, 0.0, 0.5]
     if planar:
         grid = np.array([[1.0, 2.0, 3.0], [2.0, 0.5, math.nan], [4.0, 5.0, 6.0]])
         return Landscape(
-            axes=(axis, axis), names=("one", "two"), losses={"robust": grid},
-            accuracies={"robust": grid / 10}, points={"model": (0.0, 0.0)},
+            axes=(axis, axis), names=("one", "two"), losses={"robust": grid[None]},
+            accuracies={"robust": grid[None] / 10}, points={"model": (0.0, 0.0)}, measured=9,
+            about={"directions": "filter", "seed": seed},
         )  # fmt: skip
+    # Two draws, whose mean is shown.
+    losses = {"clean": np.array([3.0, 0.25, 4.0]), "robust": np.array([5.0, math.nan, 6.0])}
     return Landscape(
         axes=(axis,),
         names=("filter direction 1",),
-        losses={"clean": np.array([3.0, 0.25, 4.0]), "robust": np.array([5.0, math.nan, 6.0])},
-        accuracies={"clean": np.array([0.5, 0.9, 0.4])},
+        losses={kind: np.stack([grid - 0.125, grid + 0.125]) for kind, grid in losses.items()},
+        accuracies={"clean": np.array([[0.5, 0.9, 0.4]] * 2)},
         about={"directions": "filter", "seed": 0, "examples": 60},
+        measured=6,
     )
 
 
@@ -191,7 +196,7 @@ def make(root: Path, *, bare: bool = False, **changes: Any) -> RunFolder:
         write_json(folder.flatness, flatness())
         write_json(folder.environment_file, {"versions": {"torch": "2.0"}, "cuda": None})
         folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in metrics()))
-        landscape().save(folder.landscape)
+        landscape().save(folder.landscapes / "line.json")
     return folder
 
 
@@ -369,7 +374,7 @@ def test_a_figure_that_is_not_finite(tmp_path: Path) -> None:
 
 def test_two_dimensional_landscapes(tmp_path: Path) -> None:
     one, two = make(tmp_path / "a"), make(tmp_path / "b")
-    landscape(planar=True).save(one.landscape)
+    landscape(planar=True).save(one.landscapes / "plane.json")
     page = Page(written(tmp_path, one, two))
     fills = [(a["fill"], text) for a, text in page.find("rect") if "fill" in a]
     assert len(fills) == 9
@@ -377,7 +382,15 @@ def test_two_dimensional_landscapes(tmp_path: Path) -> None:
     assert by_text["one 0, two 0: 0.5"] == "#440154", "the darkest of viridis"
     assert by_text["one 0.5, two 0.5: 6"] == "#fde725", "the lightest"
     assert by_text["one 0, two 0.5: not finite"] == "#888888"
-    assert any("drawn in different ways" in text for _, text in page.find("li"))
+    differ = "drawn in different ways"
+    assert not any(differ in text for _, text in page.find("li")), "a line is no other plane"
+    landscape(planar=True, seed=1).save(two.landscapes / "plane.json")
+    page = Page(written(tmp_path, one, two))
+    assert any(differ in text for _, text in page.find("li"))
+    half = replace(landscape(planar=True), measured=8)
+    half.save(two.landscapes / "plane.json")
+    page = Page(written(tmp_path, one, two))
+    assert len([a for a, _ in page.find("rect") if "fill" in a]) == 9, "what is half done"
 
 
 def test_missing_pieces_name_the_command(tmp_path: Path) -> None:
@@ -471,7 +484,7 @@ def _no_gap(text: str) -> str:
         ("metrics_file", lambda text: text.replace("{", "[", 1)),
         ("metrics_file", lambda text: "3\n" + text),
         ("metrics_file", lambda text: text.replace('"epoch"', '"age"')),
-        ("landscape", lambda text: "PK nothing"),
+        ("landscapes/line.json", lambda text: text[:50]),
         ("config_file", lambda text: "name: ["),
     ],
 )
@@ -480,7 +493,7 @@ def test_damaged_files_are_one_clear_sentence(
 ) -> None:
     folder = make(tmp_path / "a")
     before = written(tmp_path, folder)
-    path: Path = getattr(folder, file)
+    path: Path = getattr(folder, file, folder.root / file)
     path.write_text(damage(path.read_text(encoding="latin-1")), encoding="utf-8")
     with pytest.raises(UserError) as caught:
         write_page([folder], tmp_path / "out" / "report.html")

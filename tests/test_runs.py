@@ -64,8 +64,8 @@ def test_the_images_are_those_of_the_training(folder: RunFolder) -> None:
     assert dataset.validation is not None
     whole, part = subject.splits(None), subject.splits(20)
     pairs = [
-        (subject.train_tensors(10**6), dataset.train.tensors()),
-        (subject.train_tensors(20), dataset.train.tensors(20)),
+        (subject.tensors("train", 10**6), dataset.train.tensors()),
+        (subject.tensors("train", 20), dataset.train.tensors(20)),
         (whole["train"].tensors(), dataset.train.tensors()),
         (whole["validation"].tensors(), dataset.validation.tensors()),
         (whole["test"].tensors(), dataset.test.tensors()),

@@ -208,9 +208,10 @@ class WeightPerturbation(Perturbation):
                 value = self._rewritten(loss, model, trail, scaler)
             if step is not None:
                 step()
+            found = value.detach()
         if trail is not None and self.remembers:
             self._keep(trail, model, careful=scaler is not None)
-        return value.detach()
+        return found
 
     @contextmanager
     def perturbed(

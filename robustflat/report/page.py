@@ -52,7 +52,7 @@ def _body(records: Sequence[Record]) -> Html:
     gauged = [r for r in evaluated if any(entry["gap"] for entry in r.checkpoints.values())]
     monitored = [r for r in records if any(row.get("monitor") for row in r.metrics)]
     measured = [r for r in records if r.measures]
-    drawn = [r for r in records if r.landscape is not None]
+    drawn = [r for r in records if r.landscapes]
     sections = [
         _section(
             "Comparison", records, [r for r in records if r.row.cells], "evaluate",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from robustflat.landscapes.record import Quantity
 from robustflat.report.charts import (
     DASHES,
     KINDS,
@@ -161,14 +162,13 @@ def _flatness_curves(records: Sequence[Record]) -> Iterable[Html]:
 
 def landscapes(records: Sequence[Record]) -> Html:
     """The loss and the accuracy around the runs' weights: lines on one axis, planes in panels."""
-    lines = [r for r in records if r.landscape is not None and len(r.landscape.axes) == 1]
-    planes = [r for r in records if r.landscape is not None and len(r.landscape.axes) == 2]
+    lines = [r for r in records if "line" in r.landscapes]
+    planes = [r for r in records if "plane" in r.landscapes]
     parts = []
     if lines:
         losses = [line for record in lines for line in _profiles(record, "losses")]
         accuracies = [line for record in lines for line in _profiles(record, "accuracies")]
-        assert lines[0].landscape is not None
-        label = lines[0].landscape.names[0]
+        label = lines[0].landscapes["line"].names[0]
         shown = {
             scale: line_chart("Loss around the weights", losses, x_label=label, log=scale == "log")
             for scale in ("linear", "log")
@@ -186,10 +186,9 @@ def landscapes(records: Sequence[Record]) -> Html:
     return join(parts)
 
 
-def _profiles(record: Record, quantity: str) -> Iterable[Line]:
-    found = record.landscape
-    assert found is not None
-    for kind, values in getattr(found, quantity).items():
+def _profiles(record: Record, quantity: Quantity) -> Iterable[Line]:
+    found = record.landscapes["line"]
+    for kind, values in found.mean(quantity).items():
         yield Line(
             name=f"{record.name}, {KINDS.get(kind, kind)}", run=record.index, x=found.axes[0],
             y=values.tolist(), dash=DASHES.get(kind, "1 3"),
@@ -198,16 +197,16 @@ def _profiles(record: Record, quantity: str) -> Iterable[Line]:
 
 def _planes(records: Sequence[Record]) -> Iterable[Html]:
     """One panel for each run and loss, of one loss all on one scale."""
-    kinds = dict.fromkeys(k for r in records if r.landscape for k in r.landscape.losses)
-    for kind in kinds:
-        shown = [(r, r.landscape) for r in records if r.landscape and kind in r.landscape.losses]
-        known = np.concatenate([found.losses[kind].ravel() for _, found in shown])
+    means = [(r, r.landscapes["plane"], r.landscapes["plane"].mean()) for r in records]
+    for kind in dict.fromkeys(kind for *_, mean in means for kind in mean):
+        shown = [(r, found, mean[kind]) for r, found, mean in means if kind in mean]
+        known = np.concatenate([grid.ravel() for *_, grid in shown])
         known = known[np.isfinite(known)]
         limits = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-        for record, found in shown:
+        for record, found, grid in shown:
             chart = plane(
                 f"{record.name}: loss, {KINDS.get(kind, kind)}", found.axes, found.names,
-                found.losses[kind].tolist(), limits,
+                grid.tolist(), limits,
                 [(label, at[0], at[1]) for label, at in found.points.items()],
             )  # fmt: skip
             yield node("div", chart, class_=f"run-{record.index}")

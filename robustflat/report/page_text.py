@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from robustflat.landscapes import Landscape
 from robustflat.report.record import Record
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
@@ -70,7 +71,10 @@ def comparability(records: Sequence[Record]) -> list[str]:
             "Flatness was measured in different ways (checkpoint, images, ball or radius), so the "
             "runs' figures cannot be compared: see the table of flatness."
         )
-    if _differ((r for r in records if r.landscape), _landscape_setting):
+    drawn = [found for record in records for found in record.landscapes.values()]
+    if any(
+        _differ((f for f in drawn if f.kind == k), _landscape_setting) for k in ("line", "plane")
+    ):
         found.append(
             "The landscapes were drawn in different ways (directions, seed, images or attack), so "
             "their shapes are not on one scale."
@@ -145,7 +149,7 @@ def about_flatness(records: Sequence[Record]) -> str:
 
 def about_landscapes(records: Sequence[Record]) -> str:
     """How the landscapes were drawn."""
-    about = [r.landscape.about for r in records if r.landscape]
+    about = [found.about for record in records for found in record.landscapes.values()]
     directions = agreed(str(a.get("directions", "unknown")) for a in about)
     seeds = agreed(str(a.get("seed", "unknown")) for a in about)
     examples = agreed(str(a.get("examples", "unknown")) for a in about)
@@ -217,13 +221,14 @@ def _flatness_setting(record: Record) -> str:
     return str((found["checkpoint"], found["samples"], sorted(measures.items())))
 
 
-def _landscape_setting(record: Record) -> str:
-    about = dict(record.landscape.about) if record.landscape else {}
-    keys = ("directions", "parameters", "seed", "examples", "attack", "recompute_batchnorm")
-    return str([about.get(key) for key in keys])
+def _landscape_setting(found: Landscape) -> str:
+    """What was asked for, but for whose landscape it is."""
+    own = ("subject", "checkpoint", "weights")
+    asked = {key: value for key, value in found.about.items() if key not in own}
+    return str((found.axes, {**asked, "epoch": None, "device": None, "versions": None}))
 
 
-def _differ(records: Iterable[Record], what: Any) -> bool:
+def _differ(records: Iterable[Any], what: Any) -> bool:
     return len({what(record) for record in records}) > 1
 
 

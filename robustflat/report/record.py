@@ -11,7 +11,7 @@ from typing import Any
 
 from robustflat.config import RunConfig
 from robustflat.errors import UserError
-from robustflat.flatness import Landscape
+from robustflat.landscapes import Landscape, drawn_in
 from robustflat.runs import records
 from robustflat.runs.comparison import Row, compare, method_of, whole
 from robustflat.subject import distinct_names
@@ -32,7 +32,7 @@ class Record:
         flatness: the newest in flatness.json.
         metrics: one row for every epoch.
         environment: as in environment.json.
-        landscape: around its weights.
+        landscapes: around its weights, the one drawn last of each kind ("line", "plane").
     """
 
     index: int
@@ -45,7 +45,7 @@ class Record:
     flatness: dict[str, Any] | None
     metrics: list[dict[str, Any]]
     environment: dict[str, Any] | None
-    landscape: Landscape | None
+    landscapes: dict[str, Landscape]
 
     @property
     def method(self) -> str:
@@ -103,7 +103,11 @@ def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record
         flatness=flatness,
         metrics=_metrics(folder),
         environment=_environment(folder.environment_file),
-        landscape=Landscape.load(folder.landscape) if folder.landscape.is_file() else None,
+        landscapes={
+            found.kind: found
+            for found in drawn_in(folder.landscapes)
+            if found.kind in ("line", "plane")
+        },
     )
 
 

@@ -43,7 +43,7 @@ def measure_subject(
     """
     config = subject.flatness
     network = subject.network(checkpoint or ("last" if subject.is_run else None), weights)
-    x, y = subject.train_tensors(config.samples if samples is None else samples)
+    x, y = subject.tensors("train", config.samples if samples is None else samples)
     chosen = list(measures or config.measures)
     norm, eps = "linf", 0.0  # for the measures that ask for no threat
     if subject.threat is not None or any(_is_attacked(name) for name in chosen):

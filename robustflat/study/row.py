@@ -139,7 +139,7 @@ def _measures(
     subject: Subject, network: Network, job: dict[str, Any], config: RunConfig
 ) -> tuple[dict[str, dict[str, Any]], float]:
     """Every measure, or why it could not be taken; and the forward passes that they cost."""
-    x, y = subject.train_tensors(config.flatness.samples)
+    x, y = subject.tensors("train", config.flatness.samples)
     initial = build_model(config, load_data(config), torch.device("cpu")).state_dict()
     data = (x.to(subject.device), y.to(subject.device))
     found: dict[str, dict[str, Any]] = {}

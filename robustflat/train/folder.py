@@ -49,7 +49,7 @@ class RunFolder:
         self.evaluation = self.root / "evaluation.json"
         self.outcomes = self.root / "outcomes"
         self.flatness = self.root / "flatness.json"
-        self.landscape = self.root / "landscape.npz"
+        self.landscapes = self.root / "landscapes"
 
     @property
     def name(self) -> str:
@@ -194,11 +194,11 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what runs write, and nothing else; config.yaml last, in case this is killed."""
-        for path in (self.last.parent, self.tensorboard, self.outcomes):
+        for path in (self.last.parent, self.tensorboard, self.outcomes, self.landscapes):
             if path.is_dir():
                 shutil.rmtree(path)
         single = [self.environment_file, self.metrics_file, self.evaluation, self.flatness]
-        parts = [*self.root.glob("flatness-*.parts.json"), *self.root.glob("landscape.*")]
+        parts = [*self.root.glob("flatness-*.parts.json")]
         parts += [*self.root.glob("evaluate.log"), *self.root.glob(".*.json.lock")]
         for path in [*single, *parts, self.config_file]:
             path.unlink(missing_ok=True)

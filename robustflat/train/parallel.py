@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.errors import ProcessLostError, TrainingDivergedError, UserError
-from robustflat.train.setup import resolve_device
 
 T = TypeVar("T")
 # The first process of a host may be downloading or decoding meanwhile.
@@ -187,11 +187,31 @@ def device_name(name: str, processes: Processes, gpus: int) -> str:
     return f"cuda:{processes.local_rank}"
 
 
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called ``name``; "auto" is this process's GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The device {name!r} cannot be used: {reason}. Try device: auto."
+        ) from None
+    return device
+
+
 @contextmanager
 def joined(name: str) -> Iterator[tuple[Processes, torch.device]]:
     """Join the processes that torchrun started, or be the only one; leave them on exit.
 
-    Of a failure that all processes meet, one speaks; the others exit in silence.
+    Of a failure that all processes meet, one speaks; the others exit in silence. What holds a
+    replica must have ended before the exit.
 
     Args:
         name: the device of the configuration.
@@ -226,7 +246,8 @@ def joined(name: str) -> Iterator[tuple[Processes, torch.device]]:
             device_id=place if on_gpu else None,
         )
         yield processes, place
-    except (UserError, TrainingDivergedError):
+    except (UserError, TrainingDivergedError) as error:
+        traceback.clear_frames(error.__traceback__)  # where a replica may live on
         _leave()
         if not _is_first_to_speak(store):
             raise SystemExit(2) from None
@@ -247,8 +268,20 @@ def joined(name: str) -> Iterator[tuple[Processes, torch.device]]:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Part from the other processes.
+
+    Up to torch 2.6 the end of a group waits for gloo's threads, which may be waiting for Python's
+    lock to let go of a tensor. Of all that hold a group only its backend gives up the lock, so it
+    must be the last: any replica has ended, and the group ends here.
+    """
+    if not dist.is_initialized():
+        return
+    group = dist.group.WORLD
+    assert group is not None
+    backend = group._get_backend(torch.device("cpu"))
+    del group
+    dist.destroy_process_group()
+    del backend
 
 
 def _is_gloo(error: RuntimeError) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from robustflat.config import RunConfig
 from robustflat.data import Data
 from robustflat.errors import UserError
@@ -49,34 +51,50 @@ def train(
     use_threads(config)
     folder = RunFolder(Path(config.output) / config.name)
     with joined(config.device) as (processes, device):
+        finished = _train_in(
+            folder, config, processes, device, resume=resume, overwrite=overwrite, told=listeners
+        )
+    return folder, finished
+
+
+def _train_in(
+    folder: RunFolder,
+    config: RunConfig,
+    processes: Processes,
+    device: torch.device,
+    *,
+    resume: bool,
+    overwrite: bool,
+    told: Callable[[RunFolder], Sequence[Listener]],
+) -> bool:
+    """Train, in a function of its own: the trainer must end before the processes part."""
+    with processes.together():
+        if processes.is_first:
+            folder.check(config, resume=resume, overwrite=overwrite)
+    dataset = _load_once(config, processes)
+    with processes.together():
+        trainer = Trainer(
+            config,
+            dataset,
+            device,
+            folder=folder,
+            processes=processes,
+            listeners=told(folder) if processes.is_first else (),
+        )
+    machines = processes.gather(machine(str(device)))
+    with folder.written_by_one() if processes.is_first else nullcontext():
+        # Only now that everything is known to fit is anything written, or an earlier run cleared.
         with processes.together():
             if processes.is_first:
+                # Again: another process may have begun it before this one held the folder.
                 folder.check(config, resume=resume, overwrite=overwrite)
-        dataset = _load_once(config, processes)
-        with processes.together():
-            trainer = Trainer(
-                config,
-                dataset,
-                device,
-                folder=folder,
-                processes=processes,
-                listeners=listeners(folder) if processes.is_first else (),
-            )
-        machines = processes.gather(machine(str(device)))
-        with folder.written_by_one() if processes.is_first else nullcontext():
-            # Only now that everything is known to fit is anything written, or an earlier run
-            # cleared.
-            with processes.together():
-                if processes.is_first:
-                    # Again: another process may have begun it before this one held the folder.
-                    folder.check(config, resume=resume, overwrite=overwrite)
-                    folder.prepare(config, resume=resume, machines=machines)
-            if resume:
-                trainer.resume()
-            finished = trainer.run()
-        if trainer.requeue_requested and processes.is_first and not finished:
-            _requeue()
-    return folder, finished
+                folder.prepare(config, resume=resume, machines=machines)
+        if resume:
+            trainer.resume()
+        finished = trainer.run()
+    if trainer.requeue_requested and processes.is_first and not finished:
+        _requeue()
+    return finished
 
 
 def _load_once(config: RunConfig, processes: Processes) -> Data:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.evaluate.attacks.base import Attack, check_options
-from robustflat.evaluate.threat import Task, norm_name
+from robustflat.evaluate.threat import Task, Threat, norm_name
 from robustflat.perturb import InputPerturbation, fgsm, pgd
 
 _PGD = re.compile(r"pgd(?:-(?P<steps>\d+)(?:-(?P<restarts>\d+))?)?(?::(?P<loss>\w+))?")
@@ -25,21 +26,29 @@ def by_name(name: str, options: dict[str, Any], task: Task) -> Attack | None:
     Raises:
         UserError: If an option is unknown or cannot work here.
     """
+    made = pgd_by_name(name, task, options)
+    return None if made is None else perturbation(made, task, None if options else name)
+
+
+def pgd_by_name(
+    name: str, threat: Threat, options: Mapping[str, Any] | None = None
+) -> InputPerturbation | None:
+    """The same as the perturbation that it is."""
+    options = options or {}
     match = _PGD.fullmatch(name)
     if name != "fgsm" and match is None:
         return None
     check_options(name, options, ("loss",) if match is None else _PGD_OPTIONS)
     try:
         if match is None:
-            return perturbation(fgsm(task.norm, task.eps, **options), task, name)
+            return fgsm(threat.norm, threat.eps, **options)
         settings: dict[str, Any] = {"steps": 20, "restarts": 1, "loss": "ce"}
         for key, given in match.groupdict().items():
             if given is not None:
                 settings[key] = given if key == "loss" else int(given)
-        made = pgd(task.norm, task.eps, **(settings | options))
+        return pgd(threat.norm, threat.eps, **(settings | dict(options)))
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"The attack {name!r} cannot be made: {error}") from error
-    return perturbation(made, task, None if options else name)
 
 
 def perturbation(attack: InputPerturbation, task: Task, name: str | None = None) -> Attack:
@@ -51,7 +60,7 @@ def perturbation(attack: InputPerturbation, task: Task, name: str | None = None)
     Raises:
         UserError: If its ball is another than the task's.
     """
-    name = _title(attack) if name is None else name
+    name = title(attack) if name is None else name
     same = attack.ball.norm == task.norm and math.isclose(
         attack.ball.radius, task.eps, rel_tol=1e-9
     )
@@ -96,7 +105,8 @@ def perturbation(attack: InputPerturbation, task: Task, name: str | None = None)
     return Attack(name=name, identity=identity, run=run, passes=passes)
 
 
-def _title(attack: InputPerturbation) -> str:
+def title(attack: InputPerturbation) -> str:
+    """The name of a perturbation, such as "pgd-10" or "pgd-50-10:margin"."""
     if attack.name == "fgsm":
         return attack.name
     restarts = f"-{attack.restarts}" if attack.restarts > 1 else ""

@@ -1,0 +1,92 @@
+"""Owns the directions of weight space along which a landscape is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.errors import UserError
+from robustflat.flatness.closure import Closure
+from robustflat.flatness.options import BALLS, BallName, Options
+from robustflat.flatness.spectrum import Hessian, largest
+from robustflat.perturb import SCALES, Ball
+
+# Random ones, by the group of weights that they are normalised in.
+RANDOM: dict[str, BallName] = {"filter": "row", "layer": "tensor", "global": "global_relative"}
+# What each is called, and how far it is followed if nobody says, in norms of the weights.
+DIRECTIONS = {
+    "filter": ("filter-normalised random direction", 1.0),
+    "layer": ("layer-normalised random direction", 1.0),
+    "global": ("random direction", 1.0),
+    "eigenvectors": ("eigenvector of the Hessian", 0.05),
+    "gradient": ("gradient of the loss", 0.05),
+}
+
+
+class Random:
+    """Uniformly random directions, whose every group has the norm that the weights now have.
+
+    They depend on the generator and the shapes alone but for that norm, so that models of one
+    architecture are seen along the same directions, and are drawn on the CPU, so that these are the
+    same on every device.
+
+    Args:
+        named: the weights that are moved.
+        normalised: "filter" (Li et al. 2018), "layer" (every tensor) or "global" (all together).
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter], normalised: str) -> None:
+        weights = [p.detach() for p in named.values()]
+        group, name = BALLS[RANDOM[normalised]]
+        self._ball = Ball(2.0, 1.0, group)
+        self._like = [torch.empty_like(w, device="cpu") for w in weights]
+        scale = SCALES[name](list(named), weights)
+        assert scale is not None
+        self._scale = scale
+
+    def draw(self, generator: torch.Generator) -> list[Tensor]:
+        """One direction, where the weights are; the generator is the CPU's."""
+        u = self._ball.sample(self._like, generator, surface=True)
+        return [t.to(s.device) * s for t, s in zip(u, self._scale, strict=True)]
+
+
+def eigenvectors(
+    closure: Closure, named: Mapping[str, nn.Parameter], count: int, options: Options, seed: int
+) -> list[list[Tensor]]:
+    """The Hessian's top eigenvectors, each as long as the weights that it moves.
+
+    A coordinate is then a relative displacement, as it is for random directions. The sign is such
+    that the largest entry is positive.
+
+    Raises:
+        UserError: if one does not converge.
+    """
+    hessian = Hessian(closure, dict(named))
+    pairs = largest(
+        hessian, count, tolerance=options.tolerance, max_hvps=options.max_hvps, seed=seed
+    )
+    if len(pairs.values) < count:
+        raise UserError(
+            f"Only {len(pairs.values)} of {count} eigenvectors converged within {options.max_hvps} "
+            "Hessian-vector products. Draw along another direction, or fewer."
+        )
+    found = []
+    for column in torch.from_numpy(pairs.vectors.copy()).T:
+        sign = 1.0 if column[column.abs().argmax()] >= 0 else -1.0
+        found.append(_as_long_as(hessian.split(column * sign), named))
+    return found
+
+
+def gradient(closure: Closure, named: Mapping[str, nn.Parameter]) -> list[Tensor]:
+    """The direction of steepest ascent of the loss, as long as the weights that it moves."""
+    return _as_long_as(closure.value_and_grad(list(named.values()))[1], named)
+
+
+def _as_long_as(way: list[Tensor], named: Mapping[str, nn.Parameter]) -> list[Tensor]:
+    mine, theirs = (
+        torch.stack([t.detach().norm() for t in tensors]).norm()
+        for tensors in (way, named.values())
+    )
+    return list(torch._foreach_mul(way, float(theirs / mine) if mine > 0 else 0.0))
