@@ -22,7 +22,7 @@ def test_every_stretch_has_the_classes_in_their_shares(labels):
     assert torch.equal(order, mixed(labels, seed=0))
     found = labels[order]
     for length in (1, 4, 10, 25, 64, len(labels)):
-        for start in range(0, len(labels) - length + 1):
+        for start in range(len(labels) - length + 1):
             for c in labels.unique():
                 share = (labels == c).float().mean() * length
                 assert abs((found[start : start + length] == c).sum() - share) < 2.5
@@ -47,7 +47,7 @@ def test_examples_and_chunks_of_class_sorted_data_are_mixed(monkeypatch):
 
     monkeypatch.setattr(Closure, "losses", losses)
     flatness(mlp((6, 4, 3)), (x, y), ["ascent_clean"], m=10)
-    assert len({len(s) for s in seen}) == 1 and len(seen) == 20
+    assert [len(s) for s in seen] == [10] * 20
     assert all(torch.bincount(s, minlength=3)[0] >= 4 for s in seen)
     seen.clear()
     flatness(mlp((6, 4, 3)), (x, y), ["ascent_clean"], examples=20)
@@ -73,7 +73,12 @@ def test_random_tensors_are_drawn_on_the_cpu_whatever_the_device_and_memory_form
     model, (x, y) = mlp(), examples(4, (6,), 4)
     subject = Subject(model, x, y, batch_size=4, seed=0)
     like = [torch.zeros(2, 3, 4, 5), torch.zeros(7)]
-    for draw in (signs, normal, Ball(2.0, 0.1, "row").sample, Ball(float("inf"), 1.0, "row").sample):
+    for draw in (
+        signs,
+        normal,
+        Ball(2.0, 0.1, "row").sample,
+        Ball(float("inf"), 1.0, "row").sample,
+    ):
         expected = subject.draw(draw, like, "direction", 0)
         last = [like[0].to(memory_format=torch.channels_last), like[1]]
         again = subject.draw(draw, last, "direction", 0)

@@ -210,14 +210,14 @@ def test_no_value_depends_on_the_batch_size(name):
 def test_m_sharpness_is_the_mean_over_chunks_weighted_by_their_examples():
     model, data = mlp(), examples(11, (6,), 4)
     x, y = read_examples(data)
-    whole = flatness(model, (x, y), ["ascent_clean"], m=4, batch_size=3)["ascent_clean"]
+    whole = flatness(model, data, ["ascent_clean"], m=4, batch_size=3)["ascent_clean"]
     parts = [
         flatness(model, (x[i : i + 4], y[i : i + 4]), ["ascent_clean"])["ascent_clean"].value
         for i in (0, 4, 8)
     ]
     assert whole.value == pytest.approx((4 * parts[0] + 4 * parts[1] + 3 * parts[2]) / 11)
-    together = flatness(model, (x, y), ["worst_clean"])["worst_clean"].value
-    separately = flatness(model, (x, y), ["worst_clean"], m=4)["worst_clean"].value
+    together = flatness(model, data, ["worst_clean"])["worst_clean"].value
+    separately = flatness(model, data, ["worst_clean"], m=4)["worst_clean"].value
     assert separately > together  # a maximum for each chunk is the larger
 
 

@@ -175,6 +175,10 @@ def _passes(options: Options, loss: LossKind, *, gradients: int, forwards: int) 
     return own + Passes(**attack).times(gradients + forwards)
 
 
+def _drawn(subject: Subject, like: list[Tensor], *purpose: object) -> Drawn:
+    return lambda draw: subject.draw(draw, like, *purpose)
+
+
 def _nothing(near: Neighbourhood, index: int, draw: Drawn) -> Part:
     return near.rise(near.reference)
 
@@ -209,9 +213,7 @@ def _measure(
                         compute if near.ball.radius > 0 else _nothing,
                         near,
                         i,
-                        lambda draw, i=i, chunk=chunk, like=near.like: subject.draw(
-                            draw, like, name, chunk, i
-                        ),
+                        _drawn(subject, near.like, name, chunk, i),
                     ),
                 )
                 for i in range(repeats)

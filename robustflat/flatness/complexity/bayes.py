@@ -15,7 +15,7 @@ from robustflat.flatness.closure import Closure
 from robustflat.flatness.curvature import mean_and_error
 from robustflat.flatness.figure import Figure
 from robustflat.flatness.options import Options
-from robustflat.flatness.subject import LossKind, Subject
+from robustflat.flatness.subject import LossKind, Subject, normal
 from robustflat.perturb import displaced
 
 # Error that the noise may add, the least magnitude of a weight, where the noise is sought, and in
