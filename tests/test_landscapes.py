@@ -600,10 +600,16 @@ def _share(rank, port, folder, directions):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if rank:
         Landscape.save = None  # Only the first may write.
+    seen = []
     landscape(
         mlp(), examples(7, (6,), 4), points=5, eps=0.05, attack="pgd-2", directions=directions,
         store=folder, team=Team.of_torchrun(), losses=["clean", "robust_fixed"],
+        on_progress=seen.append,
     )  # fmt: skip
+    if rank == 0 and directions == "filter":
+        # Of 5 points it measured 3, with 2 losses, and made fixed examples by 2 steps of 2 units;
+        # all of it counts for two.
+        assert seen[-1].done == pytest.approx(2 * (3 * 2 + 4))
 
 
 @pytest.mark.parametrize("directions", ["filter", "eigenvectors"])
