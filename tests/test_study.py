@@ -242,10 +242,7 @@ def test_walks_change_one_key_at_a_time_and_use_all_values_alike() -> None:
     assert len(set(levels)) == 8, "no combination comes twice"
     changed = []
     for walk in (levels[0:8:2], levels[8::2]):
-        changes = [
-            [key for key in range(3) if old[key] != new[key]]
-            for old, new in pairwise(walk)
-        ]
+        changes = [[key for key in range(3) if old[key] != new[key]] for old, new in pairwise(walk)]
         assert sorted(changes) == [[0], [1], [2]]
         changed.append(changes)
     # Starts and changes of two walks are four values of each key: all four of the second, once.

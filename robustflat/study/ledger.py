@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,7 +107,7 @@ class Ledger:
             with suppress(ConfigError):  # of another version, so it is another run
                 self._rows[_trained(check_config(json.loads(row["config"])))] = row
 
-    def measured(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
+    def measured(self, job: dict[str, Any]) -> dict[str, Any] | None:
         """What a row says of the run of a job; None if there is none, or it was measured otherwise.
 
         Args:
