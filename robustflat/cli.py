@@ -278,6 +278,9 @@ def landscape(
         str, typer.Option(help="Whose eigenvectors or gradient: clean or robust.")
     ] = "clean",
     draws: Annotated[int, typer.Option(help="Random directions, for a mean and its spread.")] = 1,
+    parameters: Annotated[
+        str, typer.Option(help="Which weights move: matrices, all, re:PATTERN.")
+    ] = "matrices",
     between: Annotated[
         bool,
         typer.Option(
