@@ -64,10 +64,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 KINDS: dict[str, list[str]] = {
     "run": ["a"],
-    "weights": ["whole.pt", "--model", "mlp", "--option", "hidden=[16]"],
-    "net": ["net.pt", "--model", "mlp", "--option", "hidden=[16]", "--normalise", "data"],
+    "weights": ["whole.pt", "--model", "mlp", "--model-option", "hidden=[16]"],
+    "net": ["net.pt", "--model", "mlp", "--model-option", "hidden=[16]", "--normalise", "data"],
     "program": ["program.ts", "--trust", "--normalise", "none"],
-    "factory": ["subject_factory:make", "--option", "file=net.pt", "--normalise", "data"],
+    "factory": ["subject_factory:make", "--model-option", "file=net.pt", "--normalise", "data"],
 }
 SAID = ["--data", "digits", "--norm", "linf", "--eps", "0.1"]
 
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
 ) -> None:
     refusals = dict(REFUSED_BY_ALL)
     if kind == "run":
-        for option in ("--data", "--root", "--model", "--option", "--normalise"):
+        for option in ("--data", "--root", "--model", "--model-option", "--normalise"):
             refusals[option] = ([option, "digits=1"], f"leave {option} out")
         refusals["--trust"] = (["--trust"], "leave --trust out")
         refusals.pop("norm alone")
@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     else:
         refusals |= REFUSED_BY_MODELS
         refusals.pop("norm alone")
-        refusals["option"] = (["--option", "mean"], "name=value")
+        refusals["option"] = (["--model-option", "mean"], "name=value")
     for option, (arguments, words) in refusals.items():
         output = tmp_path / option.replace("/", "")
         more = () if option == "attack" else ("--attack", "pgd-2")
