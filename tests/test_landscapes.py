@@ -22,9 +22,11 @@ from matplotlib.colors import LogNorm, Normalize
 
 import robustflat as rf
 from robustflat.evaluate import Team
+from robustflat.flatness.options import Options
 from robustflat.flatness.subject import Subject
 from robustflat.landscapes import Landscape, between, drawn_in, landscape, scene
-from robustflat.landscapes.directions import Random
+from robustflat.landscapes.directions import Random, eigenvectors
+from robustflat.landscapes.span import Span, copied
 from robustflat.report.landscape_figures import save_html
 from robustflat.report.landscape_picture import landscape_figure, save_picture
 
@@ -155,6 +157,26 @@ def test_a_plane_meets_its_three_checkpoints():
     assert (low == high).all()
 
 
+def test_in_a_plane_weights_and_statistics_are_combined_alike():
+    models = [conv_net(seed).double() for seed in range(3)]
+    states = {name: copied(model) for name, model in zip("abc", models, strict=True)}
+    span = Span(states, models[0])
+    points = {name: np.array(at) for name, at in span.points.items()}
+    means = {name: state["1.running_mean"] for name, state in states.items()}
+    weights = {name: state["5.weight"] for name, state in states.items()}
+    buffer = dict(models[0].named_buffers())["1.running_mean"]
+    number = list(span.moved).index("5.weight")
+    for shares in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0.2, 0.5, 0.3)):
+        at = sum(share * points[name] for name, share in zip("abc", shares, strict=True))
+        assert span.shares(at) == pytest.approx(shares, abs=1e-12)
+        span.set_buffers(at)
+        expected = sum(s * means[name] for name, s in zip("abc", shares, strict=True))
+        assert torch.allclose(buffer, expected, rtol=1e-12)
+        weight = weights["a"] + sum(x * axis[number] for x, axis in zip(at, span.axes, strict=True))
+        expected = sum(s * weights[name] for name, s in zip("abc", shares, strict=True))
+        assert torch.allclose(weight, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_interpolated_statistics_never_leave_the_checkpoints_range():
     a, b, data = conv_net(0), conv_net(1), examples(9, (1, 4, 4), 3)
     with torch.no_grad():
@@ -237,6 +259,10 @@ def test_other_random_directions_are_as_long_as_the_layer_or_all_weights(normali
     assert lengths.norm() == pytest.approx(float(own.norm()), rel=1e-5)
     assert torch.allclose(lengths, own, rtol=1e-5) == (normalised == "layer")
     assert not torch.equal(ways[0][0], ways[1][0])
+    filters = zip(ways[0], named.values(), strict=True)
+    for d, p in filters:
+        rows = d.flatten(1).norm(dim=1), p.flatten(1).norm(dim=1)
+        assert not torch.allclose(*rows, rtol=1e-2), "not filter by filter"
 
 
 def test_directions_are_drawn_on_the_cpu_whatever_the_models_device():
@@ -248,6 +274,18 @@ def test_directions_are_drawn_on_the_cpu_whatever_the_models_device():
     (way,) = source.draw(torch.Generator())
     assert (asked[0][0][0].device.type, asked[0][1].device.type) == ("cpu", "cpu")
     assert way.device.type == "meta"
+
+
+def test_defaults_reach_as_far_as_they_say():
+    model, data = mlp(), examples(5, (6,), 4)
+    for directions, reach in (("filter", 1), ("layer", 1), ("eigenvectors", 0.05)):
+        drawn = landscape(model, data, directions=directions, losses=["clean"])
+        assert (len(drawn.axes[0]), drawn.axes[0][-1], drawn.about["span"]) == (21, reach, reach)
+    plane = landscape(model, data, dimensions=2, losses=["clean"])
+    assert plane.losses["clean"].shape == (1, 11, 11)
+    drawn = between(model, {"a": model, "b": mlp(seed=1)}, data, losses=["clean"])
+    assert len(drawn.axes[0]) == 25
+    assert drawn.about["margin"] == 0.25
 
 
 def test_along_the_gradient_the_slope_is_its_length():
@@ -283,6 +321,16 @@ def test_the_second_axis_is_the_second_eigenvector():
     for number, (low, mid, high) in enumerate((grid[:, 1], grid[1, :])):
         curvature = (low - 2 * mid + high) / (h * length) ** 2
         assert curvature == pytest.approx(float(exact[number]), rel=1e-2)
+
+
+def test_an_eigenvector_has_one_sign_whatever_the_solvers_start():
+    model, data, options = mlp(), examples(20, (6,), 4), Options(attack=rf.pgd())
+    named = dict(model.named_parameters())
+    closure = Subject(model, *data, batch_size=20, seed=0).closure(options, "clean")
+    for seed in (0, 1, 2):
+        for way in eigenvectors(closure, named, 2, options, seed):
+            flat = torch.cat([t.flatten() for t in way])
+            assert flat[flat.abs().argmax()] > 0
 
 
 def test_between_checkpoints_statistics_are_kept_refreshed_or_interpolated():
@@ -405,6 +453,10 @@ def test_a_landscape_replaces_its_own_earlier_one_and_no_other(tmp_path):
             margin=0.0,
         )  # fmt: skip
         assert drawn.losses["clean"][0, 1] == pytest.approx(loss_of(second, data))
+    for change in ({"margin": 0.5}, {"points": 3}, {"batchnorm": "keep"}):
+        options = {"margin": 0.0, "points": 2, "losses": ["clean"], "store": line, **change}
+        with pytest.raises(rf.UserError, match="holds another landscape"):
+            between(model, {"a": model, "b": mlp(seed=2)}, data, **options)
 
 
 def test_refreshing_on_other_images_is_another_landscape(tmp_path):
@@ -665,7 +717,7 @@ def test_lines_have_a_band_of_one_standard_deviation_around_the_mean():
     assert [(b.y0, b.y1) for b in bands] == [(1, 4), (2, 8)]
     assert axes.get_yscale() == "log"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("direction", "loss")
-    said = figure.get_supxlabel()
+    said = " ".join(figure.get_supxlabel().split())
     for part in ("linf 8/255", "pgd-10", "512 test images of cifar10", "statistics kept",
                  "standard deviation of 3 directions"):  # fmt: skip
         assert part in said
@@ -675,6 +727,11 @@ def test_lines_have_a_band_of_one_standard_deviation_around_the_mean():
     assert accuracies.axes[0].get_yscale() == "linear"
     assert "directions" not in accuracies.get_supxlabel()
     assert accuracies.get_suptitle() == "Accuracy around the weights"
+    picture = Rendered(figure)
+    for text in (figure._supxlabel, figure._suptitle):
+        box = text.get_window_extent(picture.canvas.get_renderer())
+        assert box.x0 > 0
+        assert box.x1 < picture.pixels.shape[1], "nothing is cut off"
 
 
 def test_checkpoints_are_named_where_they_are():
@@ -690,7 +747,7 @@ def test_checkpoints_are_named_where_they_are():
     assert "robust" not in figure.get_supxlabel()
     plane = replace(surface(1, 1, **about), points={"a": (0.0, 0.0), "b": (0.5, 0.0), "c": (0, 1)})
     figure = landscape_figure({"": plane})
-    assert figure.get_suptitle() == "Loss on the plane through\na (1), b (2), c (3)"
+    assert figure.get_suptitle() == "Loss on the plane through a (1), b (2), c (3)"
     names = [t for t in figure.axes[0].texts if t.get_bbox_patch()]
     assert [(t.get_text(), t.xy) for t in names] == [
         ("1", (0, 0)), ("2", (0.5, 0)), ("3", (0, 1))

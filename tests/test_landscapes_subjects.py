@@ -94,10 +94,10 @@ def test_another_state_threat_or_attack_is_another_landscape(draw: Any, place: P
     found = newest(place / "a").about
     assert (found["norm"], found["eps"], found["checkpoint"]) == ("l2", 0.5, "best")
     draw("a", "--output", "l.png", "--span", "0.3", "--directions", "gradient",
-         "--direction-loss", "robust")  # fmt: skip
+         "--direction-loss", "robust", "--parameters", "all")  # fmt: skip
     found = newest(place / "a")
     assert (found.axes[0], found.about["directions"]) == ([-0.3, 0.0, 0.3], "gradient")
-    assert found.about["direction_loss"] == "robust"
+    assert (found.about["direction_loss"], found.about["parameters"]) == ("robust", "all")
     assert len(drawn_in(RunFolder("a").landscapes)) == before + 2
 
 

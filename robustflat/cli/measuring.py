@@ -156,6 +156,9 @@ def landscape(
     ] = None,
     points: Annotated[int | None, typer.Option(help="Along each axis, odd.")] = None,
     span: Annotated[float | None, typer.Option(help="Reach, in norms of the weights.")] = None,
+    parameters: Annotated[
+        str, typer.Option(help="Weights that move: matrices, all, or re:PATTERN of their names.")
+    ] = "matrices",
     loss: Annotated[list[str] | None, typer.Option(help="clean, robust, robust_fixed.")] = None,
     attack: Annotated[str, typer.Option(help="pgd-STEPS, pgd-STEPS-RESTARTS, fgsm.")] = "pgd-10",
     checkpoint: Checkpoint = None,
@@ -178,12 +181,12 @@ def landscape(
 
     around = {
         "dimensions": dimensions, "directions": directions, "direction_loss": direction_loss,
-        "draws": draws, "span": span,
+        "draws": draws, "span": span, "parameters": parameters,
     }  # fmt: skip
-    if between and tuple(around.values()) != (1, "filter", "clean", 1, None):
+    if between and tuple(around.values()) != (1, "filter", "clean", 1, None, "matrices"):
         raise UserError(
             "--between draws the line through two, or the plane through three: leave --dimensions, "
-            "--directions, --direction-loss, --draws and --span out."
+            "--directions, --direction-loss, --draws, --span and --parameters out."
         )
     opened = subjects()
     team = Team.of_torchrun()
