@@ -22,6 +22,7 @@ from matplotlib.colors import LogNorm, Normalize
 
 import robustflat as rf
 from robustflat.evaluate import Team
+from robustflat.files import locked
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import Subject
 from robustflat.landscapes import Landscape, between, drawn_in, landscape, scene
@@ -552,6 +553,26 @@ def test_a_loss_that_overflows_is_null(tmp_path):
     assert np.isnan(drawn.losses["clean"][0]).tolist() == [True, False, True]
     assert np.isfinite(drawn.accuracies["clean"]).all()
     assert drawn.complete
+    # Infinite at one end, not a number at the other: both are unknown, as they are in the file.
+    data = torch.full((1, 1), 2.0, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    ends = landscape(Binary([1.0]), data, points=3, span=1.7e308, losses=["clean"])
+    assert np.isnan(ends.losses["clean"][0]).tolist() == [True, False, True]
+
+
+def test_two_commands_do_not_draw_one_landscape_at_once(tmp_path):
+    path, tried = tmp_path / "l.json", []
+
+    def other(progress):
+        with pytest.raises(rf.UserError, match="Another process"), locked(path, patience=0):
+            pass
+        tried.append(progress)
+
+    landscape(
+        mlp(), examples(5, (6,), 4), points=3, losses=["clean"], store=path, on_progress=other
+    )
+    assert len(tried) == 3
+    with locked(path, patience=0):
+        pass
 
 
 def test_what_is_no_landscape_is_a_sentence(tmp_path):
@@ -577,10 +598,18 @@ def test_what_is_no_landscape_is_a_sentence(tmp_path):
 def _share(rank, port, folder, directions):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if rank:
+        Landscape.save = None  # Only the first may write.
+    seen = []
     landscape(
         mlp(), examples(7, (6,), 4), points=5, eps=0.05, attack="pgd-2", directions=directions,
         store=folder, team=Team.of_torchrun(), losses=["clean", "robust_fixed"],
+        on_progress=seen.append,
     )  # fmt: skip
+    if rank == 0 and directions == "filter":
+        # Of 5 points it measured 3, with 2 losses, and made fixed examples by 2 steps of 2 units;
+        # all of it counts for two.
+        assert seen[-1].done == pytest.approx(2 * (3 * 2 + 4))
 
 
 @pytest.mark.parametrize("directions", ["filter", "eigenvectors"])
