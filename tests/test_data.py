@@ -138,6 +138,12 @@ def test_labels_fit_their_images():
     assert (y[nearest] == v).float().mean() > 0.95
 
 
+def test_the_seed_decides_what_is_held_out_and_never_what_is_tested_on():
+    one, two = (rd.load("digits", validation_samples=50, test_samples=30, seed=s) for s in (0, 1))
+    assert set(keys(one.validation)) != set(keys(two.validation))
+    assert keys(one.test) == keys(two.test)
+
+
 def test_the_splits_are_disjoint_and_cut_before_the_subset():
     whole = rd.load("digits", validation_samples=200, seed=4)
     part = rd.load("digits", validation_samples=200, train_samples=100, test_samples=50, seed=4)
