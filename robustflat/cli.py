@@ -414,6 +414,9 @@ def study(
     ] = None,
     status: Annotated[bool, typer.Option("--status", help="Only say how far it is.")] = False,
     row: Annotated[list[str] | None, typer.Option(help="Run (or remake) this run only.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Take finished runs from this ledger, CSV or Parquet.")
+    ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="Also if it is long, or too small to tell anything.")
     ] = False,
@@ -436,7 +439,9 @@ def study(
 
     # A SIGTERM ends the command as Ctrl-C does: its runs are told, and save.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    result = run_study(settings, jobs, tell, scheduler=scheduler, rows=row or (), yes=yes)
+    result = run_study(
+        settings, jobs, tell, scheduler=scheduler, rows=row or (), ledger=ledger, yes=yes
+    )
     _show_study(result)
     if result.failed:
         typer.echo(f"{len(result.failed)} runs are missing. Repeat the command.", err=True)
