@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from evaluate_support import shorten
 from PIL import Image
 from torch import nn
@@ -22,7 +23,7 @@ from train_support import config, saved, trained
 
 import robustflat as rf
 from robustflat import models
-from robustflat.cli import main
+from robustflat.cli import app, main
 from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
 from robustflat.evaluate import Team
@@ -627,3 +628,21 @@ def test_help_and_names_need_no_torch_and_functions_keep_their_names() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
+
+
+def test_flatness_and_landscape_take_the_options_of_evaluate(
+    run: Any, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*KINDS["net"], *SAID, "--device", "cpu", "--samples", "10"]
+    given += ["--measure", "gradient_norm"]
+    monkeypatch.setattr(sys, "argv", ["robustflat", "flatness", *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code, capsys.readouterr().err
+    (found,) = read(place / "evaluations" / "net.pt" / "flatness.json", "flatness")
+    assert (found["checkpoint"], found["norm"], found["eps"]) == ("given", "linf", 0.1)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    names = {name: {p.name for p in commands[name].params} for name in commands}
+    shared = {"targets", "norm", "eps", "device", "data", "root", "trust"}
+    shared |= {"model", "model_option", "normalise", "image_size"}
+    assert all(shared < names[name] for name in ("evaluate", "flatness", "landscape"))
