@@ -67,8 +67,8 @@ def train(
     from robustflat.plugins import origin
     from robustflat.report.progress import ProgressBar
     from robustflat.train import train as train_run
-    from robustflat.train.around import Listener
     from robustflat.train.folder import RunFolder
+    from robustflat.train.listeners import Listener
     from robustflat.train.parallel import speaks
 
     settings = read_config(config, overrides or [])

@@ -56,7 +56,7 @@ class Watcher:
     """A listener that does nothing."""
 
     def on_start(self, epochs: int, steps: int, done: int) -> None: ...
-    def on_step(self, epoch: int, step: int) -> None: ...
+    def on_step(self, epoch: int, step: int, values: Any) -> None: ...
     def on_epoch(self, row: dict[str, Any]) -> None: ...
     def on_end(self) -> None: ...
 
@@ -67,7 +67,7 @@ class Stop(Watcher):
     def __init__(self, *at: int) -> None:
         self.at = at
 
-    def on_step(self, epoch: int, step: int) -> None:
+    def on_step(self, epoch: int, step: int, values: Any) -> None:
         if (epoch, step) == self.at:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -375,7 +375,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(
     tmp_path: Path, whole: RunFolder, monkeypatch: Any, where: str
 ) -> None:
     class Fill(Watcher):
-        def on_step(self, epoch: int, step: int) -> None:
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
             if (epoch, step) == (1, 3):
                 monkeypatch.setattr(where, full)
 

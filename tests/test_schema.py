@@ -308,7 +308,7 @@ class Listener:
     def __init__(self, folder, text: str = "told"):
         self.path, self.text = folder / "own.txt", text
     def on_start(self, epochs, steps, done): pass
-    def on_step(self, epoch, step): pass
+    def on_step(self, epoch, step, values): pass
     def on_epoch(self, row): self.path.open("a").write(f"{self.text} {row['epoch']}\\n")
     def on_end(self): pass
 

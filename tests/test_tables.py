@@ -150,7 +150,7 @@ def test_curves_read_back_from_tensorboard(tmp_path: Path) -> None:
     board.on_epoch(row(2, train_loss=None, gradient_norm=None))
     averaged = {"monitor": monitored(1.0, 0.625), "monitor_average": monitored(0.875, 0.75)}
     board.on_epoch(row(3, **averaged, flatness={"worst_clean": 0.125}))
-    board.on_step(3, 0)
+    board.on_step(3, 0, {})
     board.on_end()
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
 
@@ -176,7 +176,7 @@ def test_resuming_replaces_the_points_after_it(tmp_path: Path) -> None:
         board.on_epoch(row(epoch, train_loss=1.0))
     board.on_end()
     again = TensorBoard(tmp_path)
-    again.on_start(3, 8, 1)
+    again.on_start(3, 8, 8)
     for epoch in (2, 3):
         again.on_epoch(row(epoch, train_loss=0.5))
     again.on_end()
@@ -209,8 +209,8 @@ def test_a_flatness_figure_that_is_not_known_has_no_point(tmp_path: Path) -> Non
 def epoch_line(measured: dict[str, Any]) -> str:
     file = io.StringIO()
     bar = ProgressBar(Console(file=file, width=60), "run")
-    bar.on_start(10, 8, 2)
-    bar.on_step(2, 3)
+    bar.on_start(10, 8, 16)
+    bar.on_step(2, 3, {})
     bar.on_epoch(measured)
     bar.on_end()
     return file.getvalue()

@@ -46,7 +46,7 @@ class Watcher:
     """A listener that does nothing."""
 
     def on_start(self, epochs: int, steps: int, done: int) -> None: ...
-    def on_step(self, epoch: int, step: int) -> None: ...
+    def on_step(self, epoch: int, step: int, values: Any) -> None: ...
     def on_epoch(self, row: dict[str, Any]) -> None: ...
     def on_end(self) -> None: ...
 
@@ -245,7 +245,7 @@ def test_each_epoch_is_on_disk_before_the_next_begins(tmp_path: Path) -> None:
         def __init__(self, folder: RunFolder) -> None:
             self.folder = folder
 
-        def on_step(self, epoch: int, step: int) -> None:
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
             if step == 0:
                 events = EventAccumulator(str(self.folder.tensorboard))
                 events.Reload()
@@ -417,7 +417,7 @@ def test_ema_follows_every_step(tmp_path: Path, digits: Data) -> None:
     history: list[dict[str, Tensor]] = []
 
     class Watch(Watcher):
-        def on_step(self, epoch: int, step: int) -> None:
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
             history.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
 
     trainer.listeners = [Watch()]
@@ -509,7 +509,7 @@ class Poison(Watcher):
     def __init__(self, trainer: Trainer, epoch: int, step: int) -> None:
         self.trainer, self.at = trainer, (epoch, step)
 
-    def on_step(self, epoch: int, step: int) -> None:
+    def on_step(self, epoch: int, step: int, values: Any) -> None:
         if (epoch, step) == self.at:
             with torch.no_grad():
                 next(self.trainer.model.parameters()).fill_(math.nan)
@@ -614,7 +614,7 @@ def test_stopping_on_sigterm_does_not_save_what_diverged(tmp_path: Path, digits:
     trainer = Trainer(settings, digits, CPU, folder=folder)
 
     class Stop(Watcher):
-        def on_step(self, epoch: int, step: int) -> None:
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
             trainer.stop_requested = step == 1
 
     trainer.listeners = [Stop()]

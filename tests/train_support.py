@@ -70,7 +70,7 @@ def stopped(asked: RunConfig, folder: RunFolder, after: int) -> Trainer:
         taken = 0
 
         def on_start(self, epochs: int, steps: int, done: int) -> None: ...
-        def on_step(self, epoch: int, step: int) -> None:
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
             self.taken += 1
             trainer.stop_requested = self.taken == after
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -42,11 +43,9 @@ class ProgressBar:
         """Open the bar."""
         self._steps = steps
         self._progress.start()
-        self._task = self._progress.add_task(
-            self._name, total=epochs * steps, completed=done * steps
-        )
+        self._task = self._progress.add_task(self._name, total=epochs * steps, completed=done)
 
-    def on_step(self, epoch: int, step: int) -> None:
+    def on_step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Advance by one step."""
         self._progress.update(self._task, completed=epoch * self._steps + step + 1)
 

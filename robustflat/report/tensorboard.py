@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ class TensorBoard:
 
     def on_start(self, epochs: int, steps: int, done: int) -> None:
         """Open the files; a resumed run replaces the points after ``done``."""
-        self._writer = SummaryWriter(str(self._folder), purge_step=done + 1 if done else None)
+        self._writer = SummaryWriter(
+            str(self._folder), purge_step=done // steps + 1 if done else None
+        )
 
-    def on_step(self, epoch: int, step: int) -> None:
+    def on_step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Steps are not written."""
 
     def on_epoch(self, row: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "tor
 _FREE_TO_CHANGE = (
     ("device",), ("data", "root"), ("data", "download"), ("data", "place"), ("output",),
     ("evaluate",), ("flatness",),
+    ("listeners",), ("monitor", "step_every"),
 )  # fmt: skip
 
 
