@@ -10,7 +10,7 @@ RUNS := runs/quickstart-at runs/quickstart-at-awp
 # both, measures gap and flatness, and puts them side by side.
 quickstart: $(VENV)/installed
 	$(MAKE) --no-print-directory -j2 $(RUNS)
-	$(BIN)/robustflat landscape $(RUNS) --output runs/quickstart-landscape.png
+	$(BIN)/robustflat landscape $(RUNS) --draws 3 --output runs/quickstart-landscape.png
 	$(BIN)/robustflat report $(RUNS) --output runs/quickstart-report.html
 	$(BIN)/robustflat compare $(RUNS)
 	@echo "Open runs/quickstart-report.html, or see the curves: $(BIN)/tensorboard --logdir runs"

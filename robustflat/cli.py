@@ -274,6 +274,9 @@ def landscape(
     directions: Annotated[
         str, typer.Option(help="filter, layer or global (random), eigenvectors, gradient.")
     ] = "filter",
+    direction_loss: Annotated[
+        str, typer.Option(help="Whose eigenvectors or gradient: clean or robust.")
+    ] = "clean",
     draws: Annotated[int, typer.Option(help="Random directions, for a mean and its spread.")] = 1,
     between: Annotated[
         bool,
@@ -317,11 +320,14 @@ def landscape(
     from robustflat.report.progress import Counter
     from robustflat.subject import distinct_names, open_subject
 
-    around = {"dimensions": dimensions, "directions": directions, "draws": draws, "span": span}
-    if between and around != {"dimensions": 1, "directions": "filter", "draws": 1, "span": None}:
+    around = {
+        "dimensions": dimensions, "directions": directions, "direction_loss": direction_loss,
+        "draws": draws, "span": span,
+    }  # fmt: skip
+    if between and tuple(around.values()) != (1, "filter", "clean", 1, None):
         raise UserError(
             "--between draws the line through two, or the plane through three: leave --dimensions, "
-            "--directions, --draws and --span out."
+            "--directions, --direction-loss, --draws and --span out."
         )
     elsewhere = _elsewhere(model, option, data, root, normalise, trust)
     opened = [

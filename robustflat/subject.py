@@ -21,7 +21,8 @@ from robustflat.errors import UserError
 from robustflat.evaluate.threat import Threat
 from robustflat.train.checkpoint import load_checkpoint
 from robustflat.train.folder import RunFolder
-from robustflat.train.setup import load_data, resolve_device, use_threads
+from robustflat.train.parallel import resolve_device
+from robustflat.train.setup import load_data, use_threads
 
 WEIGHTS = ("auto", "raw", "average")
 # The only state that a model from elsewhere has.

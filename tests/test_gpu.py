@@ -17,15 +17,13 @@ from test_meta import closure
 from test_weights import methods
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from train_support import SMALL_CNN, config, same_run, trained
 
 import robustflat as rf
 from robustflat import models, numerics
-from robustflat.train import Trainer
 from robustflat.train.averaging import Average, ema
-from robustflat.train.setup import load_data
 from robustflat.train.step import TrainStep
 
+# A machine with a GPU may have little else: what only some tests need, they import themselves.
 # With ROBUSTFLAT_GPU=cpu the tests that can run on the CPU do: it keeps this file honest.
 NAME = os.environ.get("ROBUSTFLAT_GPU", "cuda")
 DEVICE = torch.device(NAME)
@@ -104,6 +102,7 @@ def test_random_methods_take_a_step(method: str) -> None:
 
 
 def test_autoattack_and_flatness_find_what_the_cpu_finds() -> None:
+    pytest.importorskip("pyautoattack")
     model = conv_bn(dtype=torch.float32).eval()
     x, y = images(32, dtype=torch.float32)
     with torch.no_grad():
@@ -150,6 +149,12 @@ def test_nothing_inside_a_step_waits_for_the_gpu(
 @needs_cuda
 @pytest.mark.parametrize("host", [False, True])
 def test_feeding_does_not_wait_for_the_gpu(host: bool, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("pydantic")
+    from train_support import config
+
+    from robustflat.train import Trainer
+    from robustflat.train.setup import load_data
+
     settings = config(
         device=NAME, data__augment={"crop": 1, "flip": True}, data__mix={"name": "mixup"}
     )
@@ -211,7 +216,9 @@ def test_nccl_with_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, precision: str) -> None:
+    pytest.importorskip("pydantic")
     from test_resume import stopped
+    from train_support import SMALL_CNN, same_run, trained
 
     said: dict[str, Any] = {
         "device": NAME,

@@ -22,9 +22,10 @@ from matplotlib.colors import LogNorm, Normalize
 
 import robustflat as rf
 from robustflat.evaluate import Team
+from robustflat.flatness.options import Options
 from robustflat.flatness.subject import Subject
 from robustflat.landscapes import Landscape, between, drawn_in, landscape, scene
-from robustflat.landscapes.directions import Random
+from robustflat.landscapes.directions import Random, eigenvectors
 from robustflat.report.landscape_figures import save_html
 from robustflat.report.landscape_picture import landscape_figure, save_picture
 
@@ -237,6 +238,10 @@ def test_other_random_directions_are_as_long_as_the_layer_or_all_weights(normali
     assert lengths.norm() == pytest.approx(float(own.norm()), rel=1e-5)
     assert torch.allclose(lengths, own, rtol=1e-5) == (normalised == "layer")
     assert not torch.equal(ways[0][0], ways[1][0])
+    filters = zip(ways[0], named.values(), strict=True)
+    for d, p in filters:
+        rows = d.flatten(1).norm(dim=1), p.flatten(1).norm(dim=1)
+        assert not torch.allclose(*rows, rtol=1e-2), "not filter by filter"
 
 
 def test_directions_are_drawn_on_the_cpu_whatever_the_models_device():
@@ -248,6 +253,18 @@ def test_directions_are_drawn_on_the_cpu_whatever_the_models_device():
     (way,) = source.draw(torch.Generator())
     assert (asked[0][0][0].device.type, asked[0][1].device.type) == ("cpu", "cpu")
     assert way.device.type == "meta"
+
+
+def test_defaults_reach_as_far_as_they_say():
+    model, data = mlp(), examples(5, (6,), 4)
+    for directions, reach in (("filter", 1), ("layer", 1), ("eigenvectors", 0.05)):
+        drawn = landscape(model, data, directions=directions, losses=["clean"])
+        assert (len(drawn.axes[0]), drawn.axes[0][-1], drawn.about["span"]) == (21, reach, reach)
+    plane = landscape(model, data, dimensions=2, losses=["clean"])
+    assert plane.losses["clean"].shape == (1, 11, 11)
+    drawn = between(model, {"a": model, "b": mlp(seed=1)}, data, losses=["clean"])
+    assert len(drawn.axes[0]) == 25
+    assert drawn.about["margin"] == 0.25
 
 
 def test_along_the_gradient_the_slope_is_its_length():
@@ -263,8 +280,8 @@ def test_along_the_gradient_the_slope_is_its_length():
     attack, (x, y) = rf.pgd(eps=0.1, steps=3, start="zero"), data
     robust = float(flat_gradient(model, attack(model, x, y), y).norm())
     drawn = landscape(
-        model, data, directions="gradient", parameters="all", points=3, span=h, hessian="robust",
-        losses=["robust_fixed"], attack=attack,
+        model, data, directions="gradient", parameters="all", points=3, span=h, attack=attack,
+        losses=["robust_fixed"], direction_loss="robust",
     )  # fmt: skip
     low, _, high = drawn.losses["robust_fixed"][0]
     assert (high - low) / (2 * h * length) == pytest.approx(robust, rel=1e-5)
@@ -283,6 +300,16 @@ def test_the_second_axis_is_the_second_eigenvector():
     for number, (low, mid, high) in enumerate((grid[:, 1], grid[1, :])):
         curvature = (low - 2 * mid + high) / (h * length) ** 2
         assert curvature == pytest.approx(float(exact[number]), rel=1e-2)
+
+
+def test_an_eigenvector_has_one_sign_whatever_the_solvers_start():
+    model, data, options = mlp(), examples(20, (6,), 4), Options(attack=rf.pgd())
+    named = dict(model.named_parameters())
+    closure = Subject(model, *data, batch_size=20, seed=0).closure(options, "clean")
+    for seed in (0, 1, 2):
+        for way in eigenvectors(closure, named, 2, options, seed):
+            flat = torch.cat([t.flatten() for t in way])
+            assert flat[flat.abs().argmax()] > 0
 
 
 def test_between_checkpoints_statistics_are_kept_refreshed_or_interpolated():
@@ -452,7 +479,7 @@ def test_a_record_tells_its_circumstances_and_is_json(tmp_path):
     about = content["about"]
     assert "radius=0.5" in about.pop("attack_settings")
     assert about == {
-        "directions": "filter", "parameters": "matrices", "hessian": None, "split": "test",
+        "directions": "filter", "parameters": "matrices", "direction_loss": None, "split": "test",
         "grid": [3, 3], "draws": 1, "span": 1.0,
         "losses": ["clean", "robust"], "norm": "l2", "eps": 0.5, "attack": "pgd-3-2:margin",
         "seed": 4, "examples": 9, "batch_size": 5, "batchnorm": "keep", "dtype": "float64",
@@ -462,6 +489,9 @@ def test_a_record_tells_its_circumstances_and_is_json(tmp_path):
     assert Landscape.load(path).points == {"model": (0.0, 0.0)}
     given = landscape(model, data, points=3, attack=rf.fgsm("l2", 0.25), norm="linf", eps=0.1)
     assert (given.about["norm"], given.about["eps"]) == ("l2", 0.25), "the attack's own"
+    toward = {"directions": "gradient", "direction_loss": "robust", "eps": 0.25}
+    about = landscape(model, data, points=3, losses=["clean"], attack="pgd-1", **toward).about
+    assert (about["eps"], about["attack"]) == (0.25, "pgd-1"), "which the direction depends on"
     clean = landscape(model, data, points=3, losses=["clean"]).about
     assert clean["norm"] is clean["eps"] is clean["attack"] is clean["attack_settings"] is None
 
@@ -662,7 +692,7 @@ def test_lines_have_a_band_of_one_standard_deviation_around_the_mean():
     assert [(b.y0, b.y1) for b in bands] == [(1, 4), (2, 8)]
     assert axes.get_yscale() == "log"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("direction", "loss")
-    said = figure.get_supxlabel()
+    said = " ".join(figure.get_supxlabel().split())
     for part in ("linf 8/255", "pgd-10", "512 test images of cifar10", "statistics kept",
                  "standard deviation of 3 directions"):  # fmt: skip
         assert part in said
@@ -672,6 +702,11 @@ def test_lines_have_a_band_of_one_standard_deviation_around_the_mean():
     assert accuracies.axes[0].get_yscale() == "linear"
     assert "directions" not in accuracies.get_supxlabel()
     assert accuracies.get_suptitle() == "Accuracy around the weights"
+    picture = Rendered(figure)
+    for text in (figure._supxlabel, figure._suptitle):
+        box = text.get_window_extent(picture.canvas.get_renderer())
+        assert box.x0 > 0
+        assert box.x1 < picture.pixels.shape[1], "nothing is cut off"
 
 
 def test_checkpoints_are_named_where_they_are():
@@ -687,7 +722,7 @@ def test_checkpoints_are_named_where_they_are():
     assert "robust" not in figure.get_supxlabel()
     plane = replace(surface(1, 1, **about), points={"a": (0.0, 0.0), "b": (0.5, 0.0), "c": (0, 1)})
     figure = landscape_figure({"": plane})
-    assert figure.get_suptitle() == "Loss on the plane through\na (1), b (2), c (3)"
+    assert figure.get_suptitle() == "Loss on the plane through a (1), b (2), c (3)"
     names = [t for t in figure.axes[0].texts if t.get_bbox_patch()]
     assert [(t.get_text(), t.xy) for t in names] == [
         ("1", (0, 0)), ("2", (0.5, 0)), ("3", (0, 1))
@@ -731,6 +766,7 @@ def test_the_page_shows_the_means_and_needs_nothing_else(tmp_path):
         ("span must be positive", {"span": 0.0}),
         ("losses must be some of", {"losses": ["worst"]}),
         ("directions must be one of", {"directions": "pca"}),
+        ("direction_loss must be clean or robust", {"direction_loss": "worst"}),
         ("one gradient", {"directions": "gradient", "dimensions": 2}),
         ("draws must be at least 1", {"draws": 0}),
         ("1 for eigenvectors, got 2", {"draws": 2, "directions": "eigenvectors"}),

@@ -93,9 +93,11 @@ def test_another_state_threat_or_attack_is_another_landscape(draw: Any, place: P
     draw("a", "--output", "l.png", "--norm", "l2", "--eps", "0.5", "--checkpoint", "best")
     found = newest(place / "a").about
     assert (found["norm"], found["eps"], found["checkpoint"]) == ("l2", 0.5, "best")
-    draw("a", "--output", "l.png", "--span", "0.3", "--directions", "gradient")
+    draw("a", "--output", "l.png", "--span", "0.3", "--directions", "gradient",
+         "--direction-loss", "robust")  # fmt: skip
     found = newest(place / "a")
     assert (found.axes[0], found.about["directions"]) == ([-0.3, 0.0, 0.3], "gradient")
+    assert found.about["direction_loss"] == "robust"
     assert len(drawn_in(RunFolder("a").landscapes)) == before + 2
 
 

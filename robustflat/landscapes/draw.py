@@ -33,7 +33,7 @@ def landscape(
     span: float | None = None,
     points: int | None = None,
     parameters: str = "matrices",
-    hessian: Literal["clean", "robust"] = "clean",
+    direction_loss: Literal["clean", "robust"] = "clean",
     **common: Unpack[Common],
 ) -> Landscape:
     """The loss around the model's weights along one or two directions.
@@ -53,7 +53,7 @@ def landscape(
             eigenvectors and the gradient.
         points: along each axis, odd so that the centre is one; 21, or 11 in two dimensions.
         parameters: which weights move: "matrices", "all", or as `perturb.select` takes it.
-        hessian: of which loss the eigenvectors or the gradient are, the robust one at fixed
+        direction_loss: of which loss the eigenvectors or the gradient are, the robust one at fixed
             adversarial examples.
         **common: see :class:`robustflat.landscapes.Common`.
 
@@ -67,6 +67,8 @@ def landscape(
         raise UserError(f"A landscape has 1 or 2 dimensions, got {dimensions}.")
     if directions not in DIRECTIONS:
         raise UserError(f"directions must be one of {', '.join(DIRECTIONS)}, got {directions!r}.")
+    if direction_loss not in ("clean", "robust"):
+        raise UserError(f"direction_loss must be clean or robust, got {direction_loss!r}.")
     if directions == "gradient" and dimensions == 2:
         raise UserError("There is one gradient: draw it in one dimension, or other directions.")
     if draws < 1 or (draws > 1 and directions not in RANDOM):
@@ -85,12 +87,16 @@ def landscape(
         raise UserError(f"span must be positive and finite, got {reach}.")
     axis = [reach * (2 * i - count + 1) / (count - 1) for i in range(count)]
     with undisturbed(model):
-        scene = Scene(model, data, ("keep", "refresh"), common)
+        aimed = directions not in RANDOM
+        scene = Scene(
+            model, data, ("keep", "refresh"), common,
+            attacked=aimed and direction_loss == "robust",
+        )  # fmt: skip
         subject = scene.subject
         named = subject.parameters(scene.options, parameters)
 
         def prepare() -> Place:
-            ways = _ways(scene, named, directions, dimensions, hessian)
+            ways = _ways(scene, named, directions, dimensions, direction_loss)
             return lambda draw, at: move(_combine(ways(draw), at))
 
         with displaced(named.values()) as move:
@@ -100,7 +106,7 @@ def landscape(
                 points={"model": (0.0,) * dimensions},
                 about={
                     "directions": directions,
-                    "hessian": None if directions in RANDOM else hessian,
+                    "direction_loss": direction_loss if aimed else None,
                     "parameters": parameters,
                     "span": reach,
                 },
@@ -169,7 +175,11 @@ def between(
 
 
 def _ways(
-    scene: Scene, named: Mapping[str, nn.Parameter], directions: str, dimensions: int, hessian: str
+    scene: Scene,
+    named: Mapping[str, nn.Parameter],
+    directions: str,
+    dimensions: int,
+    direction_loss: str,
 ) -> Callable[[int], list[list[Tensor]]]:
     """From the number of a draw to its directions, one an axis; made at the centre."""
     subject = scene.subject
@@ -181,7 +191,7 @@ def _ways(
                 for axis in range(dimensions)
             ]
         )
-    loss = subject.closure(scene.options, "clean" if hessian == "clean" else "robust_fixed")
+    loss = subject.closure(scene.options, "clean" if direction_loss == "clean" else "robust_fixed")
 
     def made() -> list[list[Tensor]]:
         if directions == "gradient":

@@ -39,10 +39,11 @@ class Landscape:
             measured yet.
         accuracies: the share classified rightly, likewise.
         points: the coordinates of the model ("model"), or of checkpoints by name.
-        about: the circumstances: ``directions, parameters, grid`` (points along each axis),
-            ``draws, span`` (``margin``, between checkpoints), ``seed, norm, eps, attack,
-            attack_settings, losses, examples, batch_size, batchnorm, dtype, device, versions``; of
-            a run or a named model also ``subject, checkpoint, epoch, weights, data, split``.
+        about: the circumstances: ``directions, direction_loss, parameters, grid`` (points along
+            each axis), ``draws, span`` (``margin``, between checkpoints), ``seed, norm, eps,
+            attack, attack_settings, losses, examples, batch_size, batchnorm, dtype, device,
+            versions``; of a run or a named model also ``subject, checkpoint, epoch, weights, data,
+            split``.
         measured: how many values of each grid are known, in the order of the file.
         fingerprint: of all that the values depend on, weights and images included.
     """

@@ -87,13 +87,20 @@ class Scene:
         data: images and labels, or a loader.
         batchnorm: what ``batchnorm`` may be, the default first.
         common: see :class:`Common`.
+        attacked: whether the attack matters even where all losses are clean.
 
     Raises:
         UserError: for settings that cannot work.
     """
 
     def __init__(
-        self, model: nn.Module, data: Data, batchnorm: Sequence[str], common: Common
+        self,
+        model: nn.Module,
+        data: Data,
+        batchnorm: Sequence[str],
+        common: Common,
+        *,
+        attacked: bool = False,
     ) -> None:
         known = get_args(LossKind)
         for name in common.keys() - Common.__annotations__.keys():
@@ -123,7 +130,7 @@ class Scene:
             model, x, y, batch_size=size, seed=common.get("seed", 0), count=self._count
         )
         first = next(model.parameters())
-        attacked = set(self.losses) != {"clean"}
+        attacked = attacked or set(self.losses) != {"clean"}
         ball = attack.ball
         self.about = {
             **common.get("about", {}),

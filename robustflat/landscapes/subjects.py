@@ -97,14 +97,14 @@ def _about(subject: Subject, sight: Sight, network: Network) -> dict[str, Any]:
 def _common(subject: Subject, sight: Sight) -> dict[str, Any]:
     """The settings, with the subject's threat, batches and home, and training images to refresh on.
 
-    Of clean losses alone, nothing asks for a threat.
+    Of clean losses and directions alone, nothing asks for a threat.
     """
     found = {
         "batch_size": subject.evaluation.batch_size,
         "store": subject.home.landscapes,
         **sight.settings,
     }
-    if set(found.get("losses", ("robust",))) != {"clean"}:
+    if {*found.get("losses", ("robust",)), found.get("direction_loss", "clean")} != {"clean"}:
         threat = subject.the_threat()
         found |= {"norm": threat.norm_name, "eps": threat.eps}
     if found.get("batchnorm") == "refresh":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,11 @@ def landscape_figure(
     if quantity not in ("losses", "accuracies"):
         raise UserError(f"quantity must be losses or accuracies, got {quantity!r}.")
     figure = (_lines if found == {1} else _planes)(landscapes, quantity, log)
-    figure.suptitle(_title(next(iter(landscapes.values())), quantity), fontsize=11)
-    figure.supxlabel(_circumstances(list(landscapes.values())), fontsize=8, color="#555555")
+    inches = figure.get_figwidth()
+    title = _title(next(iter(landscapes.values())), quantity)
+    figure.suptitle(fill(title, int(11 * inches)), fontsize=11)
+    caption = _circumstances(list(landscapes.values()))
+    figure.supxlabel(fill(caption, int(15 * inches)), fontsize=8, color="#555555")
     return figure
 
 
@@ -208,7 +212,7 @@ def _title(found: Landscape, quantity: Quantity) -> str:
         if len(found.axes) == 1:
             return f"{what} on the line through {' and '.join(found.points)}"
         names = ", ".join(f"{name} ({i})" for i, name in enumerate(found.points, 1))
-        return f"{what} on the plane through\n{names}"
+        return f"{what} on the plane through {names}"
     return f"{what} around the weights"
 
 

@@ -5,14 +5,8 @@ from __future__ import annotations
 from robustflat.config import RunConfig
 from robustflat.runs.comparison import method_of
 from robustflat.train.feed import Feed
-from robustflat.train.parallel import Processes
-from robustflat.train.setup import (
-    build_model,
-    build_step,
-    load_data,
-    perturbed_parameters,
-    resolve_device,
-)
+from robustflat.train.parallel import Processes, resolve_device
+from robustflat.train.setup import build_model, build_step, load_data, perturbed_parameters
 
 
 def describe(config: RunConfig) -> list[str]:

@@ -21,7 +21,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.errors import ProcessLostError, TrainingDivergedError, UserError
-from robustflat.train.setup import resolve_device
 
 T = TypeVar("T")
 # The first process of a host may be downloading or decoding meanwhile.
@@ -186,6 +185,25 @@ def device_name(name: str, processes: Processes, gpus: int) -> str:
             "device: cpu."
         )
     return f"cuda:{processes.local_rank}"
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called ``name``; "auto" is this process's GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The device {name!r} cannot be used: {reason}. Try device: auto."
+        ) from None
+    return device
 
 
 @contextmanager

@@ -71,25 +71,6 @@ def use_threads(config: RunConfig) -> None:
         torch.set_num_threads(config.threads)
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called ``name``; "auto" is this process's GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: if there is no such device.
-    """
-    if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"The device {name!r} cannot be used: {reason}. Try device: auto."
-        ) from None
-    return device
-
-
 def perturbed_parameters(config: RunConfig, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the run's weight perturbation moves.
 
