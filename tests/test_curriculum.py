@@ -260,7 +260,7 @@ def test_a_collapse_goes_back_and_on_with_more_steps(
     asked = config(tmp_path, **ALARMED, train__alarm=alarm, monitor__every=2)
     folder, finished = train(asked, listeners=lambda f: [Told()])
     assert finished
-    # Measured every second epoch: after the collapse by epoch 4 it goes back to the end of 2, 8 steps.
+    # Measured every second epoch: after the collapse by epoch 4 it goes back to the 8 steps of 2.
     assert told == [
         ("start", 0), (1, False), (2, False), (3, False), (4, True), "end",
         ("start", 8), (3, True), (4, True), (5, True), (6, True), "end",
