@@ -33,6 +33,7 @@ Weights = Annotated[
     str | None,
     typer.Option(help="Of a run: raw, average, or auto: the average if there is one."),
 ]
+Plain = Annotated[bool, typer.Option("--plain", help="Lines with times in place of a bar.")]
 Norm = Annotated[str | None, typer.Option(help="linf, l2 or l1, with --eps; else the run's.")]
 Eps = Annotated[str | None, typer.Option(help="Radius in that norm, such as 8/255.")]
 Targets = Annotated[
@@ -58,6 +59,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run of this name.")] = False,
+    plain: Plain = False,
 ) -> None:
     """Train a run. With several GPUs or hosts: torchrun -m robustflat train ..."""
     from rich.console import Console
@@ -65,6 +67,7 @@ def train(
     from robustflat.config import read_config
     from robustflat.config.choice import plugins
     from robustflat.plugins import origin
+    from robustflat.report.following import Trace
     from robustflat.report.progress import ProgressBar
     from robustflat.train import train as train_run
     from robustflat.train.folder import RunFolder
@@ -77,7 +80,8 @@ def train(
         for where, name in plugins(settings).items():
             typer.echo(f"{where}: {name} ({origin(name)})")
         chosen = (section.build(folder=folder.root) for section in settings.listeners)
-        return [ProgressBar(Console(), settings.name), *chosen]
+        bar = ProgressBar(Console(), settings.name, plain=plain)
+        return [bar, Trace(folder.root), *chosen]
 
     folder, finished = train_run(settings, resume=resume, overwrite=overwrite, listeners=listeners)
     if not speaks():
@@ -86,6 +90,21 @@ def train(
         typer.echo(f"{folder.root}: trained. Next: robustflat evaluate {folder.root}")
     else:
         typer.echo(f"{folder.root}: stopped and saved. Go on with --resume.")
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A folder that `robustflat train` writes to.")],
+    plain: Plain = False,
+) -> None:
+    """Follow a run from another terminal until it ends."""
+    from rich.console import Console
+
+    from robustflat.report.following import follow
+    from robustflat.train.folder import RunFolder
+
+    state = follow(RunFolder(run), Console(), plain=plain)
+    typer.echo(f"{run}: {state}.")
 
 
 @app.command()

@@ -184,7 +184,7 @@ listeners = Kind(
     "listener",
     {"tensorboard": "robustflat.report.tensorboard:TensorBoard"},
     offered=("folder",),
-    needs=("on_start", "on_step", "on_epoch", "on_end"),
+    needs=("on_start", "on_step", "on_epoch", "on_pictures", "on_end"),
 )
 data = Kind("data", "data set", "robustflat.data:DESCRIPTIONS", also=())
 scales = Kind("scales", "scale", "robustflat.perturb:SCALES", also=())

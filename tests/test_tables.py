@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from robustflat.flatness import Progress
 from robustflat.report.progress import Counter, ProgressBar
 from robustflat.report.tables import Comparison, evaluation_table, significant
-from robustflat.report.tensorboard import TensorBoard, scalars
 from robustflat.runs.comparison import Cell, Row, columns
 
 
@@ -141,69 +138,6 @@ def test_names_are_no_markup(name: str) -> None:
         counter.on_attack(name, 1, 2, 90)
         counter.on_measure(Progress(measure=name, done=1.0, total=4.0))
     assert name in file.getvalue()
-
-
-def test_curves_read_back_from_tensorboard(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path)
-    board.on_start(3, 8, 0)
-    board.on_epoch(row(1, monitor=monitored(0.75, 0.5)))
-    board.on_epoch(row(2, train_loss=None, gradient_norm=None))
-    averaged = {"monitor": monitored(1.0, 0.625), "monitor_average": monitored(0.875, 0.75)}
-    board.on_epoch(row(3, **averaged, flatness={"worst_clean": 0.125}))
-    board.on_step(3, 0, {})
-    board.on_end()
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-
-    def curve(tag: str) -> list[tuple[int, float]]:
-        return [(event.step, event.value) for event in events.Scalars(tag)]
-
-    # Every number is exact in float32, which TensorBoard stores.
-    assert curve("robust_accuracy/train") == [(1, 0.75), (3, 1.0)]
-    assert curve("robust_accuracy/validation") == [(1, 0.5), (3, 0.625)]
-    assert curve("robust_gap/accuracy") == [(1, 0.25), (3, 0.375)]
-    assert curve("robust_gap/loss") == [(1, 0.375), (3, 0.375)]
-    assert curve("robust_gap/accuracy_average") == [(3, 0.125)]
-    assert curve("clean_loss/validation_average") == [(3, 0.25)]
-    assert curve("optimisation/train_loss") == [(1, 1.5), (3, 1.5)]
-    assert curve("flatness/worst_clean") == [(3, 0.125)]
-    assert len(curve("optimisation/lr")) == 3
-
-
-def test_resuming_replaces_the_points_after_it(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path)
-    board.on_start(3, 8, 0)
-    for epoch in (1, 2, 3):
-        board.on_epoch(row(epoch, train_loss=1.0))
-    board.on_end()
-    again = TensorBoard(tmp_path)
-    again.on_start(3, 8, 8)
-    for epoch in (2, 3):
-        again.on_epoch(row(epoch, train_loss=0.5))
-    again.on_end()
-    # TensorBoard reads the files of a folder in the order of their names: times, then processes.
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    found = [(event.step, event.value) for event in events.Scalars("optimisation/train_loss")]
-    assert found == [(1, 1.0), (2, 0.5), (3, 0.5)]
-
-
-def test_what_was_not_measured_has_no_curve(tmp_path: Path) -> None:
-    assert not [tag for tag in scalars(row()) if not tag.startswith("optimisation/")]
-    clean = scalars(row(monitor={"train": figures(None)}))
-    assert "clean_accuracy/train" in clean
-    assert not [tag for tag in clean if "gap" in tag or "robust" in tag]
-    TensorBoard(tmp_path / "unused").on_end()
-    assert not (tmp_path / "unused").exists()
-
-
-def test_a_flatness_figure_that_is_not_known_has_no_point(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path)
-    board.on_start(1, 8, 0)
-    board.on_epoch(row(flatness={"hessian_max": None, "worst_clean": 0.25}))
-    board.on_end()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    tags = events.Tags()["scalars"]
-    assert "flatness/worst_clean" in tags
-    assert "flatness/hessian_max" not in tags
 
 
 def epoch_line(measured: dict[str, Any]) -> str:

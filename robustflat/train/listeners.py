@@ -8,10 +8,13 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from robustflat.train.pictures import Pictures
 
 
 class Listener:
@@ -34,6 +37,9 @@ class Listener:
 
     def on_epoch(self, row: dict[str, Any]) -> None:
         """An epoch ended; ``row`` is its line of metrics.jsonl."""
+
+    def on_pictures(self, row: dict[str, Any], pictures: Pictures) -> None:
+        """Told every ``monitor.pictures_every`` epochs, before :meth:`on_epoch` of ``row``."""
 
     def on_end(self) -> None:
         """The run ended or was stopped."""

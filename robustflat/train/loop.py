@@ -87,6 +87,7 @@ class Trainer:
         splits = {"train": dataset.train.tensors(seen)}
         if dataset.validation is not None:
             splits["validation"] = dataset.validation.tensors()
+        self._classes = tuple(map(str, dataset.classes))
         self._monitor = Monitor(config, splits, device, self.processes)
 
         self.epoch, self.step = 0, 0
@@ -276,10 +277,17 @@ class Trainer:
         if row["is_best"]:
             assert chosen is not None
             self.best = {"epoch": self.epoch, "score": score(chosen)}
+        if self.best is not None and chosen and "validation" in chosen:
+            row["best_minus_last"] = self.best["score"] - score(chosen)
         if self.processes.is_first and self.folder is not None:
             if row["is_best"]:
                 save_checkpoint(self.folder.best, self._weights_state())
             self.folder.append_metrics(row)
+        pictures_every = config.monitor.pictures_every
+        if self.listeners and pictures_every and (last or self.epoch % pictures_every == 0):
+            seen = self._monitor.pictures(self.model, self._classes)
+            for listener in self.listeners:
+                listener.on_pictures(row, seen)
         # Before the checkpoint: an epoch told and then not saved is told again on resuming.
         for listener in self.listeners:
             listener.on_epoch(row)
