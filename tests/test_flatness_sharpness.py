@@ -10,6 +10,7 @@ from flatness_models import Binary, examples, flat_gradient, full_hessian, mlp
 
 import robustflat as rf
 from robustflat.flatness import MEASURES, cost, flatness
+from robustflat.flatness.examples import read_examples
 
 torch.set_num_threads(1)
 W, X = [0.7, -0.4, 0.2], [0.5, 0.6, 0.3]
@@ -207,15 +208,16 @@ def test_no_value_depends_on_the_batch_size(name):
 
 
 def test_m_sharpness_is_the_mean_over_chunks_weighted_by_their_examples():
-    model, (x, y) = mlp(), examples(11, (6,), 4)
-    whole = flatness(model, (x, y), ["ascent_clean"], m=4, batch_size=3)["ascent_clean"]
+    model, data = mlp(), examples(11, (6,), 4)
+    x, y = read_examples(data)
+    whole = flatness(model, data, ["ascent_clean"], m=4, batch_size=3)["ascent_clean"]
     parts = [
         flatness(model, (x[i : i + 4], y[i : i + 4]), ["ascent_clean"])["ascent_clean"].value
         for i in (0, 4, 8)
     ]
     assert whole.value == pytest.approx((4 * parts[0] + 4 * parts[1] + 3 * parts[2]) / 11)
-    together = flatness(model, (x, y), ["worst_clean"])["worst_clean"].value
-    separately = flatness(model, (x, y), ["worst_clean"], m=4)["worst_clean"].value
+    together = flatness(model, data, ["worst_clean"])["worst_clean"].value
+    separately = flatness(model, data, ["worst_clean"], m=4)["worst_clean"].value
     assert separately > together  # a maximum for each chunk is the larger
 
 

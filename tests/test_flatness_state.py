@@ -154,8 +154,9 @@ def test_a_loader_equals_its_tensors_and_shuffling_is_refused(model):
         flatness(model, iterator, ["ascent_clean"])
     before.check()
     first = flatness(model, loader, ["ascent_clean"], examples=3)["ascent_clean"]
-    alone = flatness(model, (DATA[0][:3], DATA[1][:3]), ["ascent_clean"])["ascent_clean"]
+    alone = flatness(model, DATA, ["ascent_clean"], examples=3)["ascent_clean"]
     assert first.value == alone.value
+    assert first.details["examples"] == 3
 
 
 @pytest.mark.parametrize(

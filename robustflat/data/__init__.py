@@ -11,7 +11,7 @@ from robustflat.data.mix import cutmix, mixup
 from robustflat.data.noise import LabelNoise
 from robustflat.data.seeding import generator_for
 from robustflat.data.shards import ShardImages, StoredArray
-from robustflat.data.split import balanced, proportional
+from robustflat.data.split import balanced, mixed, proportional
 
 __all__ = [
     "DESCRIPTIONS",
@@ -32,6 +32,7 @@ __all__ = [
     "generator_for",
     "load",
     "load_extra",
+    "mixed",
     "mixup",
     "proportional",
     "share",

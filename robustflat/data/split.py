@@ -9,7 +9,7 @@ from robustflat.data.seeding import generator_for
 from robustflat.errors import UserError
 
 # Keeps the streams of different choices made with one seed apart.
-_PROPORTIONAL, _BALANCED = 1, 2
+_PROPORTIONAL, _BALANCED, _MIXED = 1, 2, 3
 
 
 def proportional(labels: Tensor, count: int, *, seed: int) -> Tensor:
@@ -74,6 +74,31 @@ def balanced(labels: Tensor, count: int, *, seed: int) -> Tensor:
             quota[chosen] += 1
             left = 0
     return _choose(labels, quota, generator)
+
+
+def mixed(labels: Tensor, *, seed: int) -> Tensor:
+    """An order in which every stretch of examples has the classes in their shares.
+
+    The members of a class, shuffled, stand at equal distances with a random offset: a stretch that
+    is the share t of all holds t n_c of class c, give or take two.
+
+    Args:
+        labels: int64, [N].
+        seed: Which order.
+
+    Returns:
+        Positions, int64 [N], each once.
+    """
+    generator = generator_for(_MIXED, seed)
+    order = torch.randperm(len(labels), generator=generator)
+    _, classes, sizes = labels[order].unique(return_inverse=True, return_counts=True)
+    offset = torch.rand(len(sizes), generator=generator, dtype=torch.float64)
+    by_class = torch.argsort(classes, stable=True)
+    rank = torch.empty_like(order)
+    rank[by_class] = torch.arange(len(order)) - torch.repeat_interleave(
+        sizes.cumsum(0) - sizes, sizes
+    )
+    return order[torch.argsort((rank + offset[classes]) / sizes[classes], stable=True)]
 
 
 def without(total: int, indices: Tensor) -> Tensor:

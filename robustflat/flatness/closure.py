@@ -175,28 +175,26 @@ class Closure:
 
 
 def attack_starts(
-    attack: InputPerturbation, x: Tensor, generator: torch.Generator
-) -> tuple[Tensor, ...]:
+    attack: InputPerturbation, blank: list[Tensor], generator: torch.Generator
+) -> list[Tensor]:
     """A starting perturbation of every image for every restart, drawn for all images at once.
 
     Args:
         attack: tells how to start.
-        x: images ``[N, ...]``.
-        generator: source of randomness, on the device of ``x``.
-
-    Returns:
-        One tensor a restart; none for an attack that starts at the image itself.
+        blank: a tensor of the images' shape ``[N, ...]`` for each restart.
+        generator: source of randomness, on their device.
     """
-    if attack.ball.radius == 0 or attack.ascent.start == "zero":
-        return ()
     start = replace(attack.ascent, steps=0, keep="last")
 
     def unused(u: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         raise AssertionError("an ascent of no steps evaluates nothing")
 
-    return tuple(
-        maximise(unused, attack.ball, start, [x], generator)[0] for _ in range(attack.restarts)
-    )
+    return [maximise(unused, attack.ball, start, [t], generator)[0] for t in blank]
+
+
+def starts_of(attack: InputPerturbation) -> int:
+    """How many random starts an attack takes: none where it begins at the image itself."""
+    return 0 if attack.ball.radius == 0 or attack.ascent.start == "zero" else attack.restarts
 
 
 def attack_cost(attack: InputPerturbation) -> dict[Kind, int]:

@@ -19,7 +19,7 @@ from robustflat.errors import UserError
 from robustflat.flatness.figure import Figure, Passes
 from robustflat.flatness.options import Options
 from robustflat.flatness.spectrum import DENSE, Eigenpairs, Hessian, basis_size, largest
-from robustflat.flatness.subject import LossKind, Subject
+from robustflat.flatness.subject import LossKind, Subject, signs
 
 PARAMETERS = "all"
 # Runs of an estimator that does not tell its own error.
@@ -212,11 +212,7 @@ def hessian_probes(subject: Subject, options: Options, loss: LossKind) -> list[d
         return [subject.part(f"hessian_dense/{loss}", lambda: _exact(hessian))]
 
     def probe(index: int) -> dict[str, Any]:
-        generator = subject.generator("probe", loss, index, device=hessian.parameters[0].device)
-        z = [
-            torch.empty_like(p, dtype=hessian.dtype).bernoulli_(0.5, generator=generator) * 2 - 1
-            for p in hessian.parameters
-        ]
+        z = subject.draw(signs, hessian.parameters, "probe", loss, index)
         product = hessian.times(z)
         along = [float((a * b).sum(dtype=hessian.dtype)) for a, b in zip(z, product, strict=True)]
         square = sum(float(t.square().sum()) for t in product)

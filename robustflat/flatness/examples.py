@@ -1,4 +1,4 @@
-"""Owns how the examples of a measurement are read: once, into tensors, in a fixed order."""
+"""Owns how the examples of a measurement are read: into tensors, the classes mixed evenly."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustflat.data import mixed
 from robustflat.errors import UserError
 
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 
 def read_examples(data: Data, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """The images and labels of ``data``, in its order.
+    """The images and labels of ``data`` in a fixed order that depends on the labels alone.
+
+    In it every class keeps its share of the first so many examples and of every chunk, whatever
+    the order of the data (see ``robustflat.data.mixed``).
 
     Args:
         data: images ``[N, ...]`` and labels, or a loader of such batches whose order and images
             are the same each time that it is read.
-        limit: take only the first so many.
+        limit: take only so many.
 
     Returns:
         Images, floating; labels, int64 ``[N]`` or soft ``[N, C]``.
@@ -30,13 +34,17 @@ def read_examples(data: Data, limit: int | None = None) -> tuple[Tensor, Tensor]
     """
     if limit is not None and limit < 1:
         raise UserError(f"A measurement needs examples >= 1, got {limit}.")
-    x, y = _pair(data) or _read_loader(data, limit)
-    x, y = x[:limit].detach(), y[:limit].detach()
-    if len(x) == 0 or len(x) != len(y):
+    pair = _pair(data)
+    y = _labels_of(data) if pair is None else pair[1]
+    images = len(y) if pair is None else len(pair[0])
+    if len(y) == 0 or len(y) != images:
         raise UserError(
-            f"A measurement needs as many labels as images and at least one of each, got {len(x)} "
+            f"A measurement needs as many labels as images and at least one of each, got {images} "
             f"images and {len(y)} labels."
         )
+    chosen = _order(y)[:limit]
+    x = _images_of(data, y, chosen) if pair is None else pair[0][chosen.to(pair[0].device)]
+    x, y = x.detach(), y[chosen.to(y.device)].detach()
     if not x.is_floating_point():
         raise UserError(
             f"Images must be floating-point numbers in [0, 1], got {x.dtype}. Convert them, for "
@@ -54,7 +62,14 @@ def _pair(data: Any) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def _read_loader(data: Any, limit: int | None) -> tuple[Tensor, Tensor]:
+def _order(y: Tensor) -> Tensor:
+    labels = y.detach().cpu()
+    if labels.is_floating_point() or labels.ndim != 1:
+        labels = labels.flatten(1).argmax(1) if labels.ndim > 1 else labels
+    return mixed(labels, seed=0)
+
+
+def _batches(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(data, Iterator):
         raise UserError(
             "The data is an iterator, which can be read only once: the order and the images of a "
@@ -62,37 +77,46 @@ def _read_loader(data: Any, limit: int | None) -> tuple[Tensor, Tensor]:
             "a loader."
         )
     try:
-        first = next(iter(data), None)
+        batches = iter(data)
     except TypeError:
         raise UserError(
             f"The data must be tensors (x, y) or a loader of such batches, got "
             f"{type(data).__name__}."
         ) from None
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    for batch in data:
+    for batch in batches:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise UserError(
                 "Every batch of the loader must be a pair of images and labels, got "
                 f"{type(batch).__name__}."
             )
-        if not images:
-            _check_same(first, batch)
-        images.append(batch[0])
-        labels.append(batch[1])
-        if limit is not None and sum(map(len, images)) >= limit:
-            break
-    if not images:
+        yield batch[0], batch[1]
+
+
+def _labels_of(data: Any) -> Tensor:
+    labels = [y for _, y in _batches(data)]
+    if not labels:
         raise UserError("The loader is empty: a measurement needs at least one example.")
-    return torch.cat(images), torch.cat(labels)
+    return torch.cat(labels)
 
 
-def _check_same(first: Any, again: Any) -> None:
-    """Refuse a loader whose first batch differs between two readings."""
-    if all(torch.equal(a, b) for a, b in zip(first, again, strict=True)):
-        return
-    raise UserError(
-        "The loader gave two different first batches when read twice: it shuffles or augments. "
-        "Flatness is measured on fixed images, or two models could not be compared. Use "
-        "shuffle=False and no random augmentation."
-    )
+def _images_of(data: Any, labels: Tensor, chosen: Tensor) -> Tensor:
+    """The images at some positions, read a second time: only they are held."""
+    place = torch.full((len(labels),), -1)
+    place[chosen] = torch.arange(len(chosen))
+    found: list[tuple[Tensor, Tensor]] = []
+    first = next(_batches(data))
+    start = 0
+    for x, y in _batches(data):
+        same = torch.equal(y, labels[start : start + len(y)])
+        if not same or (start == 0 and not torch.equal(x, first[0])):
+            raise UserError(
+                "The loader gave different batches when read twice: it shuffles or augments. "
+                "Flatness is measured on fixed images, or two models could not be compared. Use "
+                "shuffle=False and no random augmentation."
+            )
+        here = place[start : start + len(y)]
+        found.append((here[here >= 0], x[(here >= 0).to(x.device)]))
+        start += len(y)
+    order = torch.argsort(torch.cat([where for where, _ in found]))
+    images = torch.cat([x for _, x in found])
+    return images[order.to(images.device)]

@@ -57,8 +57,7 @@ def local_linearity(subject: Subject, options: Options, loss: LossKind, name: st
     closure = subject.closure(options, "clean")
 
     def compute() -> dict[str, float]:
-        generator = subject.generator("linearity", device=closure.x.device)
-        start = options.attack.ball.sample([closure.x], generator)[0]
+        start = subject.draw(options.attack.ball.sample, [closure.x], "linearity")[0]
         errors: list[Tensor] = []
         for rows, x, y in closure.input_batches():
             loss_at, slope = _loss_and_slope(closure, x, y)

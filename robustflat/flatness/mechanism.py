@@ -15,7 +15,7 @@ from robustflat.flatness import sharpness
 from robustflat.flatness.curvature import PARAMETERS, hessian_of, mean_and_error, top
 from robustflat.flatness.figure import Figure, Passes
 from robustflat.flatness.options import Options
-from robustflat.flatness.subject import LossKind, Subject
+from robustflat.flatness.subject import LossKind, Subject, signs
 from robustflat.perturb import WeightPerturbation, awp, sam
 
 
@@ -70,20 +70,16 @@ def fisher_trace(subject: Subject, options: Options, loss: LossKind, name: str) 
     closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
 
     def probe(index: int) -> float:
-        generator = subject.generator(
-            "fisher", loss, index, device=next(iter(named.values())).device
-        )
         # Drawn once for all examples, so that the value does not depend on the batch size.
-        signs: list[Tensor] = []
+        drawn: list[Tensor] = []
         start = 0
 
         def weigh(logits: Tensor) -> Tensor:
             nonlocal start
-            if not signs:
-                shape = (len(closure), logits.shape[1])
-                draw = torch.empty(shape, device=logits.device).bernoulli_(0.5, generator=generator)
-                signs.append(draw * 2 - 1)
-            rows = signs[0][start : start + len(logits)].to(logits.dtype)
+            if not drawn:
+                every = logits.new_empty(len(closure), logits.shape[1])
+                drawn.extend(subject.draw(signs, [every], "fisher", loss, index))
+            rows = drawn[0][start : start + len(logits)]
             start += len(logits)
             log_p = logits.log_softmax(1)
             return (rows * (log_p / 2).exp().detach() * log_p).sum()

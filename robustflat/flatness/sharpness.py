@@ -19,12 +19,14 @@ from torch import Tensor
 from robustflat.flatness.closure import Closure, attack_cost
 from robustflat.flatness.figure import Figure, Passes
 from robustflat.flatness.options import AVERAGE_RADIUS, WORST_RADIUS, Options
-from robustflat.flatness.subject import LossKind, Subject
+from robustflat.flatness.subject import Draw, LossKind, Subject, normal
 from robustflat.perturb import Ascent, Ball, displaced, maximise
 from robustflat.perturb.displace import Move
 from robustflat.perturb.scales import Scale
 
 Part = dict[str, float]
+# Draws in the shapes of the weights, on the CPU.
+Drawn = Callable[[Draw], list[Tensor]]
 PARAMETERS = "matrices"
 
 
@@ -99,10 +101,10 @@ def worst(subject: Subject, options: Options, loss: LossKind, name: str) -> Figu
     """
     ascent = Ascent(options.steps, options.step_size, "uniform", keep="best")
 
-    def restart(near: Neighbourhood, index: int, generator: torch.Generator) -> Part:
+    def restart(near: Neighbourhood, index: int, draw: Drawn) -> Part:
         def climb() -> None:
-            initial = _ascent_end(near) if index == 0 else None
-            maximise(near.value_and_grad, near.ball, ascent, near.like, generator, initial=initial)
+            start = _ascent_end(near) if index == 0 else draw(near.ball.sample)
+            maximise(near.value_and_grad, near.ball, ascent, near.like, initial=start)
 
         return near.climbed(climb)
 
@@ -121,7 +123,7 @@ def ascent(subject: Subject, options: Options, loss: LossKind, name: str) -> Fig
     Can be negative where the loss is not locally convex along v.
     """
 
-    def once(near: Neighbourhood, index: int, generator: torch.Generator) -> Part:
+    def once(near: Neighbourhood, index: int, draw: Drawn) -> Part:
         return near.rise_at(_ascent_end(near))
 
     return _measure(subject, options, loss, name, WORST_RADIUS, 1, once, lambda parts: parts[0])
@@ -133,15 +135,11 @@ def average(subject: Subject, options: Options, loss: LossKind, name: str) -> Fi
     Its standard error is that over directions. Details: ``samples``, the rise along each.
     """
 
-    def sample(near: Neighbourhood, index: int, generator: torch.Generator) -> Part:
-        ball = near.ball
+    def sample(near: Neighbourhood, index: int, draw: Drawn) -> Part:
         if options.distribution == "normal":
-            u = [
-                torch.empty_like(t).normal_(0, ball.radius, generator=generator) for t in near.like
-            ]
-        else:
-            u = ball.sample(near.like, generator, surface=options.distribution == "sphere")
-        return near.rise_at(u)
+            return near.rise_at(list(torch._foreach_mul(draw(normal), near.ball.radius)))
+        surface = options.distribution == "sphere"
+        return near.rise_at(draw(partial(near.ball.sample, surface=surface)))
 
     def summarise(parts: list[Part]) -> Part:
         rises = [part["increase"] for part in parts]
@@ -177,7 +175,11 @@ def _passes(options: Options, loss: LossKind, *, gradients: int, forwards: int) 
     return own + Passes(**attack).times(gradients + forwards)
 
 
-def _nothing(near: Neighbourhood, index: int, generator: torch.Generator) -> Part:
+def _drawn(subject: Subject, like: list[Tensor], *purpose: object) -> Drawn:
+    return lambda draw: subject.draw(draw, like, *purpose)
+
+
+def _nothing(near: Neighbourhood, index: int, draw: Drawn) -> Part:
     return near.rise(near.reference)
 
 
@@ -192,7 +194,7 @@ def _measure(
     name: str,
     default_radius: float,
     repeats: int,
-    compute: Callable[[Neighbourhood, int, torch.Generator], Part],
+    compute: Callable[[Neighbourhood, int, Drawn], Part],
     summarise: Callable[[list[Part]], Part],
     detail: str | None = None,
 ) -> Figure:
@@ -204,7 +206,6 @@ def _measure(
     for chunk, start in enumerate(range(0, len(subject), size)):
         rows = slice(start, min(start + size, len(subject)))
         with _around(subject, options, loss, rows, default_radius) as near:
-            device = near.like[0].device
             parts = [
                 subject.part(
                     f"{name}/{chunk}/{i}",
@@ -212,7 +213,7 @@ def _measure(
                         compute if near.ball.radius > 0 else _nothing,
                         near,
                         i,
-                        subject.generator(name, chunk, i, device=device),
+                        _drawn(subject, near.like, name, chunk, i),
                     ),
                 )
                 for i in range(repeats)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.flatness.closure import Closure, Kind, attack_starts
+from robustflat.flatness.closure import Closure, Kind, attack_starts, starts_of
 from robustflat.flatness.options import Options
 from robustflat.flatness.store import Store
 from robustflat.perturb import InputPerturbation, select
 
 LossKind = Literal["clean", "robust", "robust_fixed"]
 T = TypeVar("T")
+Draw = Callable[[list[Tensor], torch.Generator], list[Tensor]]
 
 
 class Subject:
@@ -93,11 +95,23 @@ class Subject:
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def generator(self, *purpose: object, device: torch.device | None = None) -> torch.Generator:
-        """A generator of its own for every purpose."""
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A generator of its own for every purpose, on the CPU."""
         text = "/".join(map(str, (self.seed, *purpose)))
         words = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        return torch.Generator(device or "cpu").manual_seed(words >> 1)
+        return torch.Generator().manual_seed(words >> 1)
+
+    def draw(self, draw: Draw, like: Sequence[Tensor], *purpose: object) -> list[Tensor]:
+        """Random tensors, the same on every device and in every memory format.
+
+        Args:
+            draw: fills tensors on the CPU of the shapes and types of ``like``, with a generator.
+            like: gives shapes, types and devices.
+            *purpose: as :meth:`generator`.
+        """
+        blank = [torch.empty(t.shape, dtype=t.dtype) for t in like]
+        drawn = draw(blank, self.generator(*purpose))
+        return [d.to(t.device) for d, t in zip(drawn, like, strict=True)]
 
     def part(self, key: str, compute: Callable[[], T]) -> T:
         """A part of a measurement that JSON can hold: computed, or read from the store."""
@@ -119,6 +133,18 @@ class Subject:
     def _attacking(self, clean: Closure, attack: InputPerturbation) -> Closure:
         starts = self.once(
             ("starts", attack),
-            lambda: attack_starts(attack, self.x, self.generator("attack", device=self.x.device)),
+            lambda: tuple(
+                self.draw(partial(attack_starts, attack), [self.x] * starts_of(attack), "attack")
+            ),
         )
         return Closure(**{**vars(clean), "attack": attack, "starts": starts})
+
+
+def signs(blank: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Rademacher variables, for :meth:`Subject.draw`."""
+    return [t.bernoulli_(0.5, generator=generator) * 2 - 1 for t in blank]
+
+
+def normal(blank: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Standard normal variables, likewise."""
+    return [t.normal_(generator=generator) for t in blank]

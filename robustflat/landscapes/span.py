@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,33 +38,31 @@ class Span:
             )
         self._labels = list(states)
         _check_fit(states, model)
-        first, *rest = self._states = list(states.values())
+        first, *others = self._states = list(states.values())
         model.load_state_dict(dict(first))
         self.moved = {n: p for n, p in model.named_parameters() if n in first}
         self._buffers = {
             n: b for n, b in model.named_buffers() if n in first and b.is_floating_point()
         }
-        edges = [[o[n].to(p) - first[n].to(p) for n, p in self.moved.items()] for o in rest]
-        lengths = [_norm(edge) for edge in edges]
-        if min(lengths) == 0:
-            raise UserError(
-                f"Two of the checkpoints {', '.join(self._labels)} have the same weights, so there "
-                "is nothing between them."
-            )
-        axes = [list(torch._foreach_div(edges[0], lengths[0]))]
-        self._corners = [(0.0,) * len(edges), (lengths[0], 0.0)[: len(edges)]]
-        if len(edges) == 2:
-            along = float(_dot(edges[1], axes[0]))
-            across = list(torch._foreach_sub(edges[1], torch._foreach_mul(axes[0], along)))
-            height = _norm(across)
-            if height < 1e-6 * lengths[1]:
+        edges = [[o[n].to(p) - first[n].to(p) for n, p in self.moved.items()] for o in others]
+        # Gram-Schmidt: a state's coordinates are its components along the axes.
+        self.axes: list[list[Tensor]] = []
+        corners = []
+        for edge in edges:
+            along = [float(_dot(edge, axis)) for axis in self.axes]
+            rest = edge
+            for share, axis in zip(along, self.axes, strict=True):
+                rest = list(torch._foreach_sub(rest, axis, alpha=share))
+            height = math.sqrt(float(_dot(rest, rest)))
+            if height <= 1e-6 * math.sqrt(float(_dot(edge, edge))):
                 raise UserError(
-                    f"The checkpoints {', '.join(self._labels)} lie on one line in weight space, "
-                    "so they span no plane. Draw the line between two of them."
+                    f"Of the checkpoints {', '.join(self._labels)} some have the same weights or "
+                    "lie on one line in weight space, so there is no "
+                    f"{'line' if len(edges) == 1 else 'plane'} through them."
                 )
-            axes.append(list(torch._foreach_div(across, height)))
-            self._corners.append((along, height))
-        self.axes = axes
+            self.axes.append(list(torch._foreach_div(rest, height)))
+            corners.append((*along, height))
+        self._corners = [(*corner, 0.0)[: len(edges)] for corner in [(0.0,), *corners]]
 
     @property
     def points(self) -> dict[str, tuple[float, ...]]:
@@ -71,17 +70,8 @@ class Span:
         return dict(zip(self._labels, self._corners, strict=True))
 
     def shares(self, at: Sequence[float]) -> list[float]:
-        """The weight of each state in the affine combination at given coordinates; they add to 1.
-
-        At a state it is 1 and the others' are 0, without rounding.
-        """
-        length = self._corners[1][0]
-        if len(at) == 1:
-            rest = [at[0] / length]
-        else:
-            along, height = self._corners[2]
-            third = at[1] / height
-            rest = [(at[0] - third * along) / length, third]
+        """The weights, adding to 1, of the states whose affine combination lies at ``at``."""
+        rest = np.linalg.solve(np.transpose(self._corners[1:]), np.array(at)).tolist()
         return [1 - sum(rest), *rest]
 
     @torch.no_grad()
@@ -114,7 +104,3 @@ def _check_fit(states: Mapping[str, State], model: nn.Module) -> None:
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return torch.stack([(s * t).sum() for s, t in zip(a, b, strict=True)]).sum()
-
-
-def _norm(a: list[Tensor]) -> float:
-    return math.sqrt(float(_dot(a, a)))

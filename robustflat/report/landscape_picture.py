@@ -54,11 +54,7 @@ def landscape_figure(
     """
     found = {len(landscape.axes) for landscape in landscapes.values()}
     if len(found) != 1:
-        raise UserError(
-            "There is no landscape to draw."
-            if not found
-            else "Lines and planes cannot be drawn in one figure. Draw them separately."
-        )
+        raise UserError("A figure shows landscapes that are all lines or all planes, at least one.")
     if quantity not in ("losses", "accuracies"):
         raise UserError(f"quantity must be losses or accuracies, got {quantity!r}.")
     figure = (_lines if found == {1} else _planes)(landscapes, quantity, log)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.config import RunConfig
-from robustflat.data.split import proportional
 from robustflat.evaluate.accuracy import Metrics, joined, measure
 from robustflat.flatness import flatness
 from robustflat.perturb import InputPerturbation, evaluating, pgd
@@ -68,10 +67,7 @@ class Monitor:
     def flatness(self, model: nn.Module) -> dict[str, float | None]:
         """The configured flatness measures, on training images; no bit of the training changes."""
         x, y = self._splits["train"]
-        # All classes by their shares: the images may be sorted by class.
-        chosen = proportional(y.cpu(), min(self._config.flatness_samples, len(y)), seed=0)
-        chosen = chosen.to(y.device)
-        x, y = x[chosen].to(self._device), y[chosen].to(self._device)
+        x, y = x.to(self._device), y.to(self._device)
         # Without a training attack eps is 0, and the robust loss is the clean one.
         attack = self.attack or pgd("linf", 0.0)
         own = self._config.flatness[self._processes.rank :: self._processes.world]
@@ -86,6 +82,7 @@ class Monitor:
                     seed=self._seed,
                     batch_size=self._batch_size,
                     attack=attack,
+                    examples=min(self._config.flatness_samples, len(y)),
                 )
             )
         values = {name: figure.value for name, figure in figures.items()}

@@ -15,7 +15,7 @@ from robustflat.flatness.closure import Closure
 from robustflat.flatness.curvature import mean_and_error
 from robustflat.flatness.figure import Figure
 from robustflat.flatness.options import Options
-from robustflat.flatness.subject import LossKind, Subject
+from robustflat.flatness.subject import LossKind, Subject, normal
 from robustflat.perturb import displaced
 
 # Error that the noise may add, the least magnitude of a weight, where the noise is sought, and in
@@ -145,8 +145,8 @@ def _sigma(
     weights = [p.detach().clone() for p in parameters]
 
     def noise(index: int, sigma: float) -> list[Tensor]:
-        generator = subject.generator(name, index)
-        return [torch.randn(w.shape, generator=generator).to(w) * spread(w, sigma) for w in weights]
+        drawn = subject.draw(normal, weights, name, index)
+        return [z * spread(w, sigma) for z, w in zip(drawn, weights, strict=True)]
 
     def compute() -> dict[str, float]:
         before = _error(closure)

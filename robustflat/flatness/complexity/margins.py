@@ -109,8 +109,7 @@ def local_lipschitz(subject: Subject, options: Options, loss: LossKind, name: st
         raise UserError(f"{name} is a maximum over the attack's ball, whose eps is 0. Set eps.")
 
     def compute() -> list[float]:
-        generator = subject.generator("lipschitz", device=closure.x.device)
-        start = ball.sample([closure.x], generator)[0]
+        start = subject.draw(ball.sample, [closure.x], "lipschitz")[0]
         found = []
         for rows, x, _ in closure.input_batches():
             ratio = partial(_ratio, closure, x, _logits(closure, x), ball.norm)
