@@ -182,7 +182,10 @@ models = Kind(
 listeners = Kind(
     "listeners",
     "listener",
-    {"tensorboard": "robustflat.report.tensorboard:TensorBoard"},
+    {
+        "tensorboard": "robustflat.report.tensorboard:TensorBoard",
+        "mlflow": "robustflat.report.trackers:MLflow",
+    },
     offered=("folder",),
     needs=("on_start", "on_step", "on_epoch", "on_pictures", "on_end"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from typing import Any
 
 import pytest
@@ -153,14 +154,16 @@ def epoch_line(measured: dict[str, Any]) -> str:
 def test_progress_says_how_a_run_fares() -> None:
     text = epoch_line(row(3, monitor=monitored(0.75, 0.5), is_best=True))
     (found,) = [part for part in text.splitlines() if "epoch" in part]
-    assert " ".join(found.split()) == (
-        "run epoch 3 loss 1.500 train clean 90.0% robust 75.0% val clean 90.0% robust 50.0% best"
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d run epoch 3/10 loss 1.500 train clean 90.0% robust 75.0% "
+        r"val clean 90.0% robust 50.0% best \d+ s left",
+        " ".join(found.split()),
     )
     averaged = row(monitor=monitored(1.0, 1.0), monitor_average=monitored(0.25, 0.125))
     assert "12.5%" in epoch_line(averaged)
     assert "100.0%" not in epoch_line(averaged)
     assert "robust" not in epoch_line(row(monitor=monitored(None, None)))
-    assert "epoch" not in epoch_line(row())
+    assert "clean" not in epoch_line(row())
     assert "loss" not in epoch_line(row(monitor=monitored(0.5, 0.5), train_loss=None))
     assert "nan" in epoch_line(row(monitor=monitored(0.5, 0.5), train_loss=math.nan))
 

@@ -36,7 +36,9 @@ def examples(pictures: Pictures) -> Figure:
                     color="black" if right else _ROBUST,
                     fontsize=9,
                 )
-            axis[i].imshow(_pixels(shown).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis[i].imshow(
+                _pixels(shown).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+            )
             axis[i].set_xticks([])
             axis[i].set_yticks([])
     return figure
