@@ -22,6 +22,7 @@ from matplotlib.colors import LogNorm, Normalize
 
 import robustflat as rf
 from robustflat.evaluate import Team
+from robustflat.files import locked
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import Subject
 from robustflat.landscapes import Landscape, between, drawn_in, landscape, scene
@@ -461,6 +462,7 @@ def test_a_landscape_replaces_its_own_earlier_one_and_no_other(tmp_path):
     assert kept.losses["clean"][0, 1] == pytest.approx(loss_of(model, data))
     # The same of other weights, as of a run that was trained further, takes its place; so does the
     # same on other images.
+    options["about"] = {"epoch": 2}
     drawn = landscape(other, data, store=path, **options)
     assert drawn.losses["clean"][0, 1] == pytest.approx(loss_of(other, data))
     assert Landscape.load(path).to_dict() == drawn.to_dict()
@@ -552,6 +554,26 @@ def test_a_loss_that_overflows_is_null(tmp_path):
     assert np.isnan(drawn.losses["clean"][0]).tolist() == [True, False, True]
     assert np.isfinite(drawn.accuracies["clean"]).all()
     assert drawn.complete
+    # Infinite at one end, not a number at the other: both are unknown, as they are in the file.
+    data = torch.full((1, 1), 2.0, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    ends = landscape(Binary([1.0]), data, points=3, span=1.7e308, losses=["clean"])
+    assert np.isnan(ends.losses["clean"][0]).tolist() == [True, False, True]
+
+
+def test_two_commands_do_not_draw_one_landscape_at_once(tmp_path):
+    path, tried = tmp_path / "l.json", []
+
+    def other(progress):
+        with pytest.raises(rf.UserError, match="Another process"), locked(path, patience=0):
+            pass
+        tried.append(progress)
+
+    landscape(
+        mlp(), examples(5, (6,), 4), points=3, losses=["clean"], store=path, on_progress=other
+    )
+    assert len(tried) == 3
+    with locked(path, patience=0):
+        pass
 
 
 def test_what_is_no_landscape_is_a_sentence(tmp_path):
@@ -577,10 +599,17 @@ def test_what_is_no_landscape_is_a_sentence(tmp_path):
 def _share(rank, port, folder, directions):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if rank:
+        Landscape.save = None  # Only the first may write.
+    seen = []
     landscape(
         mlp(), examples(7, (6,), 4), points=5, eps=0.05, attack="pgd-2", directions=directions,
         store=folder, team=Team.of_torchrun(), losses=["clean", "robust_fixed"],
+        on_progress=seen.append,
     )  # fmt: skip
+    if rank == 0 and directions == "filter":
+        # Of 5 points it measured 3, with 2 losses, which count for two processes.
+        assert seen[-1].done == pytest.approx(2 * 3 * 2)
 
 
 @pytest.mark.parametrize("directions", ["filter", "eigenvectors"])

@@ -188,9 +188,7 @@ class Scene:
         if path is not None:
             images = [self.subject.x, self.subject.y]
             images += [self._fresh] if self.batchnorm == "refresh" else []
-            mark = fingerprint(
-                self.model, images, {"asked": found.asked, "axes": axes, "states": states}
-            )
+            mark = fingerprint(self.model, images, {"asked": found.asked, "states": states})
             found = replace(found, fingerprint=mark)
             path = path if path.suffix == ".json" else path / found.filename
         with ExitStack() as stack:
