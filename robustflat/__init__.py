@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         vasso,
         zsharp,
     )
+    from robustflat.runs.loaded import Run, load_run
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "Ball",
     "InputPerturbation",
     "Perturbation",
+    "Run",
     "UserError",
     "Watch",
     "WeightPerturbation",
@@ -75,6 +77,7 @@ __all__ = [
     "ikl",
     "landscape",
     "lesam",
+    "load_run",
     "looksam",
     "mart",
     "mlcat",
@@ -103,6 +106,8 @@ _MODULES = {
     "evaluate": "evaluate",
     "flatness": "flatness",
     "landscape": "landscapes",
+    "Run": "runs.loaded",
+    "load_run": "runs.loaded",
     **dict.fromkeys(_OBJECTIVES, "objectives"),
 }
 
