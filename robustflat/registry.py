@@ -182,9 +182,12 @@ models = Kind(
 listeners = Kind(
     "listeners",
     "listener",
-    {"tensorboard": "robustflat.report.tensorboard:TensorBoard"},
+    {
+        "tensorboard": "robustflat.report.tensorboard:TensorBoard",
+        "mlflow": "robustflat.report.trackers:MLflow",
+    },
     offered=("folder",),
-    needs=("on_start", "on_step", "on_epoch", "on_end"),
+    needs=("on_start", "on_step", "on_epoch", "on_pictures", "on_end"),
 )
 data = Kind("data", "data set", "robustflat.data:DESCRIPTIONS", also=())
 scales = Kind("scales", "scale", "robustflat.perturb:SCALES", also=())

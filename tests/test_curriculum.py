@@ -250,7 +250,7 @@ def test_a_collapse_goes_back_and_on_with_more_steps(
         def on_start(self, epochs: int, steps: int, done: int) -> None:
             told.append(("start", done))
 
-        def on_step(self, epoch: int, step: int) -> None: ...
+        def on_step(self, epoch: int, step: int, values: Any) -> None: ...
         def on_epoch(self, row: dict[str, Any]) -> None:
             told.append((row["epoch"], bool(row["alarm"])))
 
@@ -260,10 +260,10 @@ def test_a_collapse_goes_back_and_on_with_more_steps(
     asked = config(tmp_path, **ALARMED, train__alarm=alarm, monitor__every=2)
     folder, finished = train(asked, listeners=lambda f: [Told()])
     assert finished
-    # Measured every second epoch: after the collapse by epoch 4 it goes back to the end of 2.
+    # Measured every second epoch: after the collapse by epoch 4 it goes back to the 8 steps of 2.
     assert told == [
         ("start", 0), (1, False), (2, False), (3, False), (4, True), "end",
-        ("start", 2), (3, True), (4, True), (5, True), (6, True), "end",
+        ("start", 8), (3, True), (4, True), (5, True), (6, True), "end",
     ]  # fmt: skip
     found = rows(folder)
     assert [row["epoch"] for row in found] == [1, 2, 3, 4, 5, 6]

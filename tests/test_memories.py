@@ -311,7 +311,7 @@ def test_runs_remember_across_a_break(name: str, tmp_path: Any) -> None:
     class Stop:
         def on_start(self, epochs: int, steps: int, done: int) -> None: ...
 
-        def on_step(self, epoch: int, step: int) -> None:
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
             if (epoch, step) == (1, 1):
                 raise KeyboardInterrupt
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import robustflat as rf
 from robustflat import data
+from robustflat.train.step import TrainStep
 
 OLD = torch.__version__.startswith("2.6.")
 ATTACKS = {
@@ -189,3 +190,37 @@ def test_batches_are_made_without_waiting_for_the_device(on_device: bool, extra:
             mixed, soft = mix(x, y, alpha=0.5, num_classes=10, generator=data.generator_for(3))
             assert mixed.is_meta
             assert soft.is_meta
+
+
+@pytest.mark.parametrize("method", methods())
+def test_watched_steps_never_wait_for_the_device(method: str) -> None:
+    model = conv_bn(dtype=torch.float32)
+    x, y = images(4, dtype=torch.float32)
+    for device in ("cpu", "meta"):
+        watch = rf.Watch()
+        model, x, y = model.to(device), x.to(device), y.to(device)
+        weights, loss = methods()[method], closure(method, model, x, y)
+        for _ in range(2):
+            with NoSync(), watch.step():
+                rf.pgd("linf", 0.1, 2)(model, x, y)
+                weights.backward(loss, model)
+                found = watch.values
+        assert {t.device.type for t in found.values()} == {device}
+        assert {t.shape for t in found.values()} == {torch.Size()}
+        assert "attack/loss/2" in found
+
+
+@pytest.mark.parametrize("objective", [rf.adversarial(), rf.trades(), rf.mart()])
+def test_whole_watched_steps_never_wait_for_the_device(objective: Any) -> None:
+    model = conv_bn(dtype=torch.float32).train()
+    x, y = images(4, dtype=torch.float32)
+    step = TrainStep(
+        attack=rf.pgd("linf", 0.1, 2),
+        objective=objective,
+        optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+    )
+    watch = rf.Watch()
+    step(model, [(x, y)], rf.awp(0.1))  # the optimizer's own buffers are made
+    with NoSync(), watch.step():
+        step(model, [(x, y)], rf.awp(0.1))
+        assert "attack/broken" in watch.values

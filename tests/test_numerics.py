@@ -69,7 +69,7 @@ class Watch:
     def on_epoch(self, row: dict[str, Any]) -> None: ...
     def on_end(self) -> None: ...
 
-    def on_step(self, epoch: int, step: int) -> None:
+    def on_step(self, epoch: int, step: int, values: Any) -> None:
         self.seen.append(
             (
                 now(),

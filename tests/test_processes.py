@@ -80,7 +80,7 @@ class Stop:
     def on_start(self, *_): ...
     def on_epoch(self, *_): ...
     def on_end(self): ...
-    def on_step(self, epoch, step):
+    def on_step(self, epoch, step, values):
         if (epoch, step) == (1, 1):
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -260,7 +260,7 @@ class Warned:
     def on_start(self, epochs: int, steps: int, done: int) -> None: ...
     def on_epoch(self, row: dict[str, Any]) -> None: ...
     def on_end(self) -> None: ...
-    def on_step(self, epoch: int, step: int) -> None:
+    def on_step(self, epoch: int, step: int, values: Any) -> None:
         if (epoch, step) == (0, 2):
             os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -298,7 +298,7 @@ def test_sigterm_asks_for_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("robustflat.train.run._requeue", lambda: pytest.fail("asked"))
 
     class Ended(Warned):
-        def on_step(self, epoch: int, step: int) -> None:
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
             if (epoch, step) == (0, 2):
                 os.kill(os.getpid(), signal.SIGTERM)
 

@@ -282,6 +282,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import robustflat as rf
+import robustflat.train
 from robustflat.flatness import Figure, Passes, measure
 
 def weights(rho: float = 0.25, parameters: str = "matrices"):
@@ -304,13 +305,10 @@ def schedule(share: float = 0.5):
 def augment(by: int = 1):
     return lambda x, generator: x.roll(by, -1)
 
-class Listener:
+class Listener(robustflat.train.Listener):
     def __init__(self, folder, text: str = "told"):
         self.path, self.text = folder / "own.txt", text
-    def on_start(self, epochs, steps, done): pass
-    def on_step(self, epoch, step): pass
     def on_epoch(self, row): self.path.open("a").write(f"{self.text} {row['epoch']}\\n")
-    def on_end(self): pass
 
 @measure(loss="clean", cost=Passes(forward=1))
 def mean_weight(subject, options, loss, name):

@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
     "weights": {"name": "awp", "gamma": 0.02},
     "train": {"epochs": 2, "batch_size": 16},
     "listeners": [],
-    "monitor": {"steps": 2, "train_samples": 40},
+    "monitor": {"steps": 2, "train_samples": 40, "pictures_every": 0},
 }
 SMALL_CNN = {"name": "small_cnn", "options": {"width": 4, "depth": 2}}
 
@@ -70,7 +70,7 @@ def stopped(asked: RunConfig, folder: RunFolder, after: int) -> Trainer:
         taken = 0
 
         def on_start(self, epochs: int, steps: int, done: int) -> None: ...
-        def on_step(self, epoch: int, step: int) -> None:
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
             self.taken += 1
             trainer.stop_requested = self.taken == after
 

@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Train image classifiers that withstand adversarial inputs, and show why they do.",
 )
 app.command()(training.train)
+app.command()(training.watch)
 app.command()(training.check)
 app.command("list")(training.list_)
 app.command()(measuring.evaluate)

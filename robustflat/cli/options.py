@@ -20,6 +20,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key.path=value, such as train.epochs=10 or attack.eps=4/255."),
 ]
+Plain = Annotated[bool, typer.Option("--plain", help="Lines with times in place of a bar.")]
 Runs = Annotated[
     list[Path], typer.Argument(help="Folders of runs, or in which models' results are kept.")
 ]

@@ -1,12 +1,13 @@
-"""Commands on configurations: train, check, list."""
+"""Commands on configurations and runs under way: train, watch, check, list."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from robustflat.cli.options import ConfigPath, Overrides
+from robustflat.cli.options import ConfigPath, Overrides, Plain
 from robustflat.errors import UserError
 
 
@@ -15,6 +16,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run of this name.")] = False,
+    plain: Plain = False,
 ) -> None:
     """Train a run. With several GPUs or hosts: torchrun -m robustflat train ..."""
     from rich.console import Console
@@ -22,10 +24,11 @@ def train(
     from robustflat.config import read_config
     from robustflat.config.choice import plugins
     from robustflat.plugins import origin
+    from robustflat.report.following import Trace
     from robustflat.report.progress import ProgressBar
     from robustflat.train import train as train_run
-    from robustflat.train.around import Listener
     from robustflat.train.folder import RunFolder
+    from robustflat.train.listeners import Listener
     from robustflat.train.parallel import speaks
 
     settings = read_config(config, overrides or [])
@@ -34,7 +37,8 @@ def train(
         for where, name in plugins(settings).items():
             typer.echo(f"{where}: {name} ({origin(name)})")
         chosen = (section.build(folder=folder.root) for section in settings.listeners)
-        return [ProgressBar(Console(), settings.name), *chosen]
+        bar = ProgressBar(Console(), settings.name, plain=plain)
+        return [bar, Trace(folder.root), *chosen]
 
     folder, finished = train_run(settings, resume=resume, overwrite=overwrite, listeners=listeners)
     if not speaks():
@@ -43,6 +47,20 @@ def train(
         typer.echo(f"{folder.root}: trained. Next: robustflat evaluate {folder.root}")
     else:
         typer.echo(f"{folder.root}: stopped and saved. Go on with --resume.")
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="A folder that `robustflat train` writes to.")],
+    plain: Plain = False,
+) -> None:
+    """Follow a run from another terminal until it ends."""
+    from rich.console import Console
+
+    from robustflat.report.following import follow
+    from robustflat.train.folder import RunFolder
+
+    state = follow(RunFolder(run), Console(), plain=plain)
+    typer.echo(f"{run}: {state}.")
 
 
 def check(config: ConfigPath, overrides: Overrides = None) -> None:

@@ -255,12 +255,18 @@ class MonitorConfig(Section):
     """What is measured on the validation split and on a fixed part of the training split.
 
     Every ``every`` epochs clean and robust accuracy and loss, by PGD with ``steps`` steps; every
-    ``flatness_every`` epochs (0: never) the ``flatness`` measures, on training images.
+    ``flatness_every`` epochs (0: never) the ``flatness`` measures, on training images. Of every
+    ``step_every``-th step (0: none) the values that it has anyway: losses at the centre and at the
+    perturbed weights, gradients' norms and cosines, the perturbation's size, the attack's losses.
+    Every ``pictures_every`` epochs and at the last (0: never) examples, confusion matrix and loss
+    along a line, for TensorBoard.
     """
 
     every: Whole = 1
     steps: Count = 10
     train_samples: Count = 500
+    step_every: Whole = 10
+    pictures_every: Whole = 20
     flatness_every: Whole = 0
     flatness: tuple[Measure, ...] = ("ascent_robust", "hessian_max")
     flatness_samples: Count = 256

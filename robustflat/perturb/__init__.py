@@ -31,6 +31,7 @@ from robustflat.perturb.presets import (
     zsharp,
 )
 from robustflat.perturb.scales import SCALES, select
+from robustflat.perturb.watch import Watch
 from robustflat.perturb.weights import WeightPerturbation
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Ball",
     "InputPerturbation",
     "Perturbation",
+    "Watch",
     "WeightPerturbation",
     "amp",
     "asam",

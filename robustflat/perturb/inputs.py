@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from robustflat.perturb.ascent import Ascent, Keep, Start, check_projection, max
 from robustflat.perturb.ball import Ball, Norm, parse_norm
 from robustflat.perturb.displace import buffers_kept
 from robustflat.perturb.modes import MODES, Mode, attack_mode
+from robustflat.perturb.watch import watching
 
 LossName = Literal["ce", "kl", "margin", "dlr"]
 
@@ -165,7 +167,7 @@ class InputPerturbation:
         generator: torch.Generator | None,
         start: Tensor | None,
     ) -> Tensor:
-        climb = attack_losses[self.loss]
+        climb, watch, steps = attack_losses[self.loss], watching(), count(1)
 
         def value_and_grad(u: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             with torch.enable_grad():
@@ -179,6 +181,8 @@ class InputPerturbation:
                 low, high = self.box
                 stuck = (moved <= low) & (gradient < 0) | (moved >= high) & (gradient > 0)
                 gradient = gradient.masked_fill(stuck, 0)
+            if watch is not None:
+                watch.note(f"attack/loss/{next(steps)}", losses.mean())
             return losses.detach(), [gradient]
 
         def into_box(u: list[Tensor]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from robustflat.perturb.displace import Move, buffers_kept, displaced
 from robustflat.perturb.memory import Choice, Memory, Rule, Trail
 from robustflat.perturb.perturbation import Loss, Perturbation, Sync
 from robustflat.perturb.scales import Scale, check_selection, one, select
+from robustflat.perturb.watch import gradients_of, watching
 
 Statistics = Literal["perturbed", "centre", "both"]
 STATISTICS: tuple[Statistics, ...] = ("perturbed", "centre", "both")
@@ -206,6 +207,7 @@ class WeightPerturbation(Perturbation):
                 (value if scaler is None else scaler.scale(value)).backward()
             else:
                 value = self._rewritten(loss, model, trail, scaler)
+            self._show(value, model, trail, scaler)
             if step is not None:
                 step()
             found = value.detach()
@@ -300,8 +302,8 @@ class WeightPerturbation(Perturbation):
 
         def gradient_here() -> tuple[Tensor, list[Tensor]]:
             nonlocal at_centre
-            updates, at_centre = at_centre and self.statistics != "perturbed", False
-            value, gradient = self._gradient(loss, model, parameters, trail, scaler, updates)
+            centre, at_centre = at_centre, False
+            value, gradient = self._gradient(loss, model, parameters, trail, scaler, centre)
             if scaler is not None:
                 overflow.extend(g.sum() * 0 for g in gradient)
             if self.direction or self._rewrites:
@@ -323,7 +325,11 @@ class WeightPerturbation(Perturbation):
         u = maximise(value_and_grad, self.ball, self.ascent, weights, trail.generator)
         if overflow:
             u = list(torch._foreach_add(u, [torch.stack(overflow).sum()] * len(u)))
-        move(_times(u, scale))
+        delta = _times(u, scale)
+        watch = watching()
+        if watch is not None:  # before the move: `weights` are the parameters themselves
+            watch.perturbed(list(chosen), weights, delta)
+        move(delta)
         if not self._rewrites:
             trail.gradients.clear()  # a copy of the weights' size that the descent needs not
 
@@ -355,12 +361,14 @@ class WeightPerturbation(Perturbation):
         parameters: list[nn.Parameter],
         trail: Trail,
         scaler: torch.amp.GradScaler | None,
-        updates: bool,
+        centre: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """The mean loss of all batches and its gradient; over all processes if so asked.
 
-        ``updates`` lets the forward pass of the first batch, the descended one, update buffers.
+        At the ``centre`` the forward pass of the first batch, the descended one, may be one that
+        updates buffers.
         """
+        updates = centre and self.statistics != "perturbed"
         values: list[Tensor] = []
         total: list[Tensor] = []
         for i, closure in enumerate(self._closures(loss)):
@@ -376,6 +384,10 @@ class WeightPerturbation(Perturbation):
             total = list(torch._foreach_add(total, gradient)) if total else gradient
         if len(values) > 1:
             total = list(torch._foreach_div(total, len(values)))
+        watch = watching()
+        if watch is not None:  # of the first batch, the one that is descended
+            of_all = trail.losses[-1].mean() if self.wants_rows else values[0]
+            watch.ascended(of_all, total, at_centre=centre)
         mean = torch.stack(values).mean()
         if self.sync == "global" and isinstance(model, DistributedDataParallel):
             total = [t.clone() for t in total]
@@ -409,6 +421,27 @@ class WeightPerturbation(Perturbation):
         if gradients.synchronises(model):
             gradients.average_grads(model)
         return value
+
+    def _show(
+        self,
+        value: Tensor,
+        model: nn.Module,
+        trail: Trail | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        """Show the descent to whoever watches."""
+        watch = watching()
+        if watch is None:
+            return
+        moved = trail is not None and self._ascends
+        if moved and trail is not None and self._rewrites:
+            gradient = trail.gradients[-1]
+        else:
+            chosen = list(select(gradients.bare(model), self.parameters).values())
+            gradient = gradients.unscaled(gradients_of(chosen), scaler)
+        if trail is not None and self.wants_rows:
+            value = trail.losses[-1].mean()
+        watch.descended(value, gradient, perturbed=moved)
 
     @staticmethod
     @torch.no_grad()

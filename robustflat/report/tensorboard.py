@@ -1,65 +1,155 @@
-"""TensorBoard: the curves of a run, or nothing at all when it is switched off."""
+"""TensorBoard: the story of a run, one line a run and split, what matters first."""
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch.utils.tensorboard import SummaryWriter
 
-_OPTIMISATION = ("train_loss", "gradient_norm", "lr", "skipped_steps", "seconds")
+from robustflat.report.curves import Curves, of_epoch, of_step
+from robustflat.report.monitor_figures import confusion, examples, line
+from robustflat.train.folder import RunFolder
+from robustflat.train.listeners import Listener
+from robustflat.train.pictures import Pictures
+
+# What a sweep varies; TensorBoard hides a column whose values are all the same if asked to.
+_SETTINGS = ("seed", "data", "model", "attack", "objective", "weights", "optimizer", "train")
+_FINAL = {
+    ("validation", "1-robust/accuracy"): "robust accuracy",
+    ("", "1-robust/accuracy_gap"): "robust gap",
+    ("", "1-robust/overfitting_best_minus_last"): "best - last",
+    ("validation", "3-clean/accuracy"): "clean accuracy",
+    ("validation", "1-robust/loss"): "robust loss",
+    ("", "1-robust/rise_under_weights"): "rise under weights",
+}
+# The charts of the page "Custom scalars".
+_LAYOUT = {
+    "Robust generalisation": {
+        "Robust accuracy": ["Multiline", ["1-robust/accuracy$"]],
+        "Robust gap, train - validation": ["Multiline", ["1-robust/accuracy_gap"]],
+        "Robust loss": ["Multiline", ["1-robust/loss$"]],
+        "Loss gap, validation - train": ["Multiline", ["1-robust/loss_gap"]],
+        "Best - last": ["Multiline", ["1-robust/overfitting_best_minus_last"]],
+    },
+    "Double perturbation": {
+        "Loss at the centre and at the worst weights": [
+            "Multiline",
+            ["2-weights/loss_at_centre", "2-weights/loss_at_perturbed"],
+        ],
+        "Rise": ["Multiline", ["1-robust/rise_under_weights"]],
+        "Cosines": ["Multiline", ["2-weights/cosine_of_gradients", "2-weights/cosine_of_succ"]],
+        "Attack's loss by step": ["Multiline", ["4-attack/loss_at_step_.*"]],
+    },
+}
 
 
-class TensorBoard:
-    """TensorBoard: writes each epoch's row of metrics as scalars, the x axis counting epochs.
+class TensorBoard(Listener):
+    """TensorBoard: curves, pictures, settings and final metrics; the x axis counts steps.
 
-    Robust accuracy of train and validation and their difference, the robust-generalization gap,
-    stand in one chart each.
+    The run's own values go into its folder; those of its splits into ``train`` and ``validation``
+    below it (with an average also ``train-average`` and so on), under the same names, so that a
+    chart has one line for each. ``tensorboard --logdir runs`` then calls runs by their names.
 
     Args:
-        folder: of the run; the event files go into its ``tensorboard``.
+        folder: of the run.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder / "tensorboard"
-        self._writer: SummaryWriter | None = None
+        self._folder = folder
+        self._writers: dict[str, SummaryWriter] = {}
+        self._steps = 0
+        self._purge: int | None = None
 
     def on_start(self, epochs: int, steps: int, done: int) -> None:
         """Open the files; a resumed run replaces the points after ``done``."""
-        self._writer = SummaryWriter(str(self._folder), purge_step=done + 1 if done else None)
+        self._steps = steps
+        self._purge = done + 1 if done else None
+        self._wait_for_a_later_second()
+        writer = self._writer("")
+        folder = RunFolder(self._folder)
+        if folder.config_file.is_file():
+            text = folder.config_file.read_text(encoding="utf-8")
+            writer.add_text("configuration", _block("yaml", text))
+            self._describe(writer, yaml.safe_load(text))
+        if folder.environment_file.is_file():
+            text = folder.environment_file.read_text(encoding="utf-8")
+            writer.add_text("environment", _block("json", json.dumps(json.loads(text), indent=2)))
+        writer.add_custom_scalars(_LAYOUT)
+        if done:  # so that curves that never come again lose their last points too
+            for place in (p.parent.name for p in folder.event_files() if p.parent != folder.root):
+                self._writer(place)
 
-    def on_step(self, epoch: int, step: int) -> None:
-        """Steps are not written."""
+    def on_step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of a step that was looked at."""
+        self._write(of_step(values), epoch * self._steps + step + 1)
+
+    def on_pictures(self, row: dict[str, Any], pictures: Pictures) -> None:
+        """Write examples, confusion matrix and the loss along a line."""
+        writer = self._writer("")
+        for name, figure in (
+            ("1-examples", examples(pictures)),
+            ("2-confusion", confusion(pictures)),
+            ("3-landscape", line(pictures)),
+        ):
+            writer.add_figure(name, figure, row["steps"])
 
     def on_epoch(self, row: dict[str, Any]) -> None:
         """Write one epoch."""
-        for tag, value in scalars(row).items():
-            assert self._writer is not None
-            self._writer.add_scalar(tag, value, row["epoch"])
-        assert self._writer is not None
-        self._writer.flush()
+        self._write(of_epoch(row), row["steps"])
+        for writer in self._writers.values():
+            writer.flush()
 
     def on_end(self) -> None:
         """Close the files."""
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+    def _write(self, curves: Curves, at: int) -> None:
+        for (place, chart), value in curves.items():
+            self._writer(place).add_scalar(chart, value, at)
+
+    def _writer(self, place: str) -> SummaryWriter:
+        if place not in self._writers:
+            at = self._folder / place
+            self._writers[place] = SummaryWriter(str(at), purge_step=self._purge)
+        return self._writers[place]
+
+    def _wait_for_a_later_second(self) -> None:
+        """TensorBoard reads files in the order of their names, which begin with the second."""
+        names = [path.name for path in RunFolder(self._folder).event_files()]
+        latest = max((int(name.split(".")[3]) for name in names), default=0)
+        while 0 <= latest - int(time.time()) < 2:
+            time.sleep(0.05)
+
+    @staticmethod
+    def _describe(writer: SummaryWriter, config: dict[str, Any]) -> None:
+        """Settings, and where their outcome is: the page "HParams" sorts a sweep by it."""
+        metrics = [
+            hparams.Metric(chart, group=place or None, display_name=name)
+            for (place, chart), name in _FINAL.items()
+        ]
+        said = dict(_flat({key: config[key] for key in _SETTINGS}))
+        columns = [hparams.HParam(name) for name in said]
+        file = writer._get_file_writer()
+        file.add_summary(hparams.hparams_config_pb(columns, metrics))
+        file.add_summary(hparams.hparams_pb(said, trial_id=config["name"]))
 
 
-def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """The named scalars of one row of metrics.jsonl, gaps included."""
-    found = {f"optimisation/{key}": row[key] for key in _OPTIMISATION if row[key] is not None}
-    for suffix, key in (("", "monitor"), ("_average", "monitor_average")):
-        measured = row.get(key) or {}
-        for split, figures in measured.items():
-            for name, value in figures.items():
-                found[f"{name}/{split}{suffix}"] = value
-        if "validation" in measured and "robust_loss" in measured["train"]:
-            train, held_out = measured["train"], measured["validation"]
-            found[f"robust_gap/accuracy{suffix}"] = (
-                train["robust_accuracy"] - held_out["robust_accuracy"]
-            )
-            found[f"robust_gap/loss{suffix}"] = held_out["robust_loss"] - train["robust_loss"]
-    for name, value in (row.get("flatness") or {}).items():
-        if value is not None:
-            found[f"flatness/{name}"] = value
-    return found
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```"
+
+
+def _flat(value: Any, at: str = "") -> Any:
+    """The settings that are said, by dotted names; what is None or empty is left out."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{at}.{key}" if at else key)
+    elif isinstance(value, (bool, int, float)) or (isinstance(value, str) and value):
+        yield at, value

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustflat.errors import TrainingDivergedError
-    from robustflat.train.around import Listener
+    from robustflat.train.listeners import Listener
     from robustflat.train.loop import Trainer
     from robustflat.train.run import train
 
 __all__ = ["Listener", "Trainer", "TrainingDivergedError", "train"]
 _HOMES = {
-    "Listener": "robustflat.train.around",
+    "Listener": "robustflat.train.listeners",
     "Trainer": "robustflat.train.loop",
     "TrainingDivergedError": "robustflat.errors",
     "train": "robustflat.train.run",

@@ -1,4 +1,4 @@
-"""Those around a training: who is told what happens, and what asks it to stop."""
+"""What asks a training to stop."""
 
 from __future__ import annotations
 
@@ -6,23 +6,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Protocol
-
-
-class Listener(Protocol):
-    """Is told what happens; cannot change it."""
-
-    def on_start(self, epochs: int, steps: int, done: int) -> None:
-        """The run has ``epochs`` epochs of ``steps`` steps, ``done`` of the former behind it."""
-
-    def on_step(self, epoch: int, step: int) -> None:
-        """Step ``step`` of ``epoch`` (both from 0) was taken."""
-
-    def on_epoch(self, row: dict[str, Any]) -> None:
-        """An epoch ended; ``row`` is its line of metrics.jsonl."""
-
-    def on_end(self) -> None:
-        """The run ended or was stopped."""
 
 
 @contextmanager

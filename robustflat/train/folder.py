@@ -27,6 +27,7 @@ _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "tor
 FREE_TO_CHANGE = (
     ("device",), ("data", "root"), ("data", "download"), ("data", "place"), ("output",),
     ("evaluate",), ("flatness",),
+    ("listeners",), ("monitor", "step_every"), ("monitor", "pictures_every"),
 )  # fmt: skip
 
 
@@ -42,10 +43,10 @@ class RunFolder:
         self.config_file = self.root / "config.yaml"
         self.environment_file = self.root / "environment.json"
         self.metrics_file = self.root / "metrics.jsonl"
+        self.progress_file = self.root / "progress.json"
         self.last = self.root / "checkpoints" / "last.pt"
         self.best = self.root / "checkpoints" / "best.pt"
         self.good = self.root / "checkpoints" / "good.pt"
-        self.tensorboard = self.root / "tensorboard"
         self.evaluation = self.root / "evaluation.json"
         self.outcomes = self.root / "outcomes"
         self.flatness = self.root / "flatness.json"
@@ -140,6 +141,11 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(error) from None
 
+    def event_files(self) -> list[Path]:
+        """TensorBoard's files: the run's own, and those of its splits in folders of their own."""
+        name = "events.out.tfevents.*"
+        return [*self.root.glob(name), *self.root.glob(f"*/{name}")]
+
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, one for each epoch; a half-written last line is left out."""
         if not self.metrics_file.is_file():
@@ -196,10 +202,20 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what runs write, and nothing else; config.yaml last, in case this is killed."""
-        for path in (self.last.parent, self.tensorboard, self.outcomes, self.landscapes):
+        for path in (self.last.parent, self.outcomes, self.landscapes):
             if path.is_dir():
                 shutil.rmtree(path)
-        single = [self.environment_file, self.metrics_file, self.evaluation, self.flatness]
+        for path in self.event_files():
+            path.unlink()
+            if path.parent != self.root and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        single = [
+            self.environment_file,
+            self.metrics_file,
+            self.progress_file,
+            self.evaluation,
+            self.flatness,
+        ]
         parts = [*self.root.glob("flatness-*.parts.json")]
         parts += [*self.root.glob("evaluate.log"), *self.root.glob(".*.json.lock")]
         for path in [*single, *parts, self.config_file]:

@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustflat.config import RunConfig
 from robustflat.data import Data
 from robustflat.errors import TrainingDivergedError, UserError
 from robustflat.numerics import deterministic, float32, warn_of_emulation
-from robustflat.perturb import Perturbation, no_perturbation
+from robustflat.perturb import InputPerturbation, Perturbation, Watch, no_perturbation
 from robustflat.train.account import Account
 from robustflat.train.alarm import Alarm
-from robustflat.train.around import Listener, stop_signals
+from robustflat.train.around import stop_signals
 from robustflat.train.averaging import Average
 from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
 from robustflat.train.curriculum import Curriculum
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
+from robustflat.train.listeners import Listener, Outbox
 from robustflat.train.monitor import Monitor, score, training_loss
 from robustflat.train.parallel import Processes, replica, synchronised
 from robustflat.train.randomness import derived_seed
@@ -86,6 +87,7 @@ class Trainer:
         splits = {"train": dataset.train.tensors(seen)}
         if dataset.validation is not None:
             splits["validation"] = dataset.validation.tensors()
+        self._classes = tuple(map(str, dataset.classes))
         self._monitor = Monitor(config, splits, device, self.processes)
 
         # What a checkpoint holds of each, under this name.
@@ -102,6 +104,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.reached_loss = False
         self._account = Account(device)
+        self._watch = Watch()
         self._seconds = 0.0
 
     def run(self) -> bool:
@@ -110,8 +113,7 @@ class Trainer:
         Raises:
             TrainingDivergedError: if loss or gradient is not finite and the policy is to stop.
         """
-        for listener in self.listeners:
-            listener.on_start(self.config.train.epochs, self.steps_per_epoch, self.epoch)
+        self._begin()
         try:
             with (
                 float32(tf32=self.config.train.precision == "tf32"),
@@ -127,6 +129,13 @@ class Trainer:
             for listener in self.listeners:
                 listener.on_end()
         return True
+
+    def _begin(self) -> None:
+        """Tell the listeners where the run begins or goes on."""
+        self._outbox = Outbox(self.listeners, self.device, self.config.train.batch_size)
+        done = self.epoch * self.steps_per_epoch + self.step
+        for listener in self.listeners:
+            listener.on_start(self.config.train.epochs, self.steps_per_epoch, done)
 
     def resume(self) -> bool:
         """Go on from the last checkpoint, if there is one. Returns whether there was."""
@@ -186,6 +195,7 @@ class Trainer:
         apart = self.processes.rank if config.weights.step.sync == "local" else 0
         saved_at = time.monotonic()
         self._replica.train()
+        self._outbox.restart_clock()
         for batches in self._feed.batches(self.epoch, self.step):
             where = (self.epoch, self.step, self.processes.rank)
             torch.manual_seed(derived_seed(config.seed, "global", *where))
@@ -198,25 +208,34 @@ class Trainer:
             weights = self._weights_now(factor)
             if weights.is_off:  # n-SAM's further batches are climbed only
                 batches = batches[:1]
-            value, norm = self._step_now()(
-                self._replica,
-                batches,
-                weights,
-                generator,
-                of_weights,
-                self._feed.share(self.step),
-            )
+            step, every = self._step_now(), config.monitor.step_every
+            done = self.epoch * self.steps_per_epoch + self.step
+            looks = every > 0 and done % every == 0
+            with self._watch.step(looks=looks, keeps=every > 0 and (done + 1) % every == 0):
+                value, norm = step(
+                    self._replica,
+                    batches,
+                    weights,
+                    generator,
+                    of_weights,
+                    self._feed.share(self.step),
+                )
             self.processes.share_buffers(self.model)
             self._objective.after_step(self.model, self.epoch, self.processes.mean)
             # The loss of all rows, in every process, so that the first one's checkpoint is all's.
             self._account.add(self.processes.mean(value), norm, self.step)
             if self.average is not None:
                 self.average.after_step(self.model, self.epoch)
-            for listener in self.listeners:
-                listener.on_step(self.epoch, self.step)
+            self._outbox.post(
+                self.epoch,
+                self.step,
+                self._seen(norm) if looks else None,
+                self._told(weights, step.attack) if looks else None,
+            )
             self.step += 1
             if self.step % _CHECK_EVERY == 0 or self.step == self.steps_per_epoch:
                 self._check_finite()
+                self._outbox.deliver(wait=True)
             if self._should_stop():
                 self._seconds += time.monotonic() - began
                 return False
@@ -262,10 +281,17 @@ class Trainer:
         if row["is_best"]:
             assert chosen is not None
             self.best = {"epoch": self.epoch, "score": score(chosen)}
+        if self.best is not None and chosen and "validation" in chosen:
+            row["best_minus_last"] = self.best["score"] - score(chosen)
         if self.processes.is_first and self.folder is not None:
             if row["is_best"]:
                 save_checkpoint(self.folder.best, self._weights_state())
             self.folder.append_metrics(row)
+        pictures_every = config.monitor.pictures_every
+        if self.listeners and pictures_every and (last or self.epoch % pictures_every == 0):
+            seen = self._monitor.pictures(self.model, self._classes)
+            for listener in self.listeners:
+                listener.on_pictures(row, seen)
         # Before the checkpoint: an epoch told and then not saved is told again on resuming.
         for listener in self.listeners:
             listener.on_epoch(row)
@@ -293,8 +319,7 @@ class Trainer:
         self._curriculum.strengthen(alarm.steps)
         self._save_last()
         self.processes.wait()
-        for listener in self.listeners:
-            listener.on_start(self.config.train.epochs, self.steps_per_epoch, self.epoch)
+        self._begin()
 
     def _refresh_average(self) -> None:
         """Make the average usable, if there is one that is not."""
@@ -323,6 +348,21 @@ class Trainer:
         if self.epoch + 1 < when.from_epoch or over or done % when.every:
             return no_perturbation()
         return self._weights if when.radius == "constant" else self._weights.scaled(factor)
+
+    def _seen(self, norm: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        """Names and values of what the step showed, each the mean of that of all processes."""
+        found = self._watch.values | {"gradient_norm": norm}
+        together = torch.stack([value.float() for value in found.values()])
+        return tuple(found), self.processes.mean(together)
+
+    def _told(self, weights: Perturbation, attack: InputPerturbation | None) -> dict[str, float]:
+        """The settings of a step that may change from step to step."""
+        found = {"lr": float(self._step.optimizer.param_groups[0]["lr"])}
+        for name, whole in (("radius", getattr(weights, "inner", weights)), ("eps", attack)):
+            ball = getattr(whole, "ball", None)
+            if ball is not None:
+                found[name] = float(ball.radius)
+        return found
 
     def _check_finite(self) -> None:
         if self._step.skip_nonfinite or self._step.scaler is not None:

@@ -12,6 +12,7 @@ from robustflat.evaluate.accuracy import Metrics, joined, measure
 from robustflat.flatness import flatness
 from robustflat.perturb import InputPerturbation, evaluating, pgd
 from robustflat.train.parallel import Processes
+from robustflat.train.pictures import Pictures, take
 from robustflat.train.randomness import derived_seed
 
 
@@ -87,6 +88,18 @@ class Monitor:
         values = {name: figure.value for name, figure in figures.items()}
         found = {name: v for part in self._processes.gather(values) for name, v in part.items()}
         return {name: found[name] for name in self._config.flatness}
+
+    def pictures(self, model: nn.Module, classes: tuple[str, ...]) -> Pictures:
+        """Examples, and the loss along a line; this process alone looks."""
+        return take(
+            model,
+            self._splits,
+            classes,
+            self.attack,
+            self._device,
+            seed=self._seed,
+            batch_size=self._batch_size,
+        )
 
     def _measure(self, model: nn.Module, split: str, rows: slice) -> list[Metrics]:
         """What the clean images of a batch give, and the attacked ones if there is an attack."""

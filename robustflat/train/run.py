@@ -13,8 +13,8 @@ import torch
 from robustflat.config import RunConfig
 from robustflat.data import Data
 from robustflat.errors import UserError
-from robustflat.train.around import Listener
 from robustflat.train.folder import RunFolder, machine
+from robustflat.train.listeners import Listener
 from robustflat.train.loop import Trainer
 from robustflat.train.parallel import Processes, joined, was_restarted
 from robustflat.train.setup import load_data, use_threads

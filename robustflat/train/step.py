@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.objectives import Objective
 from robustflat.perturb import InputPerturbation, Perturbation
+from robustflat.perturb.watch import Watch, watching
 
 Batch = tuple[Tensor, Tensor]
 Reattack = Literal["never", "ascent", "descent"]
@@ -37,6 +38,24 @@ class Autocast(nn.Module):
         with torch.autocast(x.device.type, self.dtype):
             logits = self.model(x)
         return logits.float()
+
+
+class Shown(nn.Module):
+    """A model that shows what it makes of the attacked images to whoever watches."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, watch: Watch) -> None:
+        super().__init__()
+        self.model = model
+        self._of = images, labels
+        self._watch = watch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ``x``."""
+        logits: Tensor = self.model(x)
+        images, labels = self._of
+        if x is images:
+            self._watch.classified(logits, labels)
+        return logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +114,17 @@ class TrainStep:
         seen, attacked = Autocast(model, self.precision), Autocast(bare, self.precision)
         adversarial = [self._attack(attacked, x, y, generator) for x, y in batches]
         found = self.objective.rows if weights.wants_rows else self.objective
+        watch = watching()
 
         def loss(part: int | slice = 0) -> Tensor:
             """Of a batch by its number, or of some rows of the first."""
             at, rows = (0, part) if isinstance(part, slice) else (part, slice(None))
             x, y = batches[at]
-            value = found(seen, x[rows], adversarial[at][rows], y[rows])
+            images, labels = adversarial[at][rows], y[rows]
+            shown: nn.Module = seen
+            if watch is not None and self.attack is not None and self.objective.needs_attack:
+                shown = Shown(seen, images, labels, watch)
+            value = found(shown, x[rows], images, labels)
             return value if share == 1 else value * share
 
         buffers = [b.clone() for b in bare.buffers()] if self.skip_nonfinite else []
