@@ -150,9 +150,9 @@ def table(cells: Sequence[Cell], names: Sequence[str], title: Callable[[Cell], s
         texts = []
         for name in names:
             values = cell.values(name)
-            digits = 1 if name in TARGETS and TARGETS[name].percent else 3
-            mean = float(np.mean(values)) if values else float("nan")
-            texts.append(f"{mean:.{digits}f} ± {widths[name](cell):.{digits}f}")
+            mean, width = float(np.mean(values)) if values else float("nan"), widths[name](cell)
+            share = name in TARGETS and TARGETS[name].percent
+            texts.append(f"{mean:.1f} ± {width:.1f}" if share else f"{mean:.3g} ± {width:.2g}")
         lines.append(f"| {title(cell)} | {len(cell.runs)} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
