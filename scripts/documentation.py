@@ -538,7 +538,9 @@ def options(callback: Callable[..., Any]) -> list[Parameter]:
     for parameter in inspect.signature(callback).parameters.values():
         plain, info = get_args(hints[parameter.name])[:2]
         is_option = type(info).__name__ == "OptionInfo"
-        told = [d for d in info.param_decls or () if d.startswith("-")]
+        # typer takes what stands first in Annotated for a default.
+        decls = (info.default, *(info.param_decls or ()))
+        told = [d for d in decls if isinstance(d, str) and d.startswith("-")]
         flags = ", ".join(told) or f"--{parameter.name.replace('_', '-')}"
         found.append(
             Parameter(
@@ -633,7 +635,9 @@ def _api_page() -> str:
     parts = ["# Public names", "`import robustflat as rf`; these are promised to stay."]
     for title, names in groups.items():
         parts.append(f"## {title}")
-        parts += [f"::: robustflat.{name}" for name in names]
+        # Where they are defined: robustflat.evaluate is a package, too.
+        found = [getattr(rf, name) for name in names]
+        parts += [f"::: {value.__module__}.{value.__qualname__}" for value in found]
     return "\n\n".join(parts) + "\n"
 
 

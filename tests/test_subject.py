@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from evaluate_support import shorten
 from PIL import Image
 from torch import nn
 from train_support import config, saved, trained
 
+import robustflat as rf
 from robustflat import models
-from robustflat.cli import main
+from robustflat.cli import app, main
 from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
 from robustflat.evaluate import Team
@@ -64,10 +67,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 KINDS: dict[str, list[str]] = {
     "run": ["a"],
-    "weights": ["whole.pt", "--model", "mlp", "--option", "hidden=[16]"],
-    "net": ["net.pt", "--model", "mlp", "--option", "hidden=[16]", "--normalise", "data"],
+    "weights": ["whole.pt", "--model", "mlp", "--model-option", "hidden=[16]"],
+    "net": ["net.pt", "--model", "mlp", "--model-option", "hidden=[16]", "--normalise", "data"],
     "program": ["program.ts", "--trust", "--normalise", "none"],
-    "factory": ["subject_factory:make", "--option", "file=net.pt", "--normalise", "data"],
+    "factory": ["subject_factory:make", "--model-option", "file=net.pt", "--normalise", "data"],
 }
 SAID = ["--data", "digits", "--norm", "linf", "--eps", "0.1"]
 
@@ -194,7 +197,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
 ) -> None:
     refusals = dict(REFUSED_BY_ALL)
     if kind == "run":
-        for option in ("--data", "--root", "--model", "--option", "--normalise"):
+        for option in ("--data", "--root", "--model", "--model-option", "--normalise"):
             refusals[option] = ([option, "digits=1"], f"leave {option} out")
         refusals["--trust"] = (["--trust"], "leave --trust out")
         refusals.pop("norm alone")
@@ -202,7 +205,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     else:
         refusals |= REFUSED_BY_MODELS
         refusals.pop("norm alone")
-        refusals["option"] = (["--option", "mean"], "name=value")
+        refusals["option"] = (["--model-option", "mean"], "name=value")
     for option, (arguments, words) in refusals.items():
         output = tmp_path / option.replace("/", "")
         more = () if option == "attack" else ("--attack", "pgd-2")
@@ -237,17 +240,19 @@ def test_what_is_missing_is_said(
     [
         ("mlp", {}, "has no weights"),
         ("timm:resnet18.a1_in1k", {}, "has no weights"),
-        ("net.pt", {"model": "mlp", "option": {"hidden": [16]}}, "--normalise none if it does"),
+        ("net.pt", {"model": "mlp", "model_option": {"hidden": [16]}},
+         "--normalise none if it does"),
         ("subject_factory:bare", {}, "--normalise none if it does"),
         ("program.ts", {"trust": True}, "--normalise none if it does"),
         ("program.ts", {"normalise": "none"}, "--trust"),
         ("net.pt", {"model": "mlp", "normalise": "1/2/3"}, "1 numbers each"),
         ("net.pt", {"model": "mlp", "normalise": "0.1,0.2/0.3"}, "1 numbers each"),
-        ("net.pt", {"model": "mlp", "normalise": "none", "option": {"mean": 0}}, "no option"),
-        ("whole.pt", {"model": "mlp", "normalise": "none", "option": {"hidden": [16]}},
+        ("net.pt", {"model": "mlp", "normalise": "none", "model_option": {"mean": 0}}, "no option"),
+        ("whole.pt", {"model": "mlp", "normalise": "none", "model_option": {"hidden": [16]}},
          "holds its own"),
         ("torchvision.models:resnet18", {"normalise": "none"}, None),
-        ("torchvision.models:resnet18", {"normalise": "none", "option": {"num_classes": 10}}, None),
+        ("torchvision.models:resnet18", {"normalise": "none",
+          "model_option": {"num_classes": 10}}, None),
     ],
 )  # fmt: skip
 def test_a_model_is_never_guessed(
@@ -259,7 +264,7 @@ def test_a_model_is_never_guessed(
         target, norm="linf", eps=0.1, device="cpu", elsewhere=Elsewhere(data="digits", **said)
     )
     if words is None:
-        classes = said.get("option", {}).get("num_classes", 1000)
+        classes = said.get("model_option", {}).get("num_classes", 1000)
         assert subject.network().model.fc.out_features == classes
         return
     with pytest.raises(UserError, match=words):
@@ -292,7 +297,9 @@ def test_the_doubt_names_more_or_less_normalisation(
     wanted = Wanted(attacks=[])
 
     def doubts(name: str, normalise: str) -> str:
-        said = Elsewhere(model="mlp", option={"hidden": [64]}, data="digits", normalise=normalise)
+        said = Elsewhere(
+            model="mlp", model_option={"hidden": [64]}, data="digits", normalise=normalise
+        )
         home = tmp_path / normalise.replace("/", "-") / name
         subject = open_subject(
             tmp_path / name, norm="linf", eps=0.1, device="cpu", output=home, elsewhere=said
@@ -601,3 +608,41 @@ def test_what_one_of_several_processes_cannot_do_ends_all_of_them() -> None:
     with pytest.raises(UserError, match="no more"):
         list(team.each(lambda i: (_ for _ in ()).throw(UserError("no more")), range(3)))
     assert list(team.each(lambda i: i * i, range(2, 5))) == [[4], [9], [16]]
+
+
+@pytest.mark.parametrize("measure", ["flatness", "landscape"])
+def test_a_radius_is_one_in_its_norm(measure: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    data = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(UserError, match="norm='l2' say eps too"):
+        getattr(rf, measure)(model, data, norm="l2")
+
+
+def test_help_and_names_need_no_torch_and_functions_keep_their_names() -> None:
+    code = (
+        "import sys, robustflat.cli as cli; assert 'torch' not in sys.modules; "
+        "import robustflat.evaluate.record, robustflat.flatness, robustflat as rf; "
+        "assert rf.evaluate.__name__ == 'evaluate' and callable(rf.evaluate); "
+        "assert callable(rf.flatness) and all(hasattr(rf, name) for name in rf.__all__); "
+        "assert not hasattr(rf, 'nothing')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+
+
+def test_flatness_and_landscape_take_the_options_of_evaluate(
+    run: Any, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*KINDS["net"], *SAID, "--device", "cpu", "--samples", "10"]
+    given += ["--measure", "gradient_norm"]
+    monkeypatch.setattr(sys, "argv", ["robustflat", "flatness", *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code, capsys.readouterr().err
+    (found,) = read(place / "evaluations" / "net.pt" / "flatness.json", "flatness")
+    assert (found["checkpoint"], found["norm"], found["eps"]) == ("given", "linf", 0.1)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    names = {name: {p.name for p in commands[name].params} for name in commands}
+    shared = {"targets", "norm", "eps", "device", "data", "root", "trust"}
+    shared |= {"model", "model_option", "normalise", "image_size"}
+    assert all(shared < names[name] for name in ("evaluate", "flatness", "landscape"))

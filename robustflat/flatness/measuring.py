@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.evaluate.threat import Threat
 from robustflat.flatness.closure import Kind
 from robustflat.flatness.examples import Data, read_examples
 from robustflat.flatness.figure import UNITS, Cost, Figure, Passes, Progress
@@ -33,7 +34,7 @@ def flatness(
     model: nn.Module,
     data: Data,
     measures: Sequence[str] = DEFAULT_MEASURES,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     norm: str | float = "linf",
     seed: int = 0,
     *,
@@ -54,7 +55,8 @@ def flatness(
         model: maps images in [0, 1] to logits.
         data: images and labels ``(x, y)``, or a loader that neither shuffles nor augments.
         measures: names from ``robustflat.flatness.MEASURES``.
-        eps: radius of the robust loss's attack, in image units; at 0 it is the clean loss.
+        eps: radius of the robust loss's attack, in image units; at 0 it is the clean loss. 8/255
+            for linf if None, and to be said for other norms.
         norm: of that attack, "linf", "l2" or "l1".
         seed: of all random directions, probes and attack starts.
         batch_size: examples in a pass; only memory and speed depend on it.
@@ -94,7 +96,7 @@ def cost(
     measures: Sequence[str],
     examples: int,
     *,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     norm: str | float = "linf",
     attack: InputPerturbation | None = None,
     **options: Any,
@@ -136,12 +138,13 @@ def _jobs(measure: Measure, settings: Mapping[str, Options], examples: int) -> d
 def _settings(
     model: nn.Module | None,
     chosen: Sequence[Measure],
-    eps: float,
+    eps: float | None,
     norm: str | float,
     attack: InputPerturbation | None,
     given: Mapping[str, Any],
 ) -> dict[str, Options]:
     """Each measure's options: the defaults, a preset's changes, then the user's."""
+    eps = Threat.said(norm, eps).eps if attack is None else eps or 0.0
     try:
         default = pgd(norm, eps, 10) if attack is None else attack
         base = Options(attack=default)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,20 +12,24 @@ from robustflat.config import RunConfig
 from robustflat.config.choice import Built
 from robustflat.errors import UserError
 from robustflat.evaluate.threat import radius
+from robustflat.landscapes import Landscape, drawn_in
 from robustflat.runs import records
 from robustflat.runs.records import Measurement
 from robustflat.subject import distinct_names
-from robustflat.train.folder import RunFolder
+from robustflat.train.folder import FREE_TO_CHANGE, RunFolder, flattened
 
 Circumstances = dict[str, Any]
 T = TypeVar("T")
+# What names a run, or looks on, changes no weight either; the monitor chooses the best checkpoint.
+_IDLE = ("name", "listeners", "threads")
 
 
 @dataclass(frozen=True)
 class Cell:
     """A figure, its interval or standard error, and whether it is a share (shown in percent).
 
-    ``metric`` is what was measured, whatever the circumstances.
+    ``metric`` is what was measured, whatever the circumstances; ``deviation`` that over so many
+    (``count``) seeds.
     """
 
     value: float | None
@@ -31,17 +37,23 @@ class Cell:
     high: float | None = None
     share: bool = True
     metric: str = ""
+    deviation: float | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run, or the home of a model, of which neither method nor seed is known."""
+    """One run, or the home of a model, of which neither method nor seed is known.
+
+    ``setting`` is the same of runs that differ in their seed alone, and empty of a model.
+    """
 
     run: str
     method: str
-    seed: int | None
+    seeds: tuple[int, ...]
     cells: dict[str, Cell]
     weights: str = ""
+    setting: str = ""
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Row]:
@@ -62,7 +74,10 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
     rows = []
     for name, folder, figures in zip(names, folders, found, strict=True):
         config = folder.read_config() if folder.config_file.is_file() else None
-        method, seed = ("-", None) if config is None else (method_of(config), config.seed)
+        method, setting = "-", ""
+        seeds: tuple[int, ...] = ()
+        if config is not None:
+            method, seeds, setting = method_of(config), (config.seed,), setting_of(config)
         kinds = dict.fromkeys(about["weights"] for about, _ in figures)
         mixed = _differing(figures, ("weights",))
         cells: dict[str, Cell] = {}
@@ -70,8 +85,51 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
             keys = [*differing.get(cell.metric, ()), *mixed.get(cell.metric, ())]
             said = ", ".join(_in_words(key, about.get(key)) for key in keys)
             cells[f"{cell.metric} [{said}]" if said else cell.metric] = cell
-        rows.append(Row(name, method, seed, cells, " and ".join(kinds)))
+        rows.append(Row(name, method, seeds, cells, " and ".join(kinds), setting))
     return rows
+
+
+def limits(folders: Sequence[RunFolder]) -> list[str]:
+    """What keeps figures of runs, or models, from being compared: a sentence a circumstance.
+
+    These are the circumstances by which `compare` gives figures columns of their own, where not
+    all runs were measured under the same; and those of landscapes, which share an axis.
+
+    Raises:
+        UserError: if files are damaged.
+    """
+    names = distinct_names([folder.root for folder in folders])
+    found = {
+        name: _figures(folder)
+        for name, folder in zip(names, folders, strict=True)
+        if folder.evaluation.is_file() or folder.flatness.is_file()
+    }
+    unlike: dict[str, dict[str, dict[str, None]]] = {}
+    for metric, keys in _differing([one for figures in found.values() for one in figures]).items():
+        for key in keys:
+            each = {
+                name: dict.fromkeys(
+                    _in_words(key, about.get(key)) for about, cell in one if cell.metric == metric
+                )
+                for name, one in found.items()
+            }
+            each = {name: words for name, words in each.items() if words}
+            if len({tuple(sorted(words)) for words in each.values()}) > 1:
+                said = "; ".join(f"{name}: {' and '.join(words)}" for name, words in each.items())
+                unlike.setdefault(key, {}).setdefault(said, {})[metric] = None
+    sentences = [
+        f"Not to be compared, as the {key.replace('_', ' ')} differs ({said}): {_several(metrics)}."
+        for key, cases in unlike.items()
+        for said, metrics in cases.items()
+    ]
+    for kind in ("line", "plane"):
+        last = [[one for one in drawn_in(f.landscapes) if one.kind == kind][-1:] for f in folders]
+        if len({_drawn(one) for (one,) in filter(None, last)}) > 1:
+            sentences.append(
+                f"Not to be compared: the landscapes ({kind}) were drawn in different ways "
+                "(directions, seed, images or attack), so their shapes are not on one scale."
+            )
+    return sentences
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -93,6 +151,25 @@ def method_of(config: RunConfig) -> str:
     if weights.name == "none":
         return words
     return f"{words} + {_call(weights)}"
+
+
+def setting_of(config: RunConfig) -> str:
+    """A mark of all that a training depends on but its seed."""
+    about = {key: value for key, value in effect_of(config).items() if key != "seed"}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def effect_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that can change the weights, by dotted key; what is off has none but that."""
+    content = config.model_dump(mode="json")
+    for name in ("weights", "attack"):
+        if content[name].get("name") == "none":
+            content[name] = {"name": "none"}
+    return {
+        ".".join(key): value
+        for key, value in flattened(content)
+        if key[0] not in _IDLE and not any(key[: len(free)] == free for free in FREE_TO_CHANGE)
+    }
 
 
 def _call(section: Built) -> str:
@@ -137,6 +214,18 @@ def _differing(
     return found
 
 
+def _several(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _drawn(found: Landscape) -> str:
+    """What was asked for, but for whose landscape it is."""
+    own = ("subject", "checkpoint", "weights", "epoch", "device", "versions")
+    return str((found.axes, {k: v for k, v in found.about.items() if k not in own}))
+
+
 def _in_words(key: str, value: Any) -> str:
     plain = key in ("threat", "checkpoint", "images", "attacks", "weights")
     return f"{value}" if plain else f"{key.replace('_', ' ')} {_plain(value)}"
@@ -172,7 +261,8 @@ def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
     test = one["result"]
     images = f"{test['count']} images of {one['data']}"
     about = {"checkpoint": one["checkpoint"], "weights": one["weights"], "images": images}
-    about["labels"] = (test["settings"].get("labels") or "")[:6]
+    prints = (test["settings"].get(key) for key in ("data", "labels"))
+    about["fingerprint"] = "-".join((mark or "")[:6] for mark in prints)
     yield dict(about), _share(test["clean_accuracy"], test["clean_interval"], "clean")
     about |= {"threat": _threat(one), "seed": one["seed"]}
     for name, suite in test["suites"].items():
