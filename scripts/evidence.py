@@ -210,11 +210,11 @@ def draw_why(runs: Sequence[RunResult]) -> Figure:
     order = list(dict.fromkeys(variant(cell) for cell in cells))
     figure = Figure(figsize=(10.5, 6.5), layout="constrained")
     for k, (axes, name) in enumerate(zip(figure.subplots(2, 2).flat, names, strict=True)):
-        width = half_width(cells, name)
         for shift, noise, colour in ((-0.13, None, BLUE), (0.13, 0.3, ORANGE)):
             here = [cell for cell in cells if cell.level("noise") == noise]
             if not here:
                 continue
+            width = half_width(here, name)
             axes.errorbar(
                 [float(np.mean(cell.values(name))) for cell in here],
                 [order.index(variant(cell)) + shift for cell in here],
