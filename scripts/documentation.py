@@ -537,6 +537,8 @@ def options(callback: Callable[..., Any]) -> list[Parameter]:
     found = []
     for parameter in inspect.signature(callback).parameters.values():
         plain, info = get_args(hints[parameter.name])[:2]
+        if getattr(info, "hidden", False):  # says only how it is written now
+            continue
         is_option = type(info).__name__ == "OptionInfo"
         # typer takes what stands first in Annotated for a default.
         decls = (info.default, *(info.param_decls or ()))
