@@ -31,6 +31,7 @@ from robustflat.errors import UserError
 from robustflat.evaluate import measure
 from robustflat.report.tensorboard import TensorBoard
 from robustflat.train import Trainer, TrainingDivergedError, train
+from robustflat.train.averaging import Average, ema
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder, json_safe
 from robustflat.train.monitor import Monitor
@@ -217,6 +218,24 @@ def test_what_is_built_is_what_the_configuration_says(digits: Data) -> None:
     for where in ("never", "ascent", "descent"):
         around = config(weights={"name": "awp", "steps": 2, "step": {"reattack": where}})
         assert build_step(around, one, CPU).reattack == where
+
+
+def test_every_epoch_has_an_order_of_its_own(digits: Data) -> None:
+    feed = Trainer(config(), digits, CPU)._feed
+    one, two, again = (torch.cat([b[0][0] for b in feed.batches(e, 0)]) for e in (0, 1, 0))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+
+
+def test_an_average_warms_up_unless_told_not_to() -> None:
+    # The first update takes the weights as they are; the second decays by 2 / 11, or by 0.9.
+    for warmup, expected in ((True, 9 / 11), (False, 1 / 10)):
+        model = nn.Linear(1, 1, bias=False)
+        average = Average(ema(0.9, warmup=warmup), model)
+        for value in (0.0, 1.0):
+            nn.init.constant_(model.weight, value)
+            average.after_step(model, 0)
+        assert float(average.model.weight) == pytest.approx(expected)
 
 
 # --- the same again
