@@ -22,6 +22,7 @@ from matplotlib.colors import LogNorm, Normalize
 
 import robustflat as rf
 from robustflat.evaluate import Team
+from robustflat.flatness.examples import read_examples
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import Subject
 from robustflat.landscapes import Landscape, between, drawn_in, landscape, scene
@@ -172,7 +173,7 @@ def test_recomputed_statistics_are_those_of_the_images():
         model[1].running_mean.add_(5)
     drawn = landscape(model, (x, y), points=3, losses=["clean"], batchnorm="refresh", batch_size=4)
     # By hand: each batch's mean and unbiased variance, weighted by its examples.
-    feature = model[0](x).detach()
+    feature = model[0](read_examples((x, y))[0]).detach()
     parts = feature.split(4)
     mean = sum(len(p) * p.mean((0, 2, 3)) for p in parts) / 10
     var = sum(len(p) * p.transpose(0, 1).flatten(1).var(1) for p in parts) / 10

@@ -121,7 +121,7 @@ class Scene:
         attack = _attack(common)
         self.options = Options(attack=attack)
         x, y = read_examples(data, common.get("examples"))
-        check_model(model, x[:size], y[:size])
+        check_model(model, x[:size], y)
         self._fresh = common.get("refresh_on", x)
         self.model = model
         self.team, self._tell = common.get("team", Team()), common.get("on_progress")
