@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS := runs/quickstart-at runs/quickstart-at-awp
 
-.PHONY: quickstart test test-oldest test-gpu lint $(RUNS)
+.PHONY: quickstart test test-oldest test-gpu docs lint $(RUNS)
 
 # Trains plain adversarial training and the same with AWP on real digits, one core each, attacks
 # both, measures gap and flatness, and puts them side by side.
@@ -36,6 +36,10 @@ test-oldest: $(VENV)/installed-oldest
 test-gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
 
+# The documentation, into site/. A link that leads nowhere, or a page left out, is an error.
+docs: $(VENV)/installed-docs
+	PYTHONWARNINGS=ignore NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -55,6 +59,11 @@ $(VENV)/installed-oldest: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --quiet --editable '.[test]' 'torch==2.6.*' 'torchvision==0.21.*'
 	touch $@
+
+$(VENV)/installed-docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --quiet --editable '.[docs]'
+	touch $@ $(VENV)/installed
 
 $(VENV)/installed-dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -278,6 +278,9 @@ def landscape(
         str, typer.Option(help="Whose eigenvectors or gradient: clean or robust.")
     ] = "clean",
     draws: Annotated[int, typer.Option(help="Random directions, for a mean and its spread.")] = 1,
+    parameters: Annotated[
+        str, typer.Option(help="Which weights move: matrices, all, re:PATTERN.")
+    ] = "matrices",
     between: Annotated[
         bool,
         typer.Option(
@@ -322,12 +325,12 @@ def landscape(
 
     around = {
         "dimensions": dimensions, "directions": directions, "direction_loss": direction_loss,
-        "draws": draws, "span": span,
+        "draws": draws, "span": span, "parameters": parameters,
     }  # fmt: skip
-    if between and tuple(around.values()) != (1, "filter", "clean", 1, None):
+    if between and tuple(around.values()) != (1, "filter", "clean", 1, None, "matrices"):
         raise UserError(
             "--between draws the line through two, or the plane through three: leave --dimensions, "
-            "--directions, --direction-loss, --draws and --span out."
+            "--directions, --direction-loss, --draws, --span and --parameters out."
         )
     elsewhere = _elsewhere(model, option, data, root, normalise, trust)
     opened = [

@@ -17,6 +17,7 @@ Full-batch SAM steps in the ascent direction and yet does not follow lambda_min:
 differentiate through g / |g|, and its own oscillation turns g into the top eigenvector.
 
     python scripts/sharpness_notions.py          seconds; prints a table, draws a picture
+    python scripts/sharpness_notions.py --film docs/pictures/three-notions.gif       moving, too
 
 Exits with 1 if anything ends elsewhere than the paper says.
 """
@@ -31,6 +32,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
@@ -330,10 +332,58 @@ def _draw_journey(journey: Journey, ways: Axes, aligned: Axes) -> None:
     aligned.plot(smooth, share[window // 2 :][: len(smooth)], style, color=colour, lw=1.8)
 
 
+def film(journeys: Sequence[Journey], path: Path, frames: int = 48) -> None:
+    """Write the ways down the valley as a moving picture, a lane for each, with a rest at the end.
+
+    Args:
+        journeys: one lane each, from the top.
+        path: a .gif file.
+        frames: of the moving part; each journey is shown at the same share of its steps.
+    """
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    valley, lanes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    _draw_valley(valley)
+    for name, place in optima().items():
+        lanes.axvline(place, color=COLOURS[name], lw=7, alpha=0.18)
+    lanes.set(ylim=(len(journeys) - 0.4, -0.6), xlabel=r"place in the valley, $\theta$")
+    lanes.set_yticks(range(len(journeys)), [journey.variant.name for journey in journeys])
+    lanes.tick_params(axis="y", length=0)
+    for axes in (valley, lanes):
+        axes.spines[["top", "right"]].set_visible(False)
+    marks = []
+    for lane, journey in enumerate(journeys):
+        colour = COLOURS[journey.variant.follows]
+        lanes.plot(START, lane, "|", color="black", ms=12)
+        (trail,) = lanes.plot([], [], color=colour, lw=2, alpha=0.45)
+        (dot,) = lanes.plot([], [], "o", color=colour, ms=9)
+        marks.append((lane, journey, trail, dot))
+
+    def show(frame: int) -> None:
+        for lane, journey, trail, dot in marks:
+            last = positions(journey, frames)[min(frame, frames - 1)]
+            way = journey.points[: last + 1, 0]
+            trail.set_data(way, [lane] * len(way))
+            dot.set_data(way[-1:], [lane])
+
+    moving = FuncAnimation(figure, show, frames=frames + frames // 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    moving.save(path, PillowWriter(fps=12), dpi=80)
+
+
+def positions(journey: Journey, frames: int) -> list[int]:
+    """The index into a journey's points that each frame of a film shows, first and last included.
+
+    Early frames are close together, since most of the way is gone in the first steps.
+    """
+    steps = journey.variant.steps
+    return [round(steps * (frame / (frames - 1)) ** 2) for frame in range(frames)]
+
+
 def main() -> int:
     """Print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("results/sharpness_notions.png"))
+    parser.add_argument("--film", type=Path, help="also a moving picture, a .gif file")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     begin = time.perf_counter()
@@ -342,6 +392,8 @@ def main() -> int:
     console.print(table(journeys))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw(journeys).savefig(arguments.output, dpi=150)
+    if arguments.film is not None:
+        film(journeys, arguments.film)
     console.print(f"{arguments.output} drawn, {time.perf_counter() - begin:.0f} s in all.")
     return 0 if all(j.nearest == j.variant.follows for j in journeys) else 1
 

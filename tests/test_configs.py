@@ -25,7 +25,10 @@ from robustflat.train.setup import build_model, build_step, load_data
 ROOT = Path(__file__).parents[1]
 PAPERS = sorted((ROOT / "configs/papers").glob("*.yaml"))
 DIGITS = sorted((ROOT / "configs/digits").glob("*.yaml"))
-ALL = [*PAPERS, *DIGITS, *sorted((ROOT / "configs/quickstart").glob("*.yaml"))]
+OTHERS = [
+    p for name in ("quickstart", "tutorial") for p in (ROOT / "configs" / name).glob("*.yaml")
+]
+ALL = [*PAPERS, *DIGITS, *sorted(OTHERS)]
 CPU = torch.device("cpu")
 
 # Million parameters: Zagoruyko & Komodakis 2016 give 36.5 for WRN-28-10 and 11.0 for 16-8; 46.16

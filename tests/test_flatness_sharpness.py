@@ -385,7 +385,7 @@ def reference_stutz(model, x, y, eps, attack, displacements):
     """Mean rise of the robust loss over given displacements, examples remade at each."""
 
     def robust():
-        return float(F.cross_entropy(model(attack(model, x, y)), y))
+        return float(F.cross_entropy(model(attack(model, x, y)), y).detach())
 
     before, rises = robust(), []
     for moves in displacements:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -259,8 +260,14 @@ def test_a_sharpness_that_is_not_finite_is_a_figure_and_is_resumed(tmp_path):
     ask = {"measures": ["average_clean"], "radius": 1e308, "ball": "global", "samples": 2}
     for _ in range(2):
         figure = flatness(model, data, **ask, store=tmp_path / "parts.jsonl")["average_clean"]
-        assert not np.isfinite(figure.value)
-        assert figure.to_dict()["value"] is None
+        assert figure.standard_error == float("inf")
+        assert figure.to_dict()["standard_error"] is None
+    store = tmp_path / "other.jsonl"
+    flatness(model, data, ["average_clean"], store=store, samples=2)
+    store.write_text(re.sub(r'"increase": [^,]*,', '"increase": Infinity,', store.read_text()))
+    figure = flatness(model, data, ["average_clean"], store=store, samples=2)["average_clean"]
+    assert figure.value == float("inf")
+    assert figure.to_dict()["value"] is None
 
 
 def test_labels_beyond_the_first_batch_are_checked(model):

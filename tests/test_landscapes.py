@@ -22,11 +22,13 @@ from matplotlib.colors import LogNorm, Normalize
 
 import robustflat as rf
 from robustflat.evaluate import Team
-from robustflat.flatness.examples import read_examples
+from robustflat.files import locked
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import Subject
 from robustflat.landscapes import Landscape, between, drawn_in, landscape, scene
+from robustflat.landscapes.batchnorm import recompute_statistics
 from robustflat.landscapes.directions import Random, eigenvectors
+from robustflat.landscapes.span import Span, copied
 from robustflat.report.landscape_figures import save_html
 from robustflat.report.landscape_picture import landscape_figure, save_picture
 
@@ -157,6 +159,26 @@ def test_a_plane_meets_its_three_checkpoints():
     assert (low == high).all()
 
 
+def test_in_a_plane_weights_and_statistics_are_combined_alike():
+    models = [conv_net(seed).double() for seed in range(3)]
+    states = {name: copied(model) for name, model in zip("abc", models, strict=True)}
+    span = Span(states, models[0])
+    points = {name: np.array(at) for name, at in span.points.items()}
+    means = {name: state["1.running_mean"] for name, state in states.items()}
+    weights = {name: state["5.weight"] for name, state in states.items()}
+    buffer = dict(models[0].named_buffers())["1.running_mean"]
+    number = list(span.moved).index("5.weight")
+    for shares in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0.2, 0.5, 0.3)):
+        at = sum(share * points[name] for name, share in zip("abc", shares, strict=True))
+        assert span.shares(at) == pytest.approx(shares, abs=1e-12)
+        span.set_buffers(at)
+        expected = sum(s * means[name] for name, s in zip("abc", shares, strict=True))
+        assert torch.allclose(buffer, expected, rtol=1e-12)
+        weight = weights["a"] + sum(x * axis[number] for x, axis in zip(at, span.axes, strict=True))
+        expected = sum(s * weights[name] for name, s in zip("abc", shares, strict=True))
+        assert torch.allclose(weight, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_interpolated_statistics_never_leave_the_checkpoints_range():
     a, b, data = conv_net(0), conv_net(1), examples(9, (1, 4, 4), 3)
     with torch.no_grad():
@@ -167,21 +189,42 @@ def test_interpolated_statistics_never_leave_the_checkpoints_range():
     assert np.isfinite(drawn.losses["clean"]).all()
 
 
-def test_recomputed_statistics_are_those_of_the_images():
-    model, (x, y) = conv_net().double(), examples(10, (1, 4, 4), 3)
+def test_refreshed_statistics_are_those_of_the_images_mixed():
+    model, (x, y) = conv_net().double(), examples(300, (1, 4, 4), 3)
+    y = y.sort().values
+    x = x / 10 + 0.4 * y.view(-1, 1, 1, 1)  # Of each class another mean.
     with torch.no_grad():
         model[1].running_mean.add_(5)
-    drawn = landscape(model, (x, y), points=3, losses=["clean"], batchnorm="refresh", batch_size=4)
-    # By hand: each batch's mean and unbiased variance, weighted by its examples.
-    feature = model[0](read_examples((x, y))[0]).detach()
-    parts = feature.split(4)
+    drawn = landscape(
+        model, (x, y), points=3, losses=["clean"], batchnorm="refresh", batch_size=30, refresh_on=x
+    )
+    # By hand: mean and variance of all. Of batches of one class each, the variance would lack that
+    # between the classes, most of it.
+    feature = model[0](x).detach()
+    hand, apart = conv_net().double(), conv_net().double()
+    with torch.no_grad():
+        hand[1].running_mean.copy_(feature.mean((0, 2, 3)))
+        hand[1].running_var.copy_(feature.transpose(0, 1).flatten(1).var(1))
+        apart[1].running_mean.copy_(feature.mean((0, 2, 3)))
+        within = [feature[y == c].transpose(0, 1).flatten(1).var(1) for c in range(3)]
+        apart[1].running_var.copy_(sum(within) / 3)
+    found = drawn.losses["clean"][0, 1]
+    assert abs(found - loss_of(hand, (x, y))) < 0.2 * abs(found - loss_of(apart, (x, y)))
+
+
+def test_batches_count_by_their_images_in_refreshed_statistics():
+    model, x = conv_net().double(), examples(10, (1, 4, 4), 3)[0]
+    before = model[1].momentum
+    with torch.no_grad():
+        model[1].running_mean.add_(5)
+        parts = model[0](x).split(4)
+        recompute_statistics(model, x, 4)
     mean = sum(len(p) * p.mean((0, 2, 3)) for p in parts) / 10
     var = sum(len(p) * p.transpose(0, 1).flatten(1).var(1) for p in parts) / 10
-    hand = conv_net().double()
-    with torch.no_grad():
-        hand[1].running_mean.copy_(mean)
-        hand[1].running_var.copy_(var)
-    assert drawn.losses["clean"][0, 1] == pytest.approx(loss_of(hand, (x, y)), rel=1e-9)
+    assert torch.allclose(model[1].running_mean, mean, rtol=1e-9)
+    assert torch.allclose(model[1].running_var, var, rtol=1e-9)
+    assert model[1].momentum == before
+    assert not any(module.training for module in model.modules())
 
 
 def test_the_robust_loss_of_a_linear_model_is_its_closed_form_at_every_point():
@@ -510,6 +553,26 @@ def test_a_loss_that_overflows_is_null(tmp_path):
     assert np.isnan(drawn.losses["clean"][0]).tolist() == [True, False, True]
     assert np.isfinite(drawn.accuracies["clean"]).all()
     assert drawn.complete
+    # Infinite at one end, not a number at the other: both are unknown, as they are in the file.
+    data = torch.full((1, 1), 2.0, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    ends = landscape(Binary([1.0]), data, points=3, span=1.7e308, losses=["clean"])
+    assert np.isnan(ends.losses["clean"][0]).tolist() == [True, False, True]
+
+
+def test_two_commands_do_not_draw_one_landscape_at_once(tmp_path):
+    path, tried = tmp_path / "l.json", []
+
+    def other(progress):
+        with pytest.raises(rf.UserError, match="Another process"), locked(path, patience=0):
+            pass
+        tried.append(progress)
+
+    landscape(
+        mlp(), examples(5, (6,), 4), points=3, losses=["clean"], store=path, on_progress=other
+    )
+    assert len(tried) == 3
+    with locked(path, patience=0):
+        pass
 
 
 def test_what_is_no_landscape_is_a_sentence(tmp_path):
@@ -535,10 +598,18 @@ def test_what_is_no_landscape_is_a_sentence(tmp_path):
 def _share(rank, port, folder, directions):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if rank:
+        Landscape.save = None  # Only the first may write.
+    seen = []
     landscape(
         mlp(), examples(7, (6,), 4), points=5, eps=0.05, attack="pgd-2", directions=directions,
         store=folder, team=Team.of_torchrun(), losses=["clean", "robust_fixed"],
+        on_progress=seen.append,
     )  # fmt: skip
+    if rank == 0 and directions == "filter":
+        # Of 5 points it measured 3, with 2 losses, and made fixed examples by 2 steps of 2 units;
+        # all of it counts for two.
+        assert seen[-1].done == pytest.approx(2 * (3 * 2 + 4))
 
 
 @pytest.mark.parametrize("directions", ["filter", "eigenvectors"])

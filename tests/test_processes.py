@@ -37,7 +37,11 @@ BATCHNORM: dict[str, Any] = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "awp": BATCHNORM,
-    "trades": BATCHNORM | {"objective": {"name": "trades"}, "weights": {"name": "none"}},
+    "trades": BATCHNORM
+    | {
+        "objective": {"name": "trades"},
+        "weights": {"name": "random", "gamma": 0.02, "step": {"sync": "global"}},
+    },
 }
 # Trains each run whole, then stopped by a SIGTERM to one process and resumed.
 SCRIPT = """
@@ -64,11 +68,11 @@ def checked():
 
 loop.replica, parallel._leave = remembered, checked
 
-def watched(self, model, batches, *rest, **more):
-    # The buffers that the step before left.
-    seen.append([r.initial_seed() for r in rest if isinstance(r, torch.Generator)])
+def watched(self, model, batches, weights, *rest):
+    seen.append([weights.sync, *(r.initial_seed() for r in rest if isinstance(r, torch.Generator))])
+    # The buffers are those that the step before left.
     torch.save([seen, dict(model.module.named_buffers())], folder / f"seen.{rank}.pt")
-    return take(self, model, batches, *rest, **more)
+    return take(self, model, batches, weights, *rest)
 
 TrainStep.__call__ = watched
 
@@ -157,8 +161,12 @@ def test_both_processes_hold_the_same_buffers_and_draw_other_random_numbers(pair
     (one, of_one), (two, of_two) = (saved(pairs / f"seen.{rank}.pt") for rank in (0, 1))
     assert differences(of_one, of_two) == []
     assert len(one) == len(two) >= 12
-    for a, b in zip(one, two, strict=True):
+    assert {sync for sync, *_ in one} == {"local", "global"}
+    for (sync, *a), (_, *b) in zip(one, two, strict=True):
         assert a[0] != b[0]  # the attack's
+        # Of the weights: where all climb together, they start from the same point.
+        assert (a[1] == b[1]) == (sync == "global")
+        assert a[0] != a[1]
 
 
 def test_a_run_of_two_processes_is_not_resumed_by_one(pairs: Path) -> None:

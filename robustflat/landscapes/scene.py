@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict, get_args
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
@@ -122,13 +123,16 @@ class Scene:
         self.options = Options(attack=attack)
         x, y = read_examples(data, common.get("examples"))
         check_model(model, x[:size], y)
-        self._fresh = common.get("refresh_on", x)
         self.model = model
         self.team, self._tell = common.get("team", Team()), common.get("on_progress")
         self._store, self._done, self._total = common.get("store"), 0.0, 1.0
         self.subject = Subject(
             model, x, y, batch_size=size, seed=common.get("seed", 0), count=self._count
         )
+        # In a random order, or batches of images sorted by class would be of one class each.
+        fresh = common.get("refresh_on", x)
+        order = torch.randperm(len(fresh), generator=self.subject.generator("refresh"))
+        self._fresh = fresh[order.to(fresh.device)]
         first = next(model.parameters())
         attacked = attacked or set(self.losses) != {"clean"}
         ball = attack.ball
@@ -184,9 +188,7 @@ class Scene:
         if path is not None:
             images = [self.subject.x, self.subject.y]
             images += [self._fresh] if self.batchnorm == "refresh" else []
-            mark = fingerprint(
-                self.model, images, {"asked": found.asked, "axes": axes, "states": states}
-            )
+            mark = fingerprint(self.model, images, {"asked": found.asked, "states": states})
             found = replace(found, fingerprint=mark)
             path = path if path.suffix == ".json" else path / found.filename
         with ExitStack() as stack:

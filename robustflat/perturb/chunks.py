@@ -26,7 +26,8 @@ class msam(Perturbation):  # noqa: N801 - a constructor of the library's surface
     m-sharpness as in Foret et al. 2021, section 4.1, in one process: the chunks run one after
     another. (Under DistributedDataParallel every process perturbs for its own rows already, so m
     is the smaller of ``chunk`` and the rows of one process.) A last, smaller chunk counts by its
-    rows. Other meanings of the name: see the README. One chunk of the whole batch is ``inner``.
+    rows. Other meanings of the name: see ``docs/conventions.md``. One chunk of the whole batch is
+    ``inner``.
 
     Passes: those of ``inner``.
     Source: Foret et al. 2021, section 4.1; Andriushchenko & Flammarion 2022.

@@ -88,6 +88,16 @@ class Trainer:
             splits["validation"] = dataset.validation.tensors()
         self._monitor = Monitor(config, splits, device, self.processes)
 
+        # What a checkpoint holds of each, under this name.
+        self._parts: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self._step.optimizer,
+            "scaler": self._step.scaler,
+            "weights": self._weights,
+            "objective": self._objective,
+            "alarm": self._alarm,
+            "average": self.average,
+        }
         self.epoch, self.step = 0, 0
         self.best: dict[str, Any] | None = None
         self.reached_loss = False
@@ -138,36 +148,30 @@ class Trainer:
         return self.processes.from_first(saved)
 
     def _go_on_from(self, saved: dict[str, Any], folder: RunFolder) -> None:
+        here = self.processes.world
+        world = saved.get("world", here)
+        if world != here:
+            raise UserError(
+                f"The run {folder.root} was begun by {world} process(es) and cannot go on with "
+                f"{here}: each draws its own random starts and normalises its own "
+                "rows, so the figures would be another run's. Resume it with "
+                f"{'torchrun --nproc-per-node=' + str(world) if world > 1 else 'one process'}, or "
+                "train anew with --overwrite."
+            )
         try:
-            world = saved["world"]
-            if world == self.processes.world:
-                self._restore(saved)
+            self._restore(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise UserError(
                 f"The checkpoint {folder.last} does not fit this run: {reason}. It was not "
                 "written by it. Train anew with --overwrite, or put the run's own back."
             ) from None
-        if world != self.processes.world:
-            raise UserError(
-                f"The run {folder.root} was begun by {world} process(es) and cannot go on with "
-                f"{self.processes.world}: each draws its own random starts and normalises its own "
-                "rows, so the figures would be another run's. Resume it with "
-                f"{'torchrun --nproc-per-node=' + str(world) if world > 1 else 'one process'}, or "
-                "train anew with --overwrite."
-            )
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
-        self._step.optimizer.load_state_dict(saved["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
-        if self._step.scaler is not None:
-            self._step.scaler.load_state_dict(saved["scaler"])
-        self._weights.load_state_dict(saved["weights"])
-        self._objective.load_state_dict(saved["objective"])
+        for name, part in self._parts.items():
+            if part is not None:
+                part.load_state_dict(saved[name])
         if self._alarm is not None:
-            self._alarm.load_state_dict(saved["alarm"])
             self._curriculum.strengthen(self._alarm.steps)
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
         self.reached_loss = saved["reached_loss"]
@@ -354,19 +358,14 @@ class Trainer:
     def _save(self, path: Path | None) -> None:
         if path is None or not self.processes.is_first:
             return
-        scaler, average = self._step.scaler, self.average
+        parts = {name: part and part.state_dict() for name, part in self._parts.items()}
         save_checkpoint(
             path,
             self._weights_state()
+            | parts
             | {
                 "world": self.processes.world,
                 "step": self.step,
-                "optimizer": self._step.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "weights": self._weights.state_dict(),
-                "objective": self._objective.state_dict(),
-                "alarm": None if self._alarm is None else self._alarm.state_dict(),
-                "average": None if average is None else average.state_dict(),
                 "best": self.best,
                 "reached_loss": self.reached_loss,
                 "totals": self._account.totals,
