@@ -62,7 +62,7 @@ def measure_subject(
         own = preset.changes.get("examples") or config.samples
         place = (split or preset.split or "train", own if samples is None else samples)
         places.setdefault(place, []).append(name)
-    reports = []
+    reports: list[dict[str, Any]] = []
     for (where, count), names in places.items():
         x, y = subject.tensors(where, count)
         found = flatness(
@@ -100,7 +100,7 @@ def measure_subject(
             }
         )
     records.add(subject.home.flatness, "flatness", subject.name, reports)
-    together = {name: figure for one in reports for name, figure in one["measures"].items()}  # type: ignore[attr-defined]
+    together = {name: figure for one in reports for name, figure in one["measures"].items()}
     return {"run": subject.name, **reports[-1], "measures": together}
 
 

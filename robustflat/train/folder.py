@@ -198,7 +198,7 @@ class RunFolder:
             if path.is_dir():
                 shutil.rmtree(path)
         single = [self.environment_file, self.metrics_file, self.evaluation, self.flatness]
-        parts = [*self.root.glob("flatness-*.parts.json")]
+        parts = [*self.root.glob("flatness.parts.jsonl")]
         parts += [*self.root.glob("evaluate.log"), *self.root.glob(".*.json.lock")]
         for path in [*single, *parts, self.config_file]:
             path.unlink(missing_ok=True)
