@@ -1,42 +1,50 @@
 """Train image classifiers that withstand adversarial inputs, and show why they do."""
 
-from robustflat.errors import UserError
-from robustflat.evaluate import evaluate
-from robustflat.flatness import flatness
-from robustflat.landscapes import landscape
-from robustflat.objectives import adversarial, gkl, ikl, mart, mlcat, rebat, standard, trades
-from robustflat.perturb import (
-    Ascent,
-    Ball,
-    InputPerturbation,
-    Perturbation,
-    WeightPerturbation,
-    amp,
-    asam,
-    awp,
-    awp_global,
-    custom,
-    esam,
-    fgsm,
-    fsam,
-    gam,
-    gnp,
-    gsam,
-    lesam,
-    looksam,
-    momentum_sam,
-    msam,
-    nfgsm,
-    no_perturbation,
-    nsam,
-    pgd,
-    random_weights,
-    rwp,
-    rwp_mix,
-    sam,
-    vasso,
-    zsharp,
-)
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustflat.errors import UserError
+    from robustflat.evaluate import evaluate
+    from robustflat.flatness import flatness
+    from robustflat.landscapes import landscape
+    from robustflat.objectives import adversarial, gkl, ikl, mart, mlcat, rebat, standard, trades
+    from robustflat.perturb import (
+        Ascent,
+        Ball,
+        InputPerturbation,
+        Perturbation,
+        WeightPerturbation,
+        amp,
+        asam,
+        awp,
+        awp_global,
+        custom,
+        esam,
+        fgsm,
+        fsam,
+        gam,
+        gnp,
+        gsam,
+        lesam,
+        looksam,
+        momentum_sam,
+        msam,
+        nfgsm,
+        no_perturbation,
+        nsam,
+        pgd,
+        random_weights,
+        rwp,
+        rwp_mix,
+        sam,
+        vasso,
+        zsharp,
+    )
 
 __version__ = "0.1.0"
 
@@ -84,3 +92,33 @@ __all__ = [
     "vasso",
     "zsharp",
 ]
+
+# Where each is; all others are of `perturb`. Imported when asked for: the command line's help and
+# mistakes need no torch.
+_OBJECTIVES = ("adversarial", "gkl", "ikl", "mart", "mlcat", "rebat", "standard", "trades")
+_MODULES = {
+    "UserError": "errors",
+    "evaluate": "evaluate",
+    "flatness": "flatness",
+    "landscape": "landscapes",
+    **dict.fromkeys(_OBJECTIVES, "objectives"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'perturb')}")
+    globals()[name] = getattr(module, name)
+    return globals()[name]
+
+
+class _Package(ModuleType):
+    """A package whose functions keep their names although packages inside are called the same."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -23,18 +23,20 @@ class Elsewhere:
 
     Attributes:
         model: The name of the model, where the subject is a file of weights.
-        option: Of the model, by name.
+        model_option: Of the model, by name.
         data: The data set whose images it is measured on.
         root: Where that data set is; "data" if None.
+        image_size: Of image folders: the shorter side is brought to it and the centre cut out.
         normalise: "none", "data" or "MEAN/STD" with one number a channel, separated by commas;
             see `robustflat.models.load_model`.
         trust: Whether a program may be loaded, which can run any code.
     """
 
     model: str | None = None
-    option: Mapping[str, Any] = field(default_factory=dict)
+    model_option: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
     root: Path | None = None
+    image_size: int | None = None
     normalise: str | None = None
     trust: bool = False
 
@@ -88,7 +90,7 @@ def make(target: str, elsewhere: Elsewhere, data: Data, device: torch.device) ->
         num_classes=len(data.classes),
         in_channels=data.shape[0],
         image_size=data.shape[1:],
-        options=elsewhere.option,
+        options=elsewhere.model_option,
         trust=elsewhere.trust,
         device=device,
     )

@@ -211,7 +211,7 @@ def _of_run(
     if said:
         raise UserError(
             f"{folder.root} is a run, which knows its model and images itself: leave "
-            f"{', '.join('--' + name for name in said)} out."
+            f"{', '.join('--' + name.replace('_', '-') for name in said)} out."
         )
     use_threads(config)
     files = {"best": folder.best, "last": folder.last}
@@ -295,7 +295,9 @@ def _of_model(
 ) -> Subject:
     check(target, elsewhere, threat is not None)
     name, root = str(elsewhere.data), elsewhere.root or Path("data")
-    images = cache(lambda: datasets.load(name, root=root, cache=False))
+    images = cache(
+        lambda: datasets.load(name, root=root, cache=False, image_size=elsewhere.image_size)
+    )
     slug = re.sub(r"[^\w.-]+", "-", target).strip("-.")
     return Subject(
         name=target,

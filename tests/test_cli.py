@@ -341,7 +341,7 @@ BAD_EVALUATE: dict[str, tuple[list[str], str]] = {
     "root": (["--root", "data"], "leave --root out"),
     "trust": (["--trust"], "leave --trust out"),
     "model": (["--model", "mlp"], "leave --model out"),
-    "option": (["--option", "mean=0"], "leave --option out"),
+    "option": (["--model-option", "mean=0"], "leave --model-option out"),
     "normalise": (["--normalise", "none"], "leave --normalise out"),
     "merge and shard": (["--merge", "--shard", "1/2"], "leave --shard out"),
     "merge of nothing": (["--merge"], "no shards"),

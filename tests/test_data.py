@@ -151,9 +151,13 @@ def test_the_splits_are_disjoint_and_cut_before_the_subset():
 
 
 def test_the_test_choice_ignores_the_seed_and_the_train_choice_does_not():
-    (a, b) = (rd.load("digits", train_samples=100, test_samples=50, seed=s) for s in (0, 1))
+    (a, b) = (
+        rd.load("digits", validation_samples=50, train_samples=100, test_samples=50, seed=s)
+        for s in (0, 1)
+    )
     assert torch.equal(a.test.pixels, b.test.pixels)
     assert not torch.equal(a.train.pixels, b.train.pixels)
+    assert set(keys(a.validation)) != set(keys(b.validation))
 
 
 def test_statistics_are_those_of_the_train_split():

@@ -270,10 +270,10 @@ def test_command_lines_parse(command: str) -> None:
         reader(ROOT / config, parsed.params["overrides"] or [])
     option = parsed.params.get("option")
     if words[1] == "flatness" and option:
-        from robustflat.cli import _options
+        from robustflat.cli.options import named
         from robustflat.flatness.options import with_options
 
-        with_options(Options(attack=rf.pgd()), _options(option))
+        with_options(Options(attack=rf.pgd()), named("--option", option))
     for measure in (parsed.params.get("measure") or []) if words[1] == "flatness" else []:
         registry.measures.find(measure)
 

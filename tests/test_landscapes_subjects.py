@@ -17,7 +17,7 @@ from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
 
 torch.set_num_threads(1)
-SAID = ["--model", "small_cnn", "--option", "width=4", "--option", "depth=2",
+SAID = ["--model", "small_cnn", "--model-option", "width=4", "--model-option", "depth=2",
         "--data", "digits", "--norm", "linf", "--eps", "0.1"]  # fmt: skip
 FAST = ["--points", "3", "--samples", "30", "--attack", "pgd-1"]
 

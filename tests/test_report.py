@@ -449,8 +449,10 @@ def test_warnings_come_before_the_figures(tmp_path: Path) -> None:
     assert text.index("Before trusting") < text.index("<h2>Comparison")
     said = [t for _, t in Page(text).find("li")]
     assert said[0] == "b, best checkpoint: Zero gradients."
-    for words in ("different threats: a L∞, ε = 8/255; b L∞, ε = 0.5", "different test images",
-                  "different samples", "a shard", "different attacks"):  # fmt: skip
+    for words in (
+        "the threat differs (a: linf 8/255; b: linf 0.5): ",
+        "the fingerprint differs (a: fingerprint aa-bb; b: fingerprint cc-bb): clean, ",
+    ):
         assert any(words in sentence for sentence in said), words
 
 

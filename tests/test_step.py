@@ -15,7 +15,7 @@ from test_meta import NoSync
 from torch import Tensor, nn
 
 import robustflat as rf
-from robustflat.train.step import TrainStep
+from robustflat.train.step import Autocast, TrainStep
 
 ATTACK = rf.pgd("linf", 0.1, 3, 0.05, "zero")
 
@@ -325,6 +325,29 @@ def test_attacks_are_counted(case: str) -> None:
     assert attack.moved(centre) == expected
     # The descent is on the newest images.
     assert seen[-1] == pytest.approx(0.01 * len(expected))
+
+
+def test_attack_and_weights_draw_from_generators_of_their_own() -> None:
+    def taken(attack_seed: int, weights_seed: int) -> list[Tensor]:
+        model = conv_bn()
+        take = TrainStep(
+            attack=rf.pgd("linf", 0.1, 1), objective=rf.adversarial(), optimizer=sgd(model)
+        )
+        seeds = (torch.Generator().manual_seed(s) for s in (attack_seed, weights_seed))
+        take(model, [images(6, 0)], rf.random_weights(0.1), *seeds)
+        return [p.detach() for p in model.parameters()]
+
+    def differ(one: list[Tensor], two: list[Tensor]) -> bool:
+        return not all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+    assert not differ(taken(1, 2), taken(1, 2))
+    assert differ(taken(1, 2), taken(3, 2))
+    assert differ(taken(1, 2), taken(1, 3))
+
+
+def test_logits_are_float32_whatever_computed_them() -> None:
+    x, _ = images(2, 0, torch.float32)
+    assert Autocast(conv_bn(dtype=torch.float32), torch.bfloat16)(x).dtype == torch.float32
 
 
 def test_the_attack_is_made_once_for_every_batch_and_chunk() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ from robustflat.files import locked
 from robustflat.report.study_figures import ranking_table, save_plots, save_tables, scatter
 from robustflat.study import Event, StudyConfig, StudyResult, read_study, run_study, status
 from robustflat.study.engine import Local, Order, Outcome, Processes, _visible_device, run_all
-from robustflat.study.folder import RunFiles, StudyFolder, job_of
+from robustflat.study.folder import RunFiles, StudyFolder, circumstances, job_of
 from robustflat.study.grid import expand, size
-from robustflat.study.ledger import ledger, save_ledger
+from robustflat.study.ledger import Ledger, ledger, save_ledger
 from robustflat.study.ranking import Estimate
 from robustflat.study.reading import check_study
 from robustflat.study.result import Failure, RunResult, rank_all
@@ -217,6 +218,53 @@ def test_a_list_of_blocks_is_their_union_and_a_key_of_several_paths_a_list() -> 
     assert [c.train.epochs for _, c in found] == [12, 12, 12, 12, 1, 1]
     assert len({p.name for p in expand(chosen)}) == 6
     assert [p.name for p in expand(chosen, limit=2)] == [p.name for p in expand(chosen)][:2]
+
+
+def walked(**changes: Any) -> StudyConfig:
+    grid = {
+        "weights": [{"name": "none"}, *({"name": "awp", "gamma": g} for g in (0.01, 0.02))],
+        "optimizer.lr": [0.1, 0.2, 0.3, 0.4],
+        "train.batch_size": [8, 16],
+        "train.epochs": [3],
+        "seed": [0, 1],
+    }
+    return study(**{"grid": grid, "design": {"walks": 2}, **changes})
+
+
+def test_walks_change_one_key_at_a_time_and_use_all_values_alike() -> None:
+    chosen = walked()
+    points = expand(chosen)
+    # Two walks of a start and a change of each of the three keys that vary, with both seeds.
+    assert len(points) == size(chosen) == 2 * 4 * 2
+    assert [p.config.seed for p in points] == [0, 1] * 8
+    levels = [(p.factors["strength"], p.factors["lr"], p.factors["batch_size"]) for p in points]
+    assert levels[::2] == levels[1::2]
+    assert len(set(levels)) == 8, "no combination comes twice"
+    changed = []
+    for walk in (levels[0:8:2], levels[8::2]):
+        changes = [[key for key in range(3) if old[key] != new[key]] for old, new in pairwise(walk)]
+        assert sorted(changes) == [[0], [1], [2]]
+        changed.append(changes)
+    # Starts and changes of two walks are four values of each key: all four of the second, once.
+    rates = [levels[0][1], next(v[1] for v in levels[:8] if v[1] != levels[0][1])]
+    rates += [levels[8][1], next(v[1] for v in levels[8:] if v[1] != levels[8][1])]
+    assert sorted(rates) == [0.1, 0.2, 0.3, 0.4]
+    assert expand(walked()) == points, "the same every time"
+    assert expand(walked(design={"walks": 2, "seed": 1})) != points
+    assert [p.name for p in expand(walked(design={"walks": 1}))] == [p.name for p in points[:8]]
+
+
+def test_walks_without_seeds_and_too_many_of_them() -> None:
+    grid = {"optimizer.lr": [0.1, 0.2, 0.3], "train.batch_size": [8, 16, 32, 64]}
+    base = study_values()["base"] | {"weights": WEIGHTS[0]}
+    few = study(grid=grid, base=base, design={"walks": 2})
+    assert len({p.name for p in expand(few)}) == size(few) == 6
+    with pytest.raises(UserError, match=r"too few combinations for design.walks = 9: after [23]"):
+        expand(study(grid=grid, base=base, design={"walks": 9}))
+    with pytest.raises(ConfigError, match=r"design walks through one mapping.*list of 2"):
+        study(grid=[{"seed": [0]}, {"seed": [1]}], design={"walks": 1})
+    with pytest.raises(ConfigError, match=r"design.walks"):
+        study(design={"walks": 0})
 
 
 def test_sections_are_called_as_the_grid_tells_them() -> None:
@@ -732,7 +780,8 @@ def made_up(folder: Path, **changes: Any) -> StudyResult:
         measured = {
             "targets": targets, "measures": measures, "epoch": 3, "weights": "raw",
             "reached_loss": None, "train_steps": 12, "train_seconds": 1.0, "passes": 7.0,
-            "measure_seconds": 2.0,
+            "measure_seconds": 2.0, "images": {"train": 20, "test": 30},
+            "circumstances": circumstances(job_of(chosen, point)),
         }  # fmt: skip
         config = job_of(chosen, point)["config"]
         found.append(
@@ -822,6 +871,68 @@ def test_the_ledger_has_one_row_a_run_in_both_formats(tmp_path: Path) -> None:
     assert table[0]["factor.strength"] is None
     empty = save_ledger([], tmp_path / "empty.csv", "")
     assert empty[0].read_text() == "run\n"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_ledger_is_read_back_as_it_was_written(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    result = made_up(tmp_path)
+    save_ledger(result.runs, tmp_path / "ledger.csv", "")
+    found = Ledger(tmp_path / f"ledger{suffix}")
+    elsewhere = result.study.model_copy(update={"output": "elsewhere"})
+    for point, run in zip(expand(elsewhere), result.runs, strict=True):
+        measured = dict(run.measured, run=point.name)
+        if suffix == ".csv" or run is result.runs[3]:  # why it could not be measured is not told
+            for figure in measured["measures"].values():
+                figure.pop("error", None)
+        assert found.measured(job_of(elsewhere, point)) == measured
+    # Trained otherwise, or measured otherwise: another run.
+    (other, *_) = expand(study(grid={"weights": WEIGHTS, "train.batch_size": [4], "seed": [0]}))
+    assert found.measured(job_of(result.study, other)) is None
+    steps = result.study.model_copy(update={"attack": "pgd-3"})
+    assert found.measured(job_of(steps, expand(steps)[0])) is None
+
+
+def test_rows_of_a_ledger_are_not_run_again(
+    tmp_path: Path, uninterrupted: StudyResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = {"weights": WEIGHTS, "seed": [0, 1]}
+    committed = StudyFolder(uninterrupted.study).ledger
+    before = timeless(uninterrupted)
+    asked: list[str] = []
+
+    def none_is_run(orders: list[Order], *others: Any) -> None:
+        asked.extend(RunFiles.of_job(order.job).name for order in orders)
+
+    monkeypatch.setattr("robustflat.study.run.run_all", none_is_run)
+    taken = run_study(study(tmp_path / "a", grid=grid), ledger=committed, yes=True)
+    assert asked == ["none-seed1", "awp-strength0.02-seed1"]
+    assert [dict(row, command="") for row in timeless(taken)] == [
+        dict(row, command="") for row in before
+    ]
+    # More than a row has is measured anew; what was made here is not replaced.
+    asked.clear()
+    more = study(tmp_path / "b", grid=grid, measures=["worst_clean", "path_norm"])
+    assert not run_study(more, ledger=committed, yes=True).runs
+    assert len(asked) == 4
+    asked.clear()
+    run_study(study(tmp_path / "a", grid=grid), yes=True)
+    assert len(asked) == 2
+
+
+def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    for path, text in (
+        (other, "no column 'circumstances'"),
+        (tmp_path / "x.csv", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=text):
+            run_study(study(tmp_path), ledger=path, yes=True)
+    (tmp_path / "x.parquet").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"cannot be read|needs pyarrow"):
+        Ledger(tmp_path / "x.parquet")
 
 
 def test_runs_above_the_common_loss_are_not_ranked(

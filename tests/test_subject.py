@@ -64,10 +64,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 KINDS: dict[str, list[str]] = {
     "run": ["a"],
-    "weights": ["whole.pt", "--model", "mlp", "--option", "hidden=[16]"],
-    "net": ["net.pt", "--model", "mlp", "--option", "hidden=[16]", "--normalise", "data"],
+    "weights": ["whole.pt", "--model", "mlp", "--model-option", "hidden=[16]"],
+    "net": ["net.pt", "--model", "mlp", "--model-option", "hidden=[16]", "--normalise", "data"],
     "program": ["program.ts", "--trust", "--normalise", "none"],
-    "factory": ["subject_factory:make", "--option", "file=net.pt", "--normalise", "data"],
+    "factory": ["subject_factory:make", "--model-option", "file=net.pt", "--normalise", "data"],
 }
 SAID = ["--data", "digits", "--norm", "linf", "--eps", "0.1"]
 
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
 ) -> None:
     refusals = dict(REFUSED_BY_ALL)
     if kind == "run":
-        for option in ("--data", "--root", "--model", "--option", "--normalise"):
+        for option in ("--data", "--root", "--model", "--model-option", "--normalise"):
             refusals[option] = ([option, "digits=1"], f"leave {option} out")
         refusals["--trust"] = (["--trust"], "leave --trust out")
         refusals.pop("norm alone")
@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     else:
         refusals |= REFUSED_BY_MODELS
         refusals.pop("norm alone")
-        refusals["option"] = (["--option", "mean"], "name=value")
+        refusals["option"] = (["--model-option", "mean"], "name=value")
     for option, (arguments, words) in refusals.items():
         output = tmp_path / option.replace("/", "")
         more = () if option == "attack" else ("--attack", "pgd-2")
@@ -237,17 +237,19 @@ def test_what_is_missing_is_said(
     [
         ("mlp", {}, "has no weights"),
         ("timm:resnet18.a1_in1k", {}, "has no weights"),
-        ("net.pt", {"model": "mlp", "option": {"hidden": [16]}}, "--normalise none if it does"),
+        ("net.pt", {"model": "mlp", "model_option": {"hidden": [16]}},
+         "--normalise none if it does"),
         ("subject_factory:bare", {}, "--normalise none if it does"),
         ("program.ts", {"trust": True}, "--normalise none if it does"),
         ("program.ts", {"normalise": "none"}, "--trust"),
         ("net.pt", {"model": "mlp", "normalise": "1/2/3"}, "1 numbers each"),
         ("net.pt", {"model": "mlp", "normalise": "0.1,0.2/0.3"}, "1 numbers each"),
-        ("net.pt", {"model": "mlp", "normalise": "none", "option": {"mean": 0}}, "no option"),
-        ("whole.pt", {"model": "mlp", "normalise": "none", "option": {"hidden": [16]}},
+        ("net.pt", {"model": "mlp", "normalise": "none", "model_option": {"mean": 0}}, "no option"),
+        ("whole.pt", {"model": "mlp", "normalise": "none", "model_option": {"hidden": [16]}},
          "holds its own"),
         ("torchvision.models:resnet18", {"normalise": "none"}, None),
-        ("torchvision.models:resnet18", {"normalise": "none", "option": {"num_classes": 10}}, None),
+        ("torchvision.models:resnet18", {"normalise": "none",
+          "model_option": {"num_classes": 10}}, None),
     ],
 )  # fmt: skip
 def test_a_model_is_never_guessed(
@@ -259,7 +261,7 @@ def test_a_model_is_never_guessed(
         target, norm="linf", eps=0.1, device="cpu", elsewhere=Elsewhere(data="digits", **said)
     )
     if words is None:
-        classes = said.get("option", {}).get("num_classes", 1000)
+        classes = said.get("model_option", {}).get("num_classes", 1000)
         assert subject.network().model.fc.out_features == classes
         return
     with pytest.raises(UserError, match=words):
@@ -292,7 +294,9 @@ def test_the_doubt_names_more_or_less_normalisation(
     wanted = Wanted(attacks=[])
 
     def doubts(name: str, normalise: str) -> str:
-        said = Elsewhere(model="mlp", option={"hidden": [64]}, data="digits", normalise=normalise)
+        said = Elsewhere(
+            model="mlp", model_option={"hidden": [64]}, data="digits", normalise=normalise
+        )
         home = tmp_path / normalise.replace("/", "-") / name
         subject = open_subject(
             tmp_path / name, norm="linf", eps=0.1, device="cpu", output=home, elsewhere=said

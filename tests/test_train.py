@@ -36,8 +36,8 @@ from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder, json_safe
 from robustflat.train.monitor import Monitor
 from robustflat.train.parallel import Processes
-from robustflat.train.setup import build_model, load_data
-from robustflat.train.step import Batch
+from robustflat.train.setup import build_model, build_step, load_data
+from robustflat.train.step import Batch, TrainStep
 
 CPU = torch.device("cpu")
 
@@ -178,6 +178,46 @@ def test_train_loss_and_lr_are_those_of_the_steps(tmp_path: Path) -> None:
     for row in rows(folder):
         assert row["train_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
         assert row["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_rate_falls_within_an_epoch_and_the_radius_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    radii: list[float] = []
+    take = TrainStep.__call__
+
+    def watched(self: TrainStep, model: Any, batches: Any, weights: Any, *rest: Any) -> Any:
+        radii.append(weights.ball.radius)
+        return take(self, model, batches, weights, *rest)
+
+    monkeypatch.setattr(TrainStep, "__call__", watched)
+    folder = trained(
+        tmp_path,
+        optimizer={"name": "sgd", "lr": 0.1},
+        schedule={"name": "linear"},
+        weights={"name": "sam", "rho": 0.1, "when": {"radius": "lr"}},
+        model=SMALL_CNN,
+        monitor__every=0,
+        train__average={"name": "swa", "start_epoch": 0},
+        train__batch_size=20,
+    )
+    # Two epochs of three steps.
+    assert radii == pytest.approx([0.1 * (1 - step / 6) for step in range(6)])
+    assert [row["lr"] for row in rows(folder)] == pytest.approx([0.1 * 4 / 6, 0.1 / 6])
+    # Unmonitored, the average is yet made whole at the end.
+    assert saved(folder.last)["average_model"] is not None
+
+
+def test_what_is_built_is_what_the_configuration_says(digits: Data) -> None:
+    def built(seed: int) -> nn.Module:
+        return build_model(config(seed=seed), digits, CPU)
+
+    one, two, other = built(0), built(0), built(1)
+    assert differences(one.state_dict(), two.state_dict()) == []
+    assert differences(one.state_dict(), other.state_dict())
+    for where in ("never", "ascent", "descent"):
+        around = config(weights={"name": "awp", "steps": 2, "step": {"reattack": where}})
+        assert build_step(around, one, CPU).reattack == where
 
 
 # --- the same again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import types
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -241,7 +242,7 @@ def _readable(annotation: Any) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner, *bounds = arguments
-        return Annotated.__class_getitem__((_readable(inner), *bounds))
+        return operator.getitem(Annotated, (_readable(inner), *bounds))
     if origin in (Union, types.UnionType):
         return Union[tuple(_readable(a) for a in arguments if a is not Tensor)]  # noqa: UP007
     if origin in (tuple, list, dict):

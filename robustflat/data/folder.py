@@ -55,7 +55,8 @@ def image_folder(
         raise UserError(
             f"The images of {root / 'train'} and {root / 'test'} have different sizes "
             f"({train_images.shape[1]}x{train_images.shape[2]} and "
-            f"{test_images.shape[1]}x{test_images.shape[2]}). Set data.image_size."
+            f"{test_images.shape[1]}x{test_images.shape[2]}). Set data.image_size, or of "
+            "a model --image-size."
         )
     return train_images, test_images, classes
 

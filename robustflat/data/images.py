@@ -266,7 +266,8 @@ class FileImages(Images):
         if rgb.size != (width, height):
             raise UserError(
                 f"{path} is {rgb.size[1]}x{rgb.size[0]} (height x width) where the data set is "
-                f"{height}x{width}. Set data.image_size to bring all images to one size."
+                f"{height}x{width}. Bring all images to one size with data.image_size, or of a "
+                "model with --image-size."
             )
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 

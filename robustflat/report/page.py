@@ -15,7 +15,7 @@ from robustflat.report import page_text as text
 from robustflat.report.charts import palette
 from robustflat.report.markup import Html, join, node
 from robustflat.report.record import Record, read_records
-from robustflat.runs.comparison import whole
+from robustflat.runs.comparison import limits, whole
 from robustflat.train.folder import RunFolder
 
 _Part = Callable[[Sequence[Record]], Html]
@@ -114,9 +114,9 @@ def _head(records: Sequence[Record]) -> Html:
 
 
 def _warnings(records: Sequence[Record]) -> Html | None:
-    doubts, limits = text.doubts(records), text.comparability(records)
+    doubts, unlike = text.doubts(records), limits([record.folder for record in records])
     items = [node("li", node("b", f"{whose}: "), said) for whose, said in doubts]
-    items += [node("li", said) for said in limits]
+    items += [node("li", said) for said in unlike]
     if items:
         heading = node("h2", "Before trusting these figures")
         return node("section", heading, node("ul", *items), class_="warnings", role="note")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from robustflat.landscapes import Landscape
 from robustflat.report.record import Record
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
@@ -39,47 +38,6 @@ def doubts(records: Sequence[Record]) -> list[tuple[str, str]]:
         for record, checkpoint, test in tests(records)
         for sentence in test["warnings"]
     ]
-
-
-def comparability(records: Sequence[Record]) -> list[str]:
-    """What keeps the runs' figures from being compared, one sentence each."""
-    found = []
-    evaluated = [r for r in records if r.evaluation]
-    settings = [test["settings"] for _, _, test in tests(records)]
-    if _differ(evaluated, _threat):
-        found.append(
-            "The runs were attacked under different threats: "
-            f"{_each(evaluated, _threat)}. Their robust accuracies cannot be compared."
-        )
-    for what, keys in (("test images", ("data", "labels")), ("samples", ("samples", "shard"))):
-        known = [values for s in settings if None not in (values := [s.get(k) for k in keys])]
-        shown = known if what == "test images" else [[s.get(k) for k in keys] for s in settings]
-        if any(values != shown[0] for values in shown[1:]):
-            found.append(
-                f"The runs were attacked on different {what}, so part of a difference between "
-                "them is chance."
-            )
-    if any(s.get("shard") for s in settings):
-        found.append("Some figures come from a shard: a part of the test images.")
-    if len({tuple(test["attacks"]) for _, _, test in tests(records)}) > 1:
-        found.append(
-            "The runs were attacked with different attacks, so their worst cases are not over the "
-            "same attacks."
-        )
-    if _differ((r for r in records if r.flatness), _flatness_setting):
-        found.append(
-            "Flatness was measured in different ways (checkpoint, images, ball or radius), so the "
-            "runs' figures cannot be compared: see the table of flatness."
-        )
-    drawn = [found for record in records for found in record.landscapes.values()]
-    if any(
-        _differ((f for f in drawn if f.kind == k), _landscape_setting) for k in ("line", "plane")
-    ):
-        found.append(
-            "The landscapes were drawn in different ways (directions, seed, images or attack), so "
-            "their shapes are not on one scale."
-        )
-    return found
 
 
 def about_attacks(records: Sequence[Record]) -> str:
@@ -209,28 +167,3 @@ def _places(tested: Sequence[tuple[Record, str, dict[str, Any]]]) -> str:
         epochs = sorted({r.checkpoints[name]["epoch"] for r, name, _ in tested if name == place})
         said.append(f"{place} checkpoint, epoch {' or '.join(map(str, epochs))}")
     return f"At: {'; '.join(said)}."
-
-
-def _flatness_setting(record: Record) -> str:
-    found = record.flatness or {}
-    keys = ("loss", "ball", "weight_norm", "radius", "parameters")
-    measures = {
-        name: [(figure.get("details") or {}).get(key) for key in keys]
-        for name, figure in found["measures"].items()
-    }
-    return str((found["checkpoint"], found["samples"], sorted(measures.items())))
-
-
-def _landscape_setting(found: Landscape) -> str:
-    """What was asked for, but for whose landscape it is."""
-    own = ("subject", "checkpoint", "weights")
-    asked = {key: value for key, value in found.about.items() if key not in own}
-    return str((found.axes, {**asked, "epoch": None, "device": None, "versions": None}))
-
-
-def _differ(records: Iterable[Any], what: Any) -> bool:
-    return len({what(record) for record in records}) > 1
-
-
-def _each(records: Sequence[Record], what: Any) -> str:
-    return "; ".join(f"{record.name} {what(record)}" for record in records)

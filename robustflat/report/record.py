@@ -25,7 +25,7 @@ class Record:
     Attributes:
         index: its place among the runs.
         name: the shortest end of its path that no other run shares.
-        root: its folder, quoted for a shell.
+        folder: its files, and ``root``, the folder's name quoted for a shell.
         config: its resolved configuration, and ``text``, the file.
         row: its figures in the comparison.
         evaluation: the newest in evaluation.json.
@@ -37,6 +37,7 @@ class Record:
 
     index: int
     name: str
+    folder: RunFolder
     root: str
     config: RunConfig
     text: str
@@ -95,6 +96,7 @@ def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record
     return Record(
         index=index,
         name=name,
+        folder=folder,
         root=shlex.quote(str(folder.root)),
         config=config,
         text=folder.config_file.read_text(encoding="utf-8"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ from robustflat.config import RunConfig
 from robustflat.config.choice import Built
 from robustflat.errors import UserError
 from robustflat.evaluate.threat import radius
+from robustflat.landscapes import Landscape, drawn_in
 from robustflat.runs import records
 from robustflat.runs.records import Measurement
 from robustflat.subject import distinct_names
@@ -72,6 +73,49 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
             cells[f"{cell.metric} [{said}]" if said else cell.metric] = cell
         rows.append(Row(name, method, seed, cells, " and ".join(kinds)))
     return rows
+
+
+def limits(folders: Sequence[RunFolder]) -> list[str]:
+    """What keeps figures of runs, or models, from being compared: a sentence a circumstance.
+
+    These are the circumstances by which `compare` gives figures columns of their own, where not
+    all runs were measured under the same; and those of landscapes, which share an axis.
+
+    Raises:
+        UserError: if files are damaged.
+    """
+    names = distinct_names([folder.root for folder in folders])
+    found = {
+        name: _figures(folder)
+        for name, folder in zip(names, folders, strict=True)
+        if folder.evaluation.is_file() or folder.flatness.is_file()
+    }
+    unlike: dict[str, dict[str, dict[str, None]]] = {}
+    for metric, keys in _differing([one for figures in found.values() for one in figures]).items():
+        for key in keys:
+            each = {
+                name: dict.fromkeys(
+                    _in_words(key, about.get(key)) for about, cell in one if cell.metric == metric
+                )
+                for name, one in found.items()
+            }
+            each = {name: words for name, words in each.items() if words}
+            if len({tuple(sorted(words)) for words in each.values()}) > 1:
+                said = "; ".join(f"{name}: {' and '.join(words)}" for name, words in each.items())
+                unlike.setdefault(key, {}).setdefault(said, {})[metric] = None
+    sentences = [
+        f"Not to be compared, as the {key.replace('_', ' ')} differs ({said}): {_several(metrics)}."
+        for key, cases in unlike.items()
+        for said, metrics in cases.items()
+    ]
+    for kind in ("line", "plane"):
+        last = [[one for one in drawn_in(f.landscapes) if one.kind == kind][-1:] for f in folders]
+        if len({_drawn(one) for (one,) in filter(None, last)}) > 1:
+            sentences.append(
+                f"Not to be compared: the landscapes ({kind}) were drawn in different ways "
+                "(directions, seed, images or attack), so their shapes are not on one scale."
+            )
+    return sentences
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -137,6 +181,18 @@ def _differing(
     return found
 
 
+def _several(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _drawn(found: Landscape) -> str:
+    """What was asked for, but for whose landscape it is."""
+    own = ("subject", "checkpoint", "weights", "epoch", "device", "versions")
+    return str((found.axes, {k: v for k, v in found.about.items() if k not in own}))
+
+
 def _in_words(key: str, value: Any) -> str:
     plain = key in ("threat", "checkpoint", "images", "attacks", "weights")
     return f"{value}" if plain else f"{key.replace('_', ' ')} {_plain(value)}"
@@ -172,7 +228,8 @@ def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
     test = one["result"]
     images = f"{test['count']} images of {one['data']}"
     about = {"checkpoint": one["checkpoint"], "weights": one["weights"], "images": images}
-    about["labels"] = (test["settings"].get("labels") or "")[:6]
+    prints = (test["settings"].get(key) for key in ("data", "labels"))
+    about["fingerprint"] = "-".join((mark or "")[:6] for mark in prints)
     yield dict(about), _share(test["clean_accuracy"], test["clean_interval"], "clean")
     about |= {"threat": _threat(one), "seed": one["seed"]}
     for name, suite in test["suites"].items():

@@ -18,22 +18,13 @@ from robustflat.errors import UserError
 from robustflat.evaluate.threat import norm_name
 from robustflat.flatness import cost
 from robustflat.perturb import parse_norm
+from robustflat.study.ranking import SEED
 from robustflat.study.schema import StudyConfig, ThreatConfig, paths
+from robustflat.study.walks import Chosen, varied, walks
 
 Keys = tuple[str | int, ...]
 Places = dict[Keys, str]
 Level = str | int | float | bool | None
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """One combination: its block of the grid, and the index of a value for each of its keys."""
-
-    block: int
-    index: Mapping[str, int]
-
-    def __hash__(self) -> int:
-        return hash((self.block, *self.index.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +45,10 @@ class Point:
 
 
 def size(study: StudyConfig) -> int:
-    """How many combinations the grid has."""
+    """How many combinations are run."""
+    if study.design is not None:
+        (block,) = study.grid
+        return study.design.walks * (1 + len(varied(block))) * len(block.get(SEED, [None]))
     return sum(prod(len(values) for values in block.values()) for block in study.grid)
 
 
@@ -109,6 +103,9 @@ def expand(
 
 
 def _combinations(study: StudyConfig) -> Iterator[Chosen]:
+    if study.design is not None:
+        yield from walks(study.grid[0], study.design)
+        return
     for number, block in enumerate(study.grid):
         for indices in product(*(range(len(values)) for values in block.values())):
             yield Chosen(number, dict(zip(block, indices, strict=True)))

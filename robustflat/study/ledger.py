@@ -1,4 +1,7 @@
-"""Owns the ledger: one row a run, as CSV and Parquet, each with the command that remakes it."""
+"""Owns the ledger: one row a run, as CSV and Parquet, each with the command that remakes it.
+
+A ledger is also read: a study takes from it the runs that it would otherwise make itself.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from robustflat.config import ConfigError, RunConfig, check_config
 from robustflat.errors import UserError
 from robustflat.files import write_whole
+from robustflat.study.folder import circumstances
 
 if TYPE_CHECKING:
     from robustflat.study.result import RunResult
@@ -43,6 +49,8 @@ def ledger(runs: Sequence[RunResult], command: str) -> list[dict[str, Any]]:
             "measure_seconds",
         ):  # fmt: skip
             row[key] = measured[key]
+        row |= {f"images.{split}": count for split, count in measured["images"].items()}
+        row["circumstances"] = json.dumps(measured["circumstances"])
         row["command"] = f"{command} {run.run}"
         row["config"] = json.dumps(run.config)
         rows.append(row)
@@ -81,6 +89,98 @@ def save_ledger(runs: Sequence[RunResult], path: Path, command: str) -> list[Pat
     except OSError as error:
         raise UserError(f"The ledger {path} cannot be written: {error}.") from None
     return [path, path.with_suffix(".parquet")]
+
+
+class Ledger:
+    """The rows of a ledger file, by what was trained.
+
+    Args:
+        path: of a CSV or Parquet file that :func:`save_ledger` wrote.
+
+    Raises:
+        UserError: if it cannot be read, or is no ledger.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._rows = {}
+        for row in _read(path):
+            with suppress(ConfigError):  # of another version, so it is another run
+                self._rows[_trained(check_config(json.loads(row["config"])))] = row
+
+    def measured(self, job: dict[str, Any]) -> dict[str, Any] | None:
+        """What a row says of the run of a job; None if there is none, or it was measured otherwise.
+
+        Args:
+            job: of :func:`robustflat.study.folder.job_of`.
+        """
+        row = self._rows.get(_trained(check_config(job["config"])))
+        if row is None or json.loads(row["circumstances"]) != circumstances(job):
+            return None
+        ends = (".error", ".low", ".high")
+        names = [key for key in row if key.startswith(("measure.", "target."))]
+        names = [key for key in names if not key.endswith(ends)]
+        measures = {n[8:]: n for n in names if n.startswith("measure.")}
+        targets = {n[7:]: n for n in names if n.startswith("target.")}
+        return {
+            "run": job["config"]["name"],
+            "epoch": int(row["epoch"]),
+            "weights": row["weights"],
+            "reached_loss": {"True": True, "False": False}.get(str(row["reached_loss"])),
+            "circumstances": circumstances(job),
+            "images": {k[7:]: int(v) for k, v in row.items() if k.startswith("images.")},
+            "targets": {
+                name: {
+                    "value": _number(row[key]),
+                    "low": _number(row[f"{key}.low"]),
+                    "high": _number(row[f"{key}.high"]),
+                }
+                for name, key in targets.items()
+            },
+            "measures": {
+                name: {"value": _number(row[key]), "standard_error": _number(row[f"{key}.error"])}
+                for name, key in measures.items()
+            },
+            "train_steps": int(row["train_steps"]),
+            **{key: float(row[key]) for key in ("passes", "train_seconds", "measure_seconds")},
+        }
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file.
+
+    Raises:
+        UserError: if it is no ledger.
+    """
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            rows = parquet.read_table(path).to_pylist()
+        else:
+            rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+    except ImportError:
+        raise UserError(
+            f"{path} needs pyarrow, which is not installed. Run: pip install 'robustflat[study]', "
+            "or name the CSV file."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"The ledger {path} cannot be read: {error}.") from None
+    wanted = {"config", "circumstances", "epoch", "weights", "train_steps", "passes"}
+    if rows and not wanted <= set(rows[0]):
+        raise UserError(
+            f"{path} is no ledger of a study: it has no column "
+            f"{min(wanted - set(rows[0]))!r}. Name a ledger.csv that `robustflat study` wrote."
+        )
+    return rows
+
+
+def _trained(config: RunConfig) -> str:
+    """What makes a training this one and no other, and what its measurements read of it."""
+    return config.model_dump_json(exclude={"name", "output"})
+
+
+def _number(value: Any) -> float | None:
+    return None if value in (None, "") else float(value)
 
 
 def _alike(values: list[Any]) -> list[Any]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from robustflat.errors import UserError
 from robustflat.evaluate.attacks.names import plan
 from robustflat.evaluate.threat import Task
-from robustflat.files import locked
+from robustflat.files import locked, write_json
 from robustflat.perturb import parse_norm
 from robustflat.runs.description import describe
 from robustflat.study.engine import Event, Order, executor, run_all
 from robustflat.study.folder import RunFiles, Status, StudyFolder, job_of
 from robustflat.study.grid import Point, expand, size
+from robustflat.study.ledger import Ledger
 from robustflat.study.ranking import MINIMUM, SEED
 from robustflat.study.result import StudyResult, collect
 from robustflat.study.schema import StudyConfig
@@ -32,6 +34,7 @@ def run_study(
     *,
     scheduler: str | None = None,
     rows: Sequence[str] = (),
+    ledger: Path | None = None,
     yes: bool = False,
 ) -> StudyResult:
     """Train a grid of runs, measure them, and rank their robustness by each measure.
@@ -47,6 +50,8 @@ def run_study(
         scheduler: the address of a Dask scheduler whose workers run them instead; they need this
             package, and the study's folder under the same path.
         rows: run only these, by name; all if empty.
+        ledger: a ledger, CSV or Parquet; runs of which it has a row of the same configuration,
+            measured in the same way, are taken from it and not made.
         yes: do it although it is long, or too small to tell anything.
 
     Returns:
@@ -72,6 +77,8 @@ def run_study(
         folder.prepare(config)
         _check_runs(config, chosen, folder)
         folder.write_jobs(config, chosen)
+        if ledger is not None:
+            _take(Ledger(ledger), config, chosen, folder)
         jobs_of = {p.name: job_of(config, p) for p in chosen}
 
         def is_done(files: RunFiles) -> bool:
@@ -86,6 +93,20 @@ def run_study(
         with executor(jobs, scheduler) as (on, function):
             run_all(orders, on, function, is_done, on_progress or (lambda event: None), kept)
         return collect(config, points, folder)
+
+
+def _take(
+    ledger: Ledger, config: StudyConfig, points: Sequence[Point], folder: StudyFolder
+) -> None:
+    """Put the rows of a ledger in the place of runs that were not made here."""
+    for point in points:
+        files, job = folder.files(point.name), job_of(config, point)
+        if files.result(job) is not None or files.begun():
+            continue
+        row = ledger.measured(job)
+        if row is not None and set(job["measures"]) <= set(row["measures"]):
+            files.folder.root.mkdir(exist_ok=True)
+            write_json(files.row, row)
 
 
 def status(config: StudyConfig) -> list[Status]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from robustflat.config.values import NonNegative, Section
+from robustflat.config.values import Count, NonNegative, Section, Whole
 from robustflat.flatness.measures import find
 from robustflat.study.ranking import SEED
 from robustflat.study.targets import ATTACKED, TARGETS
@@ -67,12 +67,25 @@ class ThreatConfig(Section):
     eps: NonNegative
 
 
+class Walks(Section):
+    """A part of a grid that is too large: random walks of ``walks`` starts (Morris 1991).
+
+    A walk changes every key once, in random order, each time to another value, those that were used
+    least first. So any first few walks use all values about equally, and every walk has one pair of
+    configurations for each key that differ in that key alone. Seeds are all run everywhere.
+    """
+
+    walks: Count
+    seed: Whole = 0
+
+
 class StudyConfig(Section):
     """A grid of runs, and what is ranked by what.
 
     ``grid`` maps key paths of a run's configuration to the values that they take; every combination
     is one run. A key of several paths, ``optimizer.name, optimizer.lr``, takes listed combinations,
     ``[[sgd, 0.1], [adamw, 0.001]]``. A list of such mappings is the union of their combinations.
+    ``design`` runs a part of a grid that is one mapping.
 
     ``factors`` names what distinguishes the runs: each is read off a run's configuration at the
     first of its key paths that is there (and is none otherwise). ``nested`` says which factor has a
@@ -88,6 +101,7 @@ class StudyConfig(Section):
     output: str = "runs"
     base: Annotated[Any, BeforeValidator(_base)]
     grid: Annotated[tuple[Block, ...], BeforeValidator(_as_blocks), Field(min_length=1)]
+    design: Walks | None = None
     factors: dict[str, Paths] = Field(default_factory=dict)
     nested: dict[str, str] = Field(default_factory=dict)
     measures: Annotated[
@@ -118,6 +132,11 @@ class StudyConfig(Section):
                         f"grid.{key} takes lists of {count} values, one for each path, got "
                         f"{wrong[0]!r}"
                     )
+        if self.design is not None and len(self.grid) > 1:
+            problems.append(
+                "design walks through one mapping of keys, and grid is a list of "
+                f"{len(self.grid)}. Make it one, or remove design"
+            )
         if ATTACKED in self.targets and not self.attacks:
             problems.append(
                 f"targets has {ATTACKED}, which nothing measures: name the attacks, as in attacks: "

@@ -1,0 +1,214 @@
+"""Commands that measure runs or any models: evaluate, flatness, landscape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustflat.cli import output as out
+from robustflat.cli.options import Checkpoint, Opener, Weights, named, of_subjects, one_of
+from robustflat.errors import UserError
+
+
+@of_subjects
+def evaluate(
+    subjects: Opener,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="autoattack, autoattack:fast, pgd-20, pgd-50-10, torchattacks:CW, ..."),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of a run: best (if left out), last or both.")
+    ] = None,
+    weights: Weights = None,
+    samples: Annotated[
+        int | None, typer.Option(help="A fixed class-balanced subset of the test images.")
+    ] = None,
+    gap_samples: Annotated[
+        int | None,
+        typer.Option(help="Images of each split for the gap; 0: none, as for models."),
+    ] = None,
+    no_gap: Annotated[bool, typer.Option("--no-gap", help="Measure no gap.")] = False,
+    shard: Annotated[str | None, typer.Option(help="i/n: attack every n-th image only.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; the run's own, or evaluations/NAME."),
+    ] = None,
+) -> None:
+    """Attack runs or any models on test images; of runs also measure the robust gap.
+
+    With several processes: torchrun -m robustflat evaluate ...
+    """
+    from robustflat.evaluate import Team
+    from robustflat.report.progress import Counter
+    from robustflat.report.tables import evaluation_table
+    from robustflat.runs.evaluation import Wanted, check, evaluate_subject
+
+    if no_gap and gap_samples:
+        raise UserError("--no-gap and --gap-samples contradict each other: give one of them.")
+    states = ("best", "last") if checkpoint == "both" else (checkpoint,) if checkpoint else None
+    wanted = Wanted(
+        attacks=attack,
+        checkpoints=states,
+        weights=weights,
+        samples=samples,
+        gap_samples=0 if no_gap else gap_samples,
+        seed=seed,
+        shard=shard,
+        merge=merge,
+        precision=one_of("--precision", precision, ("fp32", "bf16")),
+    )
+    opened = subjects(output=output)
+    for subject in opened:
+        check(subject, wanted)
+    team = Team.of_torchrun()
+    console = out.console(quiet=not team.is_first)
+    if team.is_first:
+        out.speak()
+    for subject in opened:
+        with Counter(console, subject.name) as counter:
+            report = evaluate_subject(subject, wanted, counter.on_attack, team)
+        if not team.is_first:
+            continue
+        for text in report["notes"]:
+            out.note(console, text)
+        for name, entry in report["checkpoints"].items():
+            if entry["test"] is None:
+                continue
+            state = f"{name} checkpoint (epoch {entry['epoch']}, {entry['weights']})"
+            title = f"{subject.name}: {state}" if subject.is_run else subject.name
+            console.print(evaluation_table({"title": title, "result": entry["test"]}))
+            for warning in entry["test"]["warnings"]:
+                out.note(console, warning)
+        if shard is None:
+            typer.echo(f"written: {subject.home.evaluation}")
+        else:
+            typer.echo(f"shard {shard} is done; when all are, join them with --merge.")
+
+
+@of_subjects
+def flatness(
+    subjects: Opener,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="See `robustflat list measures`.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    weights: Weights = None,
+    samples: Annotated[int | None, typer.Option(help="Training images to measure on.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="name=value, such as radius=0.01 or ball=adaptive.")
+    ] = None,
+) -> None:
+    """Measure how flat the loss is around the weights of runs or models."""
+    from robustflat.report.progress import Counter
+    from robustflat.runs.flatness import measure_subject
+
+    opened = subjects()
+    out.speak()
+    for subject in opened:
+        with Counter(out.console(), subject.name) as counter:
+            report = measure_subject(
+                subject,
+                measure,
+                checkpoint=checkpoint,
+                weights=weights,
+                samples=samples,
+                options=named("--option", option),
+                on_progress=counter.on_measure,
+            )
+        for key, figure in report["measures"].items():
+            error = figure["standard_error"]
+            spread = "" if error is None else f" +- {error:.2g}"
+            value = "not finite" if figure["value"] is None else f"{figure['value']:.4g}"
+            typer.echo(f"{subject.name}  {key:<24} {value}{spread}")
+        typer.echo(f"written: {subject.home.flatness}")
+
+
+@of_subjects
+def landscape(
+    subjects: Opener,
+    output: Annotated[Path, typer.Option(help="A .png, .pdf, .svg or .html file.")] = Path(
+        "landscape.png"
+    ),
+    dimensions: Annotated[int, typer.Option(help="1 or 2.")] = 1,
+    directions: Annotated[
+        str, typer.Option(help="filter, layer or global (random), eigenvectors, gradient.")
+    ] = "filter",
+    direction_loss: Annotated[
+        str, typer.Option(help="Whose eigenvectors or gradient: clean or robust.")
+    ] = "clean",
+    draws: Annotated[int, typer.Option(help="Random directions, for a mean and its spread.")] = 1,
+    between: Annotated[
+        bool,
+        typer.Option(
+            "--between",
+            help="The line or plane through two or three runs, or best and last of one.",
+        ),
+    ] = False,
+    batchnorm: Annotated[
+        str | None,
+        typer.Option(help="Statistics: keep, refresh (on training images), or interpolate."),
+    ] = None,
+    points: Annotated[int | None, typer.Option(help="Along each axis, odd.")] = None,
+    span: Annotated[float | None, typer.Option(help="Reach, in norms of the weights.")] = None,
+    parameters: Annotated[
+        str, typer.Option(help="Weights that move: matrices, all, or re:PATTERN of their names.")
+    ] = "matrices",
+    loss: Annotated[list[str] | None, typer.Option(help="clean, robust, robust_fixed.")] = None,
+    attack: Annotated[str, typer.Option(help="pgd-STEPS, pgd-STEPS-RESTARTS, fgsm.")] = "pgd-10",
+    checkpoint: Checkpoint = None,
+    weights: Weights = None,
+    split: Annotated[str, typer.Option(help="Whose images: train, validation or test.")] = "train",
+    samples: Annotated[int | None, typer.Option(help="Images to measure on.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
+) -> None:
+    """Draw the loss around the weights of runs or models, all on one axis, or between them.
+
+    What is measured is kept beside the subject's other results, and resumed. With several
+    processes: torchrun -m robustflat landscape ...
+    """
+    from robustflat.evaluate import Team
+    from robustflat.landscapes.subjects import Sight, draw_between, draw_subject
+    from robustflat.report.landscape_figures import save_html
+    from robustflat.report.landscape_picture import save_picture
+    from robustflat.report.progress import Counter
+    from robustflat.subject import distinct_names
+
+    around = {
+        "dimensions": dimensions, "directions": directions, "direction_loss": direction_loss,
+        "draws": draws, "span": span, "parameters": parameters,
+    }  # fmt: skip
+    if between and tuple(around.values()) != (1, "filter", "clean", 1, None, "matrices"):
+        raise UserError(
+            "--between draws the line through two, or the plane through three: leave --dimensions, "
+            "--directions, --direction-loss, --draws, --span and --parameters out."
+        )
+    opened = subjects()
+    team = Team.of_torchrun()
+    if team.is_first:
+        out.speak()
+    with Counter(out.console(quiet=not team.is_first), "landscape") as counter:
+        settings = {
+            "points": points, "seed": seed, "losses": loss or ["clean", "robust"],
+            "attack": attack, "team": team, "on_progress": counter.on_measure,
+            **({} if between else around), **({"batchnorm": batchnorm} if batchnorm else {}),
+        }  # fmt: skip
+        sight = Sight(
+            checkpoint=checkpoint, weights=weights, split=split, samples=samples, settings=settings
+        )
+        if between:
+            found = {"": draw_between(opened, sight)}
+        else:
+            names = distinct_names([subject.home.root for subject in opened])
+            found = {
+                name: draw_subject(subject, sight)
+                for name, subject in zip(names, opened, strict=True)
+            }
+    if team.is_first:
+        (save_html if output.suffix == ".html" else save_picture)(found, output)
+        typer.echo(f"written: {output}")

@@ -1,0 +1,73 @@
+"""Commands on configurations: train, check, list."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from robustflat.cli.options import ConfigPath, Overrides
+from robustflat.errors import UserError
+
+
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run of this name.")] = False,
+) -> None:
+    """Train a run. With several GPUs or hosts: torchrun -m robustflat train ..."""
+    from rich.console import Console
+
+    from robustflat.config import read_config
+    from robustflat.config.choice import plugins
+    from robustflat.plugins import origin
+    from robustflat.report.progress import ProgressBar
+    from robustflat.train import train as train_run
+    from robustflat.train.around import Listener
+    from robustflat.train.folder import RunFolder
+    from robustflat.train.parallel import speaks
+
+    settings = read_config(config, overrides or [])
+
+    def listeners(folder: RunFolder) -> list[Listener]:
+        for where, name in plugins(settings).items():
+            typer.echo(f"{where}: {name} ({origin(name)})")
+        chosen = (section.build(folder=folder.root) for section in settings.listeners)
+        return [ProgressBar(Console(), settings.name), *chosen]
+
+    folder, finished = train_run(settings, resume=resume, overwrite=overwrite, listeners=listeners)
+    if not speaks():
+        return
+    if finished:
+        typer.echo(f"{folder.root}: trained. Next: robustflat evaluate {folder.root}")
+    else:
+        typer.echo(f"{folder.root}: stopped and saved. Go on with --resume.")
+
+
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check a configuration, its data and its model, without training."""
+    from robustflat.config import read_config
+    from robustflat.runs.description import describe
+
+    for line in describe(read_config(config, overrides or [])):
+        typer.echo(line)
+
+
+def list_(
+    what: Annotated[str | None, typer.Argument(help="A kind, such as weights or data.")] = None,
+) -> None:
+    """List what a configuration can name; of one kind also defaults and sources."""
+    from robustflat.registry import KINDS
+
+    if what is not None and what not in KINDS:
+        raise UserError(f"There is no kind {what!r} to list. Kinds: {', '.join(KINDS)}.")
+    for kind in [KINDS[what]] if what else list(KINDS.values()):
+        typer.echo(f"{kind.name}:")
+        for name in kind:
+            summary, *more = kind.describe(name)
+            typer.echo(f"  {name:<24} {summary}".rstrip())
+            for line in more if what else ():
+                typer.echo(f"    {line}")
+        for name, meaning in kind.also:
+            typer.echo(f"  {name:<24} {meaning}")
