@@ -39,6 +39,7 @@ test-gpu: $(VENV)/installed-test
 # The documentation, into site/. A link that leads nowhere, or a page left out, is an error.
 docs: $(VENV)/installed-docs
 	PYTHONWARNINGS=ignore NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Open site/index.html; for its search: $(BIN)/python -m http.server -d site"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         vasso,
         zsharp,
     )
+    from robustflat.runs.loaded import Run, load_run
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "Ball",
     "InputPerturbation",
     "Perturbation",
+    "Run",
     "UserError",
     "WeightPerturbation",
     "adversarial",
@@ -73,6 +75,7 @@ __all__ = [
     "ikl",
     "landscape",
     "lesam",
+    "load_run",
     "looksam",
     "mart",
     "mlcat",
@@ -101,6 +104,8 @@ _MODULES = {
     "evaluate": "evaluate",
     "flatness": "flatness",
     "landscape": "landscapes",
+    "Run": "runs.loaded",
+    "load_run": "runs.loaded",
     **dict.fromkeys(_OBJECTIVES, "objectives"),
 }
 

@@ -37,18 +37,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text, whole or not at all.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error}. Free some space or choose another folder."
+        ) from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON for programs: whole or not at all, numbers finite or null.
 
     Raises:
         UserError: if it cannot be written.
     """
-    try:
-        write_whole(path, json.dumps(json_safe(content), indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written: {error}. Free some space or choose another folder."
-        ) from None
+    write_text(path, json.dumps(json_safe(content), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

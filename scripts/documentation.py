@@ -633,7 +633,9 @@ def _api_page() -> str:
     parts = ["# Public names", "`import robustflat as rf`; these are promised to stay."]
     for title, names in groups.items():
         parts.append(f"## {title}")
-        parts += [f"::: robustflat.{name}" for name in names]
+        # Where they are defined: robustflat.evaluate is a package, too.
+        found = [getattr(rf, name) for name in names]
+        parts += [f"::: {value.__module__}.{value.__qualname__}" for value in found]
     return "\n\n".join(parts) + "\n"
 
 

@@ -463,8 +463,10 @@ def test_compare(run: Any, evaluated: RunFolder, tmp_path: Path) -> None:
     run("evaluate", evaluated.root, "--checkpoint", "both")
     said = ("--norm", "linf", "--eps", "1/100")
     run("evaluate", evaluated.root, "--attack", "pgd-5", "--samples", 30, *said)
-    ran = run("compare", evaluated.root, evaluated.root, "--json", tmp_path / "rows.json")
+    ran = run("compare", evaluated.root, evaluated.root)
     assert ran.code == 0, ran.err
+    written = ("--format", "json", "--output", tmp_path / "rows.json")
+    assert run("compare", evaluated.root, evaluated.root, *written).code == 0
     table = json.loads((tmp_path / "rows.json").read_text())
     assert len(table) == 2
     assert "AT + awp(gamma=0.02)" in ran.out
@@ -473,6 +475,18 @@ def test_compare(run: Any, evaluated: RunFolder, tmp_path: Path) -> None:
         # What was measured at both checkpoints and under several threats says so.
         assert any(name.startswith(column) for name in table[0]["cells"])
     assert any("best" in name and "linf 0.1" in name for name in table[0]["cells"])
+
+
+def test_compare_sorts_groups_and_formats(run: Any, evaluated: RunFolder) -> None:
+    ran = run("compare", evaluated.root, evaluated.root, "--group", "--format", "md")
+    assert ran.code == 0, ran.err
+    head, rule, *lines = ran.out.splitlines()
+    assert head.startswith("| run | method | seeds | weights | clean")
+    assert len(lines) == 1, "two runs of one setting"
+    assert set(rule) <= set("| -:")
+    ran = run("compare", evaluated.root, "--sort=-best - last", "--digits", 5)
+    assert ran.code == 0, ran.err
+    assert re.search(r"clean .*\d\.\d{3}%", ran.out)
 
 
 def test_runs_that_cannot_be_compared(
@@ -492,6 +506,14 @@ def test_runs_that_cannot_be_compared(
     folder.flatness.write_text('{"measurements": [{"kind": "flatness", "measures": {"a": 3}}]}')
     assert str(folder.root) in refused("compare", folder.root)
     nowhere = tmp_path / "none" / "rows.json"
-    ran = run("compare", evaluated.root, "--json", nowhere)
+    ran = run("compare", evaluated.root, "--format", "csv", "--output", nowhere)
     assert ran.code == 2
     assert "could not be written" in ran.err
+    for wrong, said in (
+        (("--json", "x.json"), "--format json --output x.json"),
+        (("--output", "x"), "--output needs a --format"),
+        (("--format", "xls"), "got 'xls'"),
+        (("--format", "md", "--digits", "0"), "--digits must be"),
+        (("--sort", "speed"), "names no figure"),
+    ):
+        assert said in refused("compare", evaluated.root, *wrong)

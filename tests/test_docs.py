@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -370,11 +371,14 @@ def test_every_option_and_measure_of_flatness_is_in_the_reference() -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    entries = re.findall(r"^::: robustflat\.(\w+)$", MADE["reference/api.md"], re.M)
-    assert sorted(entries) == sorted(rf.__all__)
-    methods = MADE["reference/api.md"].split("## Attacks")[0]
-    assert "::: robustflat.awp\n" in methods
-    assert "::: robustflat.pgd\n" not in methods
+    page = MADE["reference/api.md"]
+    entries = [e.rpartition(".") for e in re.findall(r"^::: ([\w.]+)$", page, re.M)]
+    found = [getattr(importlib.import_module(module), name) for module, _, name in entries]
+    assert {id(value) for value in found} == {id(getattr(rf, name)) for name in rf.__all__}
+    assert len(found) == len(rf.__all__)
+    methods = page.split("## Attacks")[0]
+    assert ".awp\n" in methods
+    assert ".pgd\n" not in methods
 
 
 def test_every_other_name_is_in_the_reference() -> None:

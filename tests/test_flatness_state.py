@@ -171,7 +171,7 @@ def test_a_loader_equals_its_tensors_and_shuffling_is_refused(model):
         ("probes must be at least 1", {"probes": 0}),
         ("ball must be one of", {"ball": "cube"}),
         ("norm must be", {"norm": "l7x"}),
-        ("radius must be a finite number", {"eps": -1.0}),
+        ("eps must be a finite number", {"eps": -1.0}),
         ("batch_size must be at least 1", {"batch_size": 0}),
         ("selection 're:nothing' fits none", {"parameters": "re:nothing"}),
         ("Labels must be one whole number in 0..2", {"data": (DATA[0], DATA[1] + 1)}),

@@ -5,7 +5,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import socket
 from dataclasses import replace
 from importlib.metadata import version
@@ -29,7 +28,6 @@ from robustflat.landscapes import Landscape, between, drawn_in, landscape, scene
 from robustflat.landscapes.batchnorm import recompute_statistics
 from robustflat.landscapes.directions import Random, eigenvectors
 from robustflat.landscapes.span import Span, copied
-from robustflat.report.landscape_figures import save_html
 from robustflat.report.landscape_picture import landscape_figure, save_picture
 
 torch.set_num_threads(1)
@@ -816,22 +814,11 @@ def test_pictures_are_written_and_what_cannot_be_is_a_sentence(tmp_path):
     for path in (tmp_path / "l.docx", tmp_path / "file" / "l.png"):
         with pytest.raises(rf.UserError, match="cannot be written"):
             save_picture(found, path)
-    for draw in (landscape_figure, lambda runs: save_html(runs, tmp_path / "l.html")):
-        for wrong in ({}, {"a": line(), "b": surface(1, 1)}):
-            with pytest.raises(rf.UserError, match=r"[Ll]ines|no landscape"):
-                draw(wrong)
+    for wrong in ({}, {"a": line(), "b": surface(1, 1)}):
+        with pytest.raises(rf.UserError, match="all lines or all planes"):
+            landscape_figure(wrong)
     with pytest.raises(rf.UserError, match="losses or accuracies"):
         landscape_figure(found, quantity="speed")
-
-
-def test_the_page_shows_the_means_and_needs_nothing_else(tmp_path):
-    runs = {"AT": line(), "</script><b>AWP": line(draws=1)}
-    page = save_html(runs, tmp_path / "o" / "line.html").read_text()
-    assert not re.search(r"(src|href)\s*=|@import|fetch\(|https?://(?!www\.w3\.org)", page)
-    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
-    shown = json.loads(text.group(1))
-    assert shown["AT"]["losses"] == {"clean": [3.0, 2.0, 3.0], "robust": [6.0, 4.0, 6.0]}
-    assert shown["</script><b>AWP"]["axes"] == [AXES[0]]
 
 
 @pytest.mark.parametrize(

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from train_support import config, measurements
 
 from robustflat.config import write_config
 from robustflat.errors import UserError
 from robustflat.files import write_json
 from robustflat.landscapes import Landscape
-from robustflat.report.charts import Line, line_chart, log_ticks, number, plane, ticks
-from robustflat.report.markup import Html, node
-from robustflat.report.page import write_page
+from robustflat.report import figures, interactive
+from robustflat.report.chart import Axis, Chart, Plane, Series, is_empty
+from robustflat.report.page import write_landscapes, write_page
+from robustflat.report.palette import themes
+from robustflat.report.record import read_records
 from robustflat.train.folder import RunFolder
 
-VOID = {"meta", "input", "br"}
+VOID = {"meta", "input", "br", "img"}
+
+
+@pytest.fixture(autouse=True)
+def small_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plotly's five megabytes are for browsers only."""
+    if "browser" not in request.fixturenames:
+        monkeypatch.setattr(interactive, "library", lambda: "")
 
 
 class Page(HTMLParser):
@@ -208,30 +213,55 @@ def written(tmp_path: Path, *folders: RunFolder) -> str:
 def cells(page: str, label: str) -> list[tuple[dict[str, str | None], str, list[float]]]:
     """Attributes, text and numbers of the comparison's cells in the row of a label."""
     section = page.split("<h2>Comparison</h2>")[1].split("</section>")[0]
-    (row,) = [r for r in section.split("<tr") if f'<th scope="row">{label}<' in r]
-    found = Page("<table><tr" + row.split("</table>")[0].removesuffix("</tbody>") + "</table>")
+    (row,) = [
+        row.split("</tr>")[0]
+        for row in section.split("<tr")[1:]
+        if (words := Page("<table><tr" + row.split("</tr>")[0] + "</tr></table>").find("th"))
+        and words[0][1].startswith(label)
+        and "<thead" not in row
+    ]
+    found = Page("<table><tr" + row + "</tr></table>")
     inner = ["<td" + c.split("</td>")[0] + "</td>" for c in row.split("<td")[1:]]
     return [(a, t, Page(c).values()) for (a, t), c in zip(found.find("td"), inner, strict=True)]
+
+
+def specs(page: str) -> dict[str, dict[str, Any]]:
+    """The first drawing of every figure, by its title."""
+    found = {}
+    for part in page.split("<figure")[1:]:
+        inside = Page("<figure" + part.split("</figure>")[0] + "</figure>")
+        scripts = inside.find("script")
+        if scripts:
+            found[inside.find("figcaption")[0][1]] = json.loads(scripts[0][1])
+    return found
+
+
+def traces(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A drawing's curves by name."""
+    return {trace["name"]: trace for trace in spec["data"] if trace.get("name")}
 
 
 def test_page_is_well_formed_and_loads_nothing(tmp_path: Path) -> None:
     text = written(tmp_path, make(tmp_path / "a"), make(tmp_path / "b", weights__gamma=0.5))
     page = Page(text)
     for tag, attributes, _ in page.elements:
-        assert tag not in {"link", "img", "iframe", "object", "embed", "base"}
-        assert not {"src", "href", "srcset", "action"} & attributes.keys()
+        assert tag not in {"link", "iframe", "object", "embed", "base"}
+        assert not {"href", "srcset", "action"} & attributes.keys()
+        assert (attributes.get("src") or "data:").startswith("data:")
     assert "http" not in text.replace("http-equiv", "").lower()
     assert "url(" not in text
     assert "@import" not in text
-    assert "@BODY@" not in text
-    ids = [a["id"] for _, a, _ in page.elements if "id" in a]
-    assert len(ids) == len(set(ids))
     (policy,) = [a for a, _ in page.find("meta") if a.get("http-equiv")]
     assert (policy["content"] or "").startswith("default-src 'none'")
+    assert "connect" not in (policy["content"] or "")
+    # Each figure says what it is to those who do not see it, and has its numbers as a table.
+    for attributes, _ in page.find("div", "plot"):
+        assert attributes["role"] == "img"
+        assert attributes["aria-label"]
 
 
 def test_hostile_names_and_text_are_only_text(tmp_path: Path) -> None:
-    bad = "<script>alert(1)</script>\"'&@BODY@"
+    bad = "<script>alert(1)</script>\"'&{{ 7 * 7 }}%{x}"
     # A slash would make folders of it.
     name = bad.replace("/", "∕")
     folder = make(tmp_path / name)
@@ -245,14 +275,19 @@ def test_hostile_names_and_text_are_only_text(tmp_path: Path) -> None:
     write_json(folder.environment_file, {"versions": {bad: bad}, "command": [bad]})
     text = written(tmp_path, folder, make(tmp_path / "b"))
     page = Page(text)
-    assert len(page.find("script")) == 1
-    assert "alert(1)" not in page.find("script")[0][1]
+    for attributes, words in page.find("script"):
+        assert "alert(1)</" not in words
+        assert "alert" not in words or attributes.get("type") == "application/json"
+    assert "49" not in page.find("h1")[0][1]
     assert bad in page.find("li")[0][1]
     assert any(bad in words for _, words in page.find("pre"))
     assert name in page.find("h1")[0][1]
     # Neither does the name become an attribute anywhere.
-    handlers = {k for _, a, _ in page.elements for k in a if k.startswith("on")}
-    assert not handlers
+    assert not {k for _, a, _ in page.elements for k in a if k.startswith("on")}
+    # Nor markup, or a value, in what Plotly shows when pointed at.
+    (trace, *_) = [t for t in specs(text)["Robust accuracy"]["data"] if t["name"]]
+    assert "<script" not in trace["hovertemplate"]
+    assert "%{x}" not in trace["hovertemplate"].split("<extra>")[1]
 
 
 def test_comparison_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
@@ -264,7 +299,7 @@ def test_comparison_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
         "pgd-20": ([0.543, 0.343], ["54.3%", "34.3%"]),
         "worst case": ([0.5, 0.3], ["50.0%", "30.0%"]),
         "Robust gap, accuracy": ([0.2, 0.35], ["20.0 pp", "35.0 pp"]),
-        "Robust gap, loss": ([0.7, 0.7], ["0.7", "0.7"]),
+        "Robust gap, loss": ([0.7, 0.7], ["0.700", "0.700"]),
         "Robust overfitting": ([0.0371, 0.0371], ["3.7 pp", "3.7 pp"]),
         "avg clean": ([0.0271, 0.0271], ["0.0271", "0.0271"]),
     }
@@ -276,6 +311,40 @@ def test_comparison_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
     assert cells(text, "worst case")[0][1].endswith("43.9 to 55.9%")
     assert cells(text, "avg clean")[0][1].endswith("± 0.0011")
     assert cells(text, "square")[0][1].startswith("50.0%")
+    parts = [t for _, t in Page(text).find("tr", "part")]
+    assert parts == [
+        "Accuracy on test images", "Robust generalization", "Sharpness of the training loss",
+    ]  # fmt: skip
+
+
+def test_a_run_that_was_not_evaluated_keeps_its_column(tmp_path: Path) -> None:
+    full, bare = make(tmp_path / "a"), make(tmp_path / "b", bare=True)
+    text = written(tmp_path, full, bare)
+    assert [t for _, t, _ in cells(text, "clean")] == ["81.3%91.0 to 97.0%", "–"]
+
+
+def test_attacks_that_differ_make_one_line_without_dashes(tmp_path: Path) -> None:
+    one, two = make(tmp_path / "a"), make(tmp_path / "b")
+    found = evaluation(0.3)
+    test = found["checkpoints"]["best"]["test"]
+    for kind in ("attacks", "suites"):
+        test[kind]["fab"] = test[kind].pop("pgd-20")
+    test["suites"]["fab"]["attacks"] = ["fab"]
+    write_json(two.evaluation, measurements(found))
+    text = written(tmp_path, one, two)
+    assert [t for _, t, _ in cells(text, "other attacks")] == ["pgd-20: 54.3%", "fab: 34.3%"]
+    assert "–" not in [t for _, t, _ in cells(text, "worst case") + cells(text, "square")]
+
+
+def test_other_circumstances_are_told_in_the_cell_and_none_is_better(tmp_path: Path) -> None:
+    one, two = make(tmp_path / "a"), make(tmp_path / "b")
+    found = evaluation(0.1)
+    found["eps"] = 0.25
+    write_json(two.evaluation, measurements(found))
+    shown = cells(written(tmp_path, one, two), "square")
+    assert "linf 8/255" in shown[0][1]
+    assert "linf 0.25" in shown[1][1]
+    assert not any("better" in str(attributes) for attributes, *_ in shown)
 
 
 @pytest.mark.parametrize(
@@ -309,54 +378,119 @@ def test_better_only_beyond_the_intervals(
 
 
 def test_curves_hold_the_metrics(tmp_path: Path) -> None:
-    page = Page(written(tmp_path, make(tmp_path / "a")))
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    for attributes, _ in page.find("path"):
-        x, y = ([float(v) for v in (attributes[k] or "").split()] for k in ("data-x", "data-y"))
-        curves.setdefault(str(attributes["data-name"]), (x, y))
-    for name, expected in (("train", [0.3, 0.6, 0.9]), ("validation", [0.58, 0.56, 0.54])):
-        assert curves[f"a, {name}"][0] == [2, 4, 6]
-        assert curves[f"a, {name}"][1] == pytest.approx(expected, rel=1e-12)
-    # The first curve of the run's bare name is the gap: train minus validation.
-    gap = curves["a"]
-    assert gap[0] == [2, 4, 6]
-    assert gap[1] == pytest.approx([0.3 - 0.58, 0.6 - 0.56, 0.9 - 0.54])
-    loss = [a for a, _ in page.find("path") if a["data-name"] == "a, validation"][1]
-    assert (loss["data-x"], loss["data-y"]) == ("4 6", "1.25 1.25"), "null is no point"
-    titles = [text for _, text in page.find("figcaption")]
-    assert "Flatness during training: worst_clean" in titles
-    robust = next(a for a, _ in page.find("path") if a["data-name"] == "a, robust")
-    assert (robust["data-x"], robust["data-y"]) == ("-0.5 0.5", "5.0 6.0")
+    drawn = specs(written(tmp_path, make(tmp_path / "z"), make(tmp_path / "a")))
+    robust = traces(drawn["Robust accuracy"])
+    for name, expected in (("train", [30, 60, 90]), ("validation", [58, 56, 54])):
+        assert robust[f"a, {name}"]["x"] == [2, 4, 6]
+        assert robust[f"a, {name}"]["y"] == pytest.approx(expected, rel=1e-12)
+    assert traces(drawn["Clean accuracy"])["a, train"]["y"] == pytest.approx([35, 65, 95])
+    assert traces(drawn["Clean loss"])["a, train"]["y"] == [0.3, 0.3, 0.3]
+    loss = traces(drawn["Robust loss"])
+    assert loss["a, validation"]["y"] == [None, 1.25, 1.25], "null is no point"
+    assert loss["a, train"]["y"] == pytest.approx([1 / 2, 1 / 4, 1 / 6])
+    assert not loss["a, validation"]["connectgaps"]
+    # Train is dashed, and a dot stands out at the best epoch, on validation only.
+    assert (robust["a, train"]["line"]["dash"], robust["a, validation"]["line"]["dash"]) == (
+        "dash", "solid",
+    )  # fmt: skip
+    sizes = robust["a, validation"]["marker"]["size"]
+    assert sizes[1] > max(sizes[0], sizes[2])
+    assert "marker" not in robust["a, train"]["mode"]
+    # Each run has its own colour.
+    assert robust["z, train"]["line"]["color"] == "@0@"
+    assert robust["a, train"]["line"]["color"] == "@1@"
+    assert robust["a, train"]["meta"] == {"run": 1}
+    # The gap is larger where it is worse: train minus validation, for the loss the other way.
+    gap = drawn["Gap of the robust accuracy (train − validation)"]
+    assert traces(gap)["a"]["y"] == pytest.approx([30 - 58, 60 - 56, 90 - 54])
+    assert (gap["layout"]["yaxis"]["zeroline"], gap["layout"]["yaxis"]["rangemode"]) == (
+        True, "tozero",
+    )  # fmt: skip
+    gap = drawn["Gap of the robust loss (validation − train)"]
+    assert traces(gap)["a"]["y"] == [None, pytest.approx(1.25 - 1 / 4), pytest.approx(1.25 - 1 / 6)]
+    during = drawn["Flatness during training: worst_clean"]
+    assert traces(during)["a"]["y"] == pytest.approx([0.2, 0.4, 0.6])
+    assert traces(during)["a"]["x"] == [2, 4, 6]
 
 
-def test_marks_stand_where_the_axis_says(tmp_path: Path) -> None:
-    text = written(tmp_path, make(tmp_path / "a"))
-    section = text.split("<h2>Robust accuracy by attack</h2>")[1].split("</svg>")[0]
-    page = Page("<svg" + section.split("<svg")[1] + "</svg>")
-    at = {
-        float(words.rstrip("%")) / 100: float(a["x"] or 0)
-        for a, words in page.find("text")
-        if words.endswith("%")
+def test_curves_are_of_the_averaged_weights_where_there_are_any_and_say_so(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    rows = metrics()
+    rows[5]["monitor_average"] = {
+        split: {**figures_, "robust_accuracy": 0.123}
+        for split, figures_ in rows[5]["monitor"].items()
     }
-    (low, x_low), *_, (high, x_high) = sorted(at.items())
-    dots = [float(a["cx"] or 0) for a, _ in page.find("circle")]
-    for value, x in zip((0.813, 0.543, 0.5), dots, strict=True):
-        assert x == pytest.approx(x_low + (x_high - x_low) * (value - low) / (high - low), abs=0.02)
-    whisker = page.find("line", "whisker")[2][0]
-    ends = [float(whisker[k] or 0) for k in ("x1", "x2")]
-    assert ends[1] - ends[0] == pytest.approx((x_high - x_low) * 0.12 / (high - low), abs=0.02)
-    assert "50.0  [43.9, 55.9]" in section
+    folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = written(tmp_path, folder)
+    parts = [s for s in text.split("<section>") if "<h2>Learning curves" in s]
+    assert traces(specs(parts[0])["Robust accuracy"])["a, train"]["y"][2] == pytest.approx(12.3)
+    assert "Of a: of the averaged weights." in parts[0]
 
 
-def test_gap_table_and_words(tmp_path: Path) -> None:
+def test_marks_stand_where_the_files_say(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    found = evaluation(0.5)
+    test = found["checkpoints"]["best"]["test"]
+    test["suites"]["autoattack"] = {
+        "accuracy": 0.5, "interval": [0.4, 0.6], "attacks": ["pgd-20", "square"],
+    }  # fmt: skip
+    last = json.loads(json.dumps(test))
+    last["clean_accuracy"] = 0.7
+    found["checkpoints"]["last"]["test"] = last
+    write_json(folder.evaluation, measurements(found))
+    spec = specs(written(tmp_path, folder))["Still classified correctly, with 95% intervals"]
+    best, late = traces(spec)["a, best"], traces(spec)["a, last"]
+    assert best["x"] == pytest.approx([81.3, 54.3, 50.0])
+    assert late["x"][0] == pytest.approx(70.0)
+    assert best["text"] == ["81.3", "54.3", "50.0"]
+    assert best["error_x"]["array"] == pytest.approx([97 - 81.3, 5.87, 5.87])
+    assert best["error_x"]["arrayminus"] == pytest.approx([81.3 - 91, 6.13, 6.13])
+    assert (best["marker"]["symbol"], late["marker"]["symbol"]) == ("circle", "circle-open")
+    # From top to bottom: the axis runs downwards, and each mark is nearest to its own row.
+    axis = spec["layout"]["yaxis"]
+    assert axis["ticktext"] == ["no attack", "after pgd-20", "after square"]
+    assert axis["range"][0] > axis["range"][1]
+    for trace in (best, late):
+        nearest = [min(axis["tickvals"], key=lambda tick, y=y: abs(tick - y)) for y in trace["y"]]
+        assert nearest == axis["tickvals"]
+        assert all(axis["range"][1] < y < axis["range"][0] for y in trace["y"])
+    assert all(a < b for a, b in zip(best["y"], late["y"], strict=True))
+    # The attacks of one suite are joined, from no attack to the last.
+    joined = [t for t in spec["data"] if not t["name"]]
+    assert [t["x"] for t in joined] == [pytest.approx(best["x"]), pytest.approx(late["x"])]
+    assert joined[0]["y"] == best["y"]
+
+
+def test_the_gap_of_every_checkpoint(tmp_path: Path) -> None:
     text = written(tmp_path, make(tmp_path / "a"))
     section = text.split("<h2>Robust-generalization gap</h2>")[1].split("</section>")[0]
-    numbers = Page("<section>" + section + "</section>").values()
+    drawn = specs(section)
+    found = traces(drawn["Robust accuracy"])
+    values = {name: t["x"][0] for name, t in found.items()}
+    assert values == pytest.approx({
+        "a, best, train": 81, "a, best, validation": 63, "a, best, test": 61,
+        "a, last, train": 88, "a, last, validation": 63, "a, last, test": 68,
+    })  # fmt: skip
+    symbols = {name: t["marker"]["symbol"] for name, t in found.items()}
+    assert symbols["a, best, train"] == "square"
+    assert symbols["a, best, validation"] == "circle-open"
+    assert symbols["a, best, test"] == "circle"
+    assert found["a, best, train"]["error_x"]["array"] == pytest.approx([1.1])
+    assert round(found["a, best, test"]["y"][0]) == 0
+    assert round(found["a, last, test"]["y"][0]) == 1
+    axis = drawn["Robust accuracy"]["layout"]["yaxis"]
+    assert axis["ticktext"] == ["a, best<br>gap 20.0 pp", "a, last<br>gap 20.0 pp"]
+    joins = [t for t in drawn["Robust accuracy"]["data"] if not t["name"]]
+    assert [t["x"] for t in joins] == [pytest.approx([61, 81]), pytest.approx([63, 88])]
+    loss = {name: t["x"][0] for name, t in traces(drawn["Robust loss"]).items()}
+    assert (loss["a, best, train"], loss["a, best, test"]) == (0.4, 1.1)
+    # In numbers.
+    table = section.split("Clean and robust figures of every split</summary>")[1]
+    numbers = Page("<section><details>" + table + "</section>").values()
     splits = evaluation(0.5)["checkpoints"]["best"]["gap"]["splits"]
     assert numbers[:4] == [splits["train"][k]["value"] for k in (
         "clean_accuracy", "robust_accuracy", "clean_loss", "robust_loss")]  # fmt: skip
     assert len(numbers) == 2 * 5 * 4
-    assert "gap 20.0 pp" in section
     assert "300 train, 100 validation, 200 test" in section
     assert "L∞, ε = 8/255" in text
 
@@ -372,25 +506,122 @@ def test_a_figure_that_is_not_finite(tmp_path: Path) -> None:
     assert "not finite" in written(tmp_path, folder)
 
 
-def test_two_dimensional_landscapes(tmp_path: Path) -> None:
+def test_accuracy_by_class(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    found = evaluation(0.5)
+    found["checkpoints"]["best"]["test"]["classes"] = {
+        "cat": {"count": 20, "clean": 18, "robust": 5},
+        "dog": {"count": 40, "clean": 30, "robust": 2},
+    }
+    write_json(folder.evaluation, measurements(found))
+    spec = specs(written(tmp_path, folder))["Clean and worst-case accuracy by class"]
+    assert traces(spec)["a, best, clean"]["x"] == [90.0, 75.0]
+    assert traces(spec)["a, best, robust"]["x"] == [25.0, 5.0]
+    assert spec["layout"]["yaxis"]["ticktext"] == ["cat", "dog"]
+    assert traces(spec)["a, best, robust"]["y"] == spec["layout"]["yaxis"]["tickvals"]
+
+
+def test_landscapes_of_several_directions_have_bands(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    landscape().save(folder.landscapes / "line.json")
+    drawn = specs(written(tmp_path, folder))
+    spec = drawn["Loss around the weights"]
+    clean, robust = traces(spec)["a, clean"], traces(spec)["a, robust"]
+    assert (clean["x"], clean["y"]) == ([-0.5, 0.0, 0.5], [3.0, 0.25, 4.0])
+    assert robust["y"] == [5.0, None, 6.0]
+    assert (clean["line"]["dash"], robust["line"]["dash"]) == ("dash", "solid")
+    assert traces(drawn["Accuracy around the weights"])["a, clean"]["y"] == pytest.approx(
+        [50, 90, 40]
+    )
+    assert drawn["Loss around the weights, logarithmic"]["layout"]["yaxis"]["type"] == "log"
+    one = landscape()
+    several = Landscape(
+        axes=one.axes, names=one.names, measured=6, about=one.about,
+        losses={"clean": np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 5.0]])},
+        accuracies={"clean": np.full((2, 3), 0.5)},
+    )  # fmt: skip
+    several.save(folder.landscapes / "line.json")
+    low, high, middle = specs(written(tmp_path, folder))["Loss around the weights"]["data"]
+    spread = math.sqrt(2)
+    assert middle["y"] == [2.0, 2.0, 4.0]
+    assert low["y"] == pytest.approx([2 - spread, 2, 4 - spread])
+    assert high["y"] == pytest.approx([2 + spread, 2, 4 + spread])
+    assert high["fill"] == "tonexty"
+
+
+def test_planes_lie_as_their_axes_say_on_one_scale(tmp_path: Path) -> None:
     one, two = make(tmp_path / "a"), make(tmp_path / "b")
     landscape(planar=True).save(one.landscapes / "plane.json")
-    page = Page(written(tmp_path, one, two))
-    fills = [(a["fill"], text) for a, text in page.find("rect") if "fill" in a]
-    assert len(fills) == 9
-    by_text = {text: fill for fill, text in fills}
-    assert by_text["one 0, two 0: 0.5"] == "#440154", "the darkest of viridis"
-    assert by_text["one 0.5, two 0.5: 6"] == "#fde725", "the lightest"
-    assert by_text["one 0, two 0.5: not finite"] == "#888888"
-    differ = "drawn in different ways"
-    assert not any(differ in text for _, text in page.find("li")), "a line is no other plane"
-    landscape(planar=True, seed=1).save(two.landscapes / "plane.json")
-    page = Page(written(tmp_path, one, two))
-    assert any(differ in text for _, text in page.find("li"))
-    half = replace(landscape(planar=True), measured=8)
-    half.save(two.landscapes / "plane.json")
-    page = Page(written(tmp_path, one, two))
-    assert len([a for a, _ in page.find("rect") if "fill" in a]) == 9, "what is half done"
+    other = landscape(planar=True)
+    axes = (other.axes[0], [1.0, 2.0, 4.0])
+    Landscape(
+        axes=axes, names=other.names, losses={"robust": 2 * other.losses["robust"]},
+        accuracies=other.accuracies, points={"model": (0.5, 1.0)}, measured=9,
+    ).save(two.landscapes / "plane.json")  # fmt: skip
+    text = written(tmp_path, one, two)
+    drawn = specs(text)
+    grid = landscape(planar=True).losses["robust"][0]
+    contour, model = drawn["b: loss, robust"]["data"]
+    assert (contour["x"], contour["y"]) == ([-0.5, 0.0, 0.5], [1.0, 2.0, 4.0])
+    for i in range(3):
+        for j in range(3):
+            expected = None if math.isnan(grid[i, j]) else pytest.approx(2 * grid[i, j])
+            assert contour["z"][j][i] == expected, "rows along y, columns along x"
+    assert (model["x"], model["y"]) == ([0.5], [1.0])
+    assert contour["colorbar"]["title"]["text"] == "loss"
+    assert contour["colorscale"] == "Viridis"
+    titles = [drawn["b: loss, robust"]["layout"][k]["title"]["text"] for k in ("xaxis", "yaxis")]
+    assert titles == list(landscape(planar=True).names)
+    ends = [(d["data"][0]["zmin"], d["data"][0]["zmax"]) for t, d in drawn.items() if ": loss" in t]
+    assert ends == [(0.5, 12.0)] * 2
+    # Also as a surface, of the same values, colours and height.
+    surfaces = [
+        json.loads(words)
+        for _, words in Page(text).find("script")
+        if '"surface"' in words and words.startswith("{")
+    ]
+    assert surfaces[1]["data"][0]["z"] == contour["z"]
+    assert surfaces[0]["layout"]["scene"]["zaxis"]["range"] == [0.5, 12.0]
+    assert surfaces[0]["layout"]["scene"]["xaxis"]["title"]["text"] == titles[0]
+    assert any("drawn in different ways" in words for _, words in Page(text).find("li"))
+
+
+def test_steep_planes_are_logarithmic_under_the_names_of_their_values() -> None:
+    plane = Plane(
+        title="t", run=0, axes=([0.0, 1.0], [0.0, 1.0]), names=("x", "y"),
+        values=[[0.1, 1.0], [10.0, 0.0]], limits=(0.1, 10.0), log=True,
+    )  # fmt: skip
+    contour = interactive.plotly(plane)["data"][0]
+    assert contour["z"] == [[pytest.approx(-1), pytest.approx(1)], [0.0, None]]
+    assert contour["customdata"] == [[0.1, 10.0], [1.0, None]]
+    bar = dict(zip(contour["colorbar"]["ticktext"], contour["colorbar"]["tickvals"], strict=True))
+    assert bar == pytest.approx({f"{v:g}": math.log10(v) for v in (0.1, 0.2, 0.5, 1, 2, 5, 10)})
+    assert (contour["zmin"], contour["zmax"]) == pytest.approx((-1, 1))
+
+
+def test_a_page_of_landscapes_alone(tmp_path: Path) -> None:
+    write_landscapes({"one": landscape(), "</script><b>": landscape()}, tmp_path / "o" / "l.html")
+    text = (tmp_path / "o" / "l.html").read_text()
+    assert "<b>" not in text.split("<body>")[1]
+    assert traces(specs(text)["Loss around the weights"])["one, clean"]["y"] == [3.0, 0.25, 4.0]
+    assert len(specs(text)) == 2
+    write_landscapes({"one": landscape(planar=True)}, tmp_path / "plane.html")
+    for wrong in ({}, {"a": landscape(), "b": landscape(planar=True)}):
+        with pytest.raises(UserError, match=r"Lines and planes|no landscape"):
+            write_landscapes(wrong, tmp_path / "l.html")
+
+
+def test_spectra(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    content = flatness()
+    content["measurements"][0]["measures"]["hessian_density"] = {
+        "value": 0.1, "standard_error": None,
+        "details": {"grid": [-1.0, 0.0, 2.0], "density": [0.1, 3.0, 0.0]},
+    }  # fmt: skip
+    write_json(folder.flatness, content)
+    spec = specs(written(tmp_path, folder))["Spectral density of the Hessian"]
+    assert traces(spec)["a"]["x"] == [-1.0, 0.0, 2.0]
+    assert traces(spec)["a"]["y"] == [0.1, 3.0, None], "no logarithm of zero"
 
 
 def test_missing_pieces_name_the_command(tmp_path: Path) -> None:
@@ -407,7 +638,7 @@ def test_missing_pieces_name_the_command(tmp_path: Path) -> None:
     ]
     assert all("not measured: run robustflat" in t for _, t in page.find("p", "missing"))
     alone = Page(written(tmp_path, bare))
-    assert not alone.find("svg")
+    assert not alone.find("figure")
     assert len(alone.find("p", "missing")) == 6
     # A run that was not monitored will not be by going on with it.
     row = {**metrics()[0], "monitor": None}
@@ -418,26 +649,54 @@ def test_missing_pieces_name_the_command(tmp_path: Path) -> None:
     )
 
 
-def test_settings_and_environments(tmp_path: Path) -> None:
-    one, two = make(tmp_path / "a", seed=3), make(tmp_path / "b", weights__gamma=0.5)
+def test_settings_that_differ_in_effect_and_environments(tmp_path: Path) -> None:
+    one = make(tmp_path / "a", seed=3)
+    two = make(tmp_path / "b", weights__gamma=0.5, name="other", device="auto", threads=1)
     write_json(two.environment_file, {"versions": {"torch": "2.1"}, "cuda": "H100"})
     text = written(tmp_path, one, two)
     page = Page(text)
     keys = [t for _, t in page.find("code") if not t.startswith("robustflat")]
-    assert keys == ["seed", "weights.gamma"]
+    assert keys == ["seed", "weights.gamma"], "names, places and devices change no weight"
     plain = make(tmp_path / "c", bare=True, seed=3, weights={"name": "none"})
     keys = [t for _, t in Page(written(tmp_path, one, plain)).find("code")]
     assert {"weights.name", "weights.gamma", "weights.steps"} < set(keys)
     assert "weights.when.until_epoch" not in keys, "null where it is known"
     rows = [t for _, t in page.find("tr", "differs")]
     assert rows == ["torch2.02.1", "deviceCPUH100"]
-    assert "gamma: 0.5" in page.find("pre")[1][1]
+    # In the files themselves the lines that differ stand out.
+    marked = [t.strip() for _, t in page.find("mark")]
+    assert "gamma: 0.5" in marked
+    assert "seed: 3" in marked
+    assert not any(line.startswith("lr:") for line in marked)
     assert "Seeds: 0, 3." in page.find("p", "lead")[0][1]
+    same = written(tmp_path, one, make(tmp_path / "d", seed=3))
+    assert "The runs have the same settings" in same
 
 
-def test_warnings_come_before_the_figures(tmp_path: Path) -> None:
+def test_runs_of_one_setting_are_taken_together(tmp_path: Path) -> None:
+    folders = [make(tmp_path / f"at-{i}", seed=i) for i in range(2)]
+    write_json(folders[1].evaluation, measurements(evaluation(0.3)))
+    other = make(tmp_path / "awp", weights__gamma=0.5)
+    text = written(tmp_path, *folders, other)
+    section = text.split("<h2>Over seeds</h2>")[1].split("</section>")[0]
+    page = Page("<section>" + section + "</section>")
+    (first, second) = [t for _, t in page.find("tr")][1:]
+    assert first.startswith("at-*AT")
+    assert "seeds 0, 1" in first
+    assert second.startswith("awp")
+    heads = [t for _, t in page.find("button")]
+    worst = heads.index("worst case") - 1
+    cells_ = [t for _, t in page.find("td")][worst]
+    # 0.5 and 0.3: their mean, and their sample deviation 0.1414.
+    assert cells_ == "40 ± 14%n = 2"
+    assert page.values()[worst] == pytest.approx(0.4)
+    assert "<h2>Over seeds" not in written(tmp_path, folders[0], other)
+
+
+def test_warnings_come_before_the_figures_each_once(tmp_path: Path) -> None:
     one, two = make(tmp_path / "a"), make(tmp_path / "b")
     assert "raised no doubt" in written(tmp_path, one, two)
+    write_json(one.evaluation, measurements(evaluation(0.5, warnings=("Zero gradients.",))))
     found = evaluation(0.5, warnings=("Zero gradients.",))
     found["eps"] = 0.5
     found["checkpoints"]["best"]["test"]["settings"] |= {"data": "cc", "shard": "0/2"}
@@ -448,12 +707,25 @@ def test_warnings_come_before_the_figures(tmp_path: Path) -> None:
     assert "raised no doubt" not in text
     assert text.index("Before trusting") < text.index("<h2>Comparison")
     said = [t for _, t in Page(text).find("li")]
-    assert said[0] == "b, best checkpoint: Zero gradients."
+    assert said[0] == "a, best checkpoint; b, best checkpoint: Zero gradients."
+    assert sum("Zero gradients" in sentence for sentence in said) == 1
     for words in (
         "the threat differs (a: linf 8/255; b: linf 0.5): ",
         "the fingerprint differs (a: fingerprint aa-bb; b: fingerprint cc-bb): clean, ",
     ):
         assert any(words in sentence for sentence in said), words
+
+
+def test_averaged_weights_are_said_where_they_are_shown(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    found = evaluation(0.5)
+    for entry in found["checkpoints"].values():
+        entry["weights"] = "average"
+    write_json(folder.evaluation, measurements(found))
+    page = Page(written(tmp_path, folder, make(tmp_path / "b")))
+    heads = [t for a, t in page.find("th") if a.get("scope") == "col"]
+    assert "average" in heads[0]
+    assert "average" not in heads[1]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -507,8 +779,7 @@ def test_half_written_last_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     folder = make(tmp_path / "a")
     with folder.metrics_file.open("a") as file:
         file.write('{"epoch": 7, "mon')
-    page = Page(written(tmp_path, folder))
-    assert page.find("path")[0][0]["data-x"] == "2 4 6"
+    assert traces(specs(written(tmp_path, folder))["Clean loss"])["a, train"]["x"] == [2, 4, 6]
 
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
@@ -525,123 +796,43 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_are_round_and_cover_the_range(low: float, span: float) -> None:
-    high = low + span
-    found = ticks(low, high)
-    steps = np.diff(found)
-    assert found[0] <= low + 1e-6 * span
-    assert found[-1] >= high - 1e-6 * span
-    assert 2 <= len(found) <= 13
-    np.testing.assert_allclose(steps, steps[0], rtol=1e-4)
-    mantissa = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-6)
-    assert min(abs(mantissa - m) for m in (1, 2, 5)) < 1e-3
+def every_figure(folder: RunFolder) -> list[Any]:
+    records = read_records([folder])
+    return [figure for make_ in figures.FIGURES.values() for figure in make_(records)]
 
 
-@given(st.floats(1e-8, 1e8), st.floats(1.0, 1e6))
-def test_log_ticks_cover_the_range(low: float, ratio: float) -> None:
-    found = log_ticks(low, low * ratio)
-    assert found[0] <= low * (1 + 1e-6)
-    assert found[-1] >= low * ratio * (1 - 1e-6)
-    assert found == sorted(set(found))
-    assert len(found) >= 2
+def test_plotly_knows_all_that_is_asked_of_it(tmp_path: Path) -> None:
+    from plotly.graph_objects import Figure
+
+    folder = make(tmp_path / "a")
+    landscape(planar=True).save(folder.landscapes / "plane.json")
+    found = every_figure(folder)
+    assert len(found) > 10
+    for figure in found:
+        for theme in ("light", "dark"):
+            # Refuses every attribute and colour that Plotly does not have.
+            Figure(interactive.resolved(figure, theme))
+    Figure(interactive.resolved(found[-1], "light", surface=True))
 
 
-def test_numbers_and_markup() -> None:
-    assert [number(0.12345, u) for u in ("", "%", "pp")] == ["0.123", "12.3%", "12.3 pp"]
-    assert number(None) == number(math.nan) == "not finite"
-    assert node("p", "<a> & b", None, Html("<i></i>"), class_='"x"', data_y=None) == (
-        '<p class="&quot;x&quot;">&lt;a&gt; &amp; b<i></i></p>'
+def test_every_colour_of_a_figure_has_a_meaning_in_both_themes(tmp_path: Path) -> None:
+    text = json.dumps([interactive.plotly(f) for f in every_figure(make(tmp_path / "a"))])
+    used = set(re.findall(r'"@(\w+)@', text))
+    assert {"0", "ink", "page", "line"} <= used
+    for theme in themes().values():
+        assert used <= theme.keys()
+
+
+def test_gaps_and_lone_points_and_empty_charts() -> None:
+    line = Series(name="l", run=7, x=[1, 2, 3, 4], y=[1.0, None, math.inf, -2.0])
+    chart = Chart(title="t", series=[line], x=Axis(label="x"), y=Axis(log=True))
+    (trace,) = interactive.plotly(chart)["data"]
+    assert trace["y"] == [1.0, None, None, None]
+    assert trace["line"]["color"] == "@1@", "colours begin again"
+    assert not is_empty(chart)
+    assert is_empty(Chart(title="t", series=[Series(name="l", run=0, x=[1], y=[None])], x=Axis()))
+    lone = Series(name="l", run=0, x=[1], y=[2.0])
+    assert (
+        "markers"
+        in interactive.plotly(Chart(title="t", series=[lone], x=Axis()))["data"][0]["mode"]
     )
-
-
-def test_lines_break_where_nothing_can_be_drawn() -> None:
-    line = Line(name="l", run=0, x=[1, 2, 3, 4, 5], y=[1.0, 10.0, None, 0.0, 100.0])
-    linear = Page(line_chart("t", [line], x_label="x")).find("path")[0][0]
-    log = Page(line_chart("t", [line], x_label="x", log=True)).find("path")[0][0]
-    assert [str(p["d"]).count("M") for p in (linear, log)] == [2, 2]
-    assert linear["data-x"] == "1 2 4 5"
-    assert log["data-x"] == "1 2 5"
-    # From 1 over 10 to 100, the logarithmic steps are equal.
-    y = [float(part.split()[1]) for part in str(log["d"]).replace("L", "M").split("M")[1:]]
-    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.02)
-    empty = line_chart("t", [Line(name="l", run=0, x=[1], y=[None])], x_label="x")
-    assert "Nothing finite" in empty
-    Page(line_chart("t", [Line(name="l", run=0, x=[1], y=[2.0])], x_label="x"))
-    Page(plane("t", ([0.0], [0.0]), ("a", "b"), [[1.0]], (1.0, 1.0)))
-
-
-PROBE_HEAD = """<script>
-const problems = [];
-addEventListener("error", e => problems.push(String(e.message)));
-addEventListener("securitypolicyviolation", e => problems.push(e.violatedDirective));
-</script></head>"""
-PROBE_BODY = """<script>
-const all = kind => [...document.querySelectorAll(kind)];
-const shown = kind => all(kind).filter(e => e.getClientRects().length).length;
-const page = document.documentElement, result = { widest: page.scrollWidth - page.clientWidth };
-result.charts = shown("svg"); result.curves = shown("svg.lines path");
-result.boxes = shown("nav input");
-result.outside = all("svg text").filter(text => {
-  const svg = text.ownerSVGElement.viewBox.baseVal, box = text.getBBox();
-  const right = box.x + box.width, bottom = box.y + box.height;
-  return box.width && (box.x < -2 || right > svg.width + 2 || bottom > svg.height + 2);
-}).map(text => text.textContent);
-const colour = run => getComputedStyle(all(`svg.lines .run-${run} path`)[0]).stroke;
-result.colours = [colour(0), colour(1)];
-const box = all("nav input")[0], before = [shown(".run-0"), shown(".run-1")];
-box.click();
-result.hidden = { before, after: [shown(".run-0"), shown(".run-1")] };
-const svg = all("svg.lines")[0], area = svg.getBoundingClientRect();
-const at = { clientX: area.right - 20, clientY: area.top + 20 };
-const point = () => svg.dispatchEvent(new PointerEvent("pointermove", at));
-const tipped = document.getElementById("tip");
-point(); result.one = tipped.innerText;
-box.click(); point(); result.both = tipped.innerText;
-svg.dispatchEvent(new PointerEvent("pointerleave")); result.left = tipped.hidden;
-const panels = () => all(".switch > div").map(panel => getComputedStyle(panel).display);
-result.linear = panels();
-document.getElementById("scale-log").click();
-result.log = panels();
-result.problems = problems;
-const out = document.createElement("pre");
-out.id = "probe"; out.textContent = JSON.stringify(result); document.body.append(out);
-</script></body>"""
-
-
-def test_in_a_real_browser(tmp_path: Path) -> None:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    browser = next((path for name in names if (path := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip("no chromium or chrome is installed")
-    text = written(tmp_path, make(tmp_path / "a"), make(tmp_path / "b"))
-    page = tmp_path / "probe.html"
-    text = text.replace("</head>", PROBE_HEAD).replace("</body>", PROBE_BODY)
-    page.write_text(text, encoding="utf-8")
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
-         "--window-size=1200,900", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        pytest.skip(f"the browser does not start here: {done.stderr[-200:]}")
-    assert "CONSOLE" not in done.stderr
-    (probe,) = [t for a, t in Page(done.stdout).find("pre") if a.get("id") == "probe"]
-    found = json.loads(probe)
-    assert found["problems"] == []
-    assert found["widest"] <= 0, "the page scrolls sideways"
-    assert found["outside"] == [], "text sticks out of its chart"
-    # One chart of attacks, two of gaps, six of curves, one of flatness, two landscapes in sight.
-    assert found["charts"] == 1 + 2 + 6 + 1 + 2
-    assert found["curves"] == 2 * (4 * 2 + 2 + 1 + 2 + 1)
-    assert found["boxes"] == 2
-    assert found["colours"] == ["rgb(51, 102, 170)", "rgb(221, 119, 34)"]
-    (zero, one), (after_zero, after_one) = found["hidden"]["before"], found["hidden"]["after"]
-    assert zero == one > 0
-    assert (after_zero, after_one) == (0, one)
-    assert found["one"].split("\n") == ["epoch 6", "b, train 90.0%", "b, validation 54.0%"]
-    assert found["both"].count("90.0%") == 2
-    assert found["left"] is True
-    assert (found["linear"], found["log"]) == (["block", "none"], ["none", "block"])

@@ -260,7 +260,7 @@ def test_rows_say_what_the_files_say(tmp_path: Path) -> None:
     two = made(tmp_path / "two", flat(value=0.125))
     rows = compare([one, two])
     cells = rows[0].cells
-    assert (rows[0].run, rows[0].seed, rows[0].weights) == ("one", 3, "raw")
+    assert (rows[0].run, rows[0].seeds, rows[0].weights) == ("one", (3,), "raw")
     assert rows[0].method == "AT + awp(gamma=0.125)"
     assert cells["clean"] == Cell(0.9, 0.8, 0.95, metric="clean")
     assert cells["pgd-20"] == Cell(0.5, pytest.approx(0.4), pytest.approx(0.6), metric="pgd-20")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from evaluate_support import shorten
 from PIL import Image
 from torch import nn
 from train_support import config, saved, trained
 
+import robustflat as rf
 from robustflat import models
-from robustflat.cli import main
+from robustflat.cli import app, main
 from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
 from robustflat.evaluate import Team
@@ -605,3 +608,41 @@ def test_what_one_of_several_processes_cannot_do_ends_all_of_them() -> None:
     with pytest.raises(UserError, match="no more"):
         list(team.each(lambda i: (_ for _ in ()).throw(UserError("no more")), range(3)))
     assert list(team.each(lambda i: i * i, range(2, 5))) == [[4], [9], [16]]
+
+
+@pytest.mark.parametrize("measure", ["flatness", "landscape"])
+def test_a_radius_is_one_in_its_norm(measure: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    data = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(UserError, match="norm='l2' say eps too"):
+        getattr(rf, measure)(model, data, norm="l2")
+
+
+def test_help_and_names_need_no_torch_and_functions_keep_their_names() -> None:
+    code = (
+        "import sys, robustflat.cli as cli; assert 'torch' not in sys.modules; "
+        "import robustflat.evaluate.record, robustflat.flatness, robustflat as rf; "
+        "assert rf.evaluate.__name__ == 'evaluate' and callable(rf.evaluate); "
+        "assert callable(rf.flatness) and all(hasattr(rf, name) for name in rf.__all__); "
+        "assert not hasattr(rf, 'nothing')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+
+
+def test_flatness_and_landscape_take_the_options_of_evaluate(
+    run: Any, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*KINDS["net"], *SAID, "--device", "cpu", "--samples", "10"]
+    given += ["--measure", "gradient_norm"]
+    monkeypatch.setattr(sys, "argv", ["robustflat", "flatness", *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code, capsys.readouterr().err
+    (found,) = read(place / "evaluations" / "net.pt" / "flatness.json", "flatness")
+    assert (found["checkpoint"], found["norm"], found["eps"]) == ("given", "linf", 0.1)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    names = {name: {p.name for p in commands[name].params} for name in commands}
+    shared = {"targets", "norm", "eps", "device", "data", "root", "trust"}
+    shared |= {"model", "model_option", "normalise", "image_size"}
+    assert all(shared < names[name] for name in ("evaluate", "flatness", "landscape"))

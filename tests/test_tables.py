@@ -59,8 +59,8 @@ def monitored(train: float | None, validation: float | None) -> dict[str, Any]:
 
 def test_comparison_has_every_column_and_leaves_out_nothing() -> None:
     rows = [
-        Row("one", "AT", 0, {"clean": Cell(0.9012), "worst_clean": Cell(0.01234, share=False)}),
-        Row("two", "AT + awp(gamma=0.01)", 1, {"clean": Cell(0.5), "best - last": Cell(-0.025)}),
+        Row("one", "AT", (0,), {"clean": Cell(0.9012), "worst_clean": Cell(0.01234, share=False)}),
+        Row("two", "AT + awp(gamma=0.01)", (1,), {"clean": Cell(0.5), "best - last": Cell(-0.025)}),
     ]
     assert columns(rows) == ["clean", "worst_clean", "best - last"]
     text = shown(Comparison(rows))
@@ -76,7 +76,7 @@ def test_comparison_has_every_column_and_leaves_out_nothing() -> None:
 def test_no_name_is_cut_however_narrow_the_terminal(width: int, tables: int) -> None:
     names = [f"cifar10-preact-resnet18-{method}" for method in ("at", "awp", "sam", "trades-awp")]
     cells = {"AutoAttack": Cell(0.5), "worst_robust": Cell(0.0009, share=False)}
-    rows = [Row(name, f"AT + method{i}(gamma=0.01)", i, cells) for i, name in enumerate(names)]
+    rows = [Row(name, f"AT + method{i}(gamma=0.01)", (i,), cells) for i, name in enumerate(names)]
     text = shown(Comparison(rows), width)
     for i, name in enumerate(names):
         assert name in text
@@ -90,7 +90,7 @@ def test_no_name_is_cut_however_narrow_the_terminal(width: int, tables: int) -> 
 
 def test_a_name_longer_than_the_terminal_is_folded_not_cut() -> None:
     name = "".join(f"part{i}-" for i in range(12))
-    text = shown(Comparison([Row(name, "AT", 0, {"clean": Cell(0.5)})]), 40)
+    text = shown(Comparison([Row(name, "AT", (0,), {"clean": Cell(0.5)})]), 40)
     heads = [part for part in text.splitlines() if "┃" in part]
     assert name in "".join(heads).translate({ord(c): None for c in "┃ "}).replace("run", "")
     assert all(len(part) <= 40 for part in text.splitlines())
@@ -129,7 +129,7 @@ def test_evaluation_table_gives_every_attack() -> None:
 
 @pytest.mark.parametrize("name", ["[red]run", "[/]", "a[b]c", "[link=x]y"])
 def test_names_are_no_markup(name: str) -> None:
-    assert name in shown(Comparison([Row(name, "AT", 0, {name: Cell(0.5)})]))
+    assert name in shown(Comparison([Row(name, "AT", (0,), {name: Cell(0.5)})]))
     attack = {"accuracy": 0.5, "interval": [0, 1], "attacked": 1, "broken": 1, "seconds": 0.0}
     attack["after"] = None
     result = {"clean_accuracy": 0.9, "clean_interval": [0, 1], "attacks": {name: attack}}

@@ -174,7 +174,6 @@ def landscape(
     """
     from robustflat.evaluate import Team
     from robustflat.landscapes.subjects import Sight, draw_between, draw_subject
-    from robustflat.report.landscape_figures import save_html
     from robustflat.report.landscape_picture import save_picture
     from robustflat.report.progress import Counter
     from robustflat.subject import distinct_names
@@ -210,5 +209,10 @@ def landscape(
                 for name, subject in zip(names, opened, strict=True)
             }
     if team.is_first:
-        (save_html if output.suffix == ".html" else save_picture)(found, output)
+        if output.suffix == ".html":
+            from robustflat.report.page import write_landscapes
+
+            write_landscapes(found, output)
+        else:
+            save_picture(found, output)
         typer.echo(f"written: {output}")

@@ -93,7 +93,7 @@ def evaluate(
     Raises:
         UserError: If anything given cannot work.
     """
-    threat = _threat(norm, eps)
+    threat = Threat.said(norm, eps)
     _check(model, batch_size, precision, seed, sanity)
     chosen = examples(data, samples, shard)
     place = device_of(model, torch.device("cpu")) if device is None else torch.device(device)
@@ -239,12 +239,6 @@ class _Run:
             ) from error
         verdict = judge(self.plain, x, found, y, norm=self.task.norm, eps=self.task.eps)
         return positions[verdict.broken].tolist(), int(verdict.outside.sum())
-
-
-def _threat(norm: str | float, eps: float | None) -> Threat:
-    if eps is None and Threat.of(norm, 0.0).norm != float("inf"):
-        raise UserError(f"A radius is one in its norm: with norm={norm!r} say eps too.")
-    return Threat.of(norm, 8 / 255 if eps is None else eps)
 
 
 def _check(model: nn.Module, batch_size: int, precision: str, seed: int, sanity: int) -> None:

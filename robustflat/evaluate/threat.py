@@ -39,6 +39,17 @@ class Threat:
             raise UserError(f"eps must be a finite number >= 0, in image units, got {eps!r}.")
         return cls(norm=p, eps=float(eps))
 
+    @classmethod
+    def said(cls, norm: str | float = "linf", eps: float | None = None) -> Threat:
+        """The threat that arguments say: linf 8/255 if nothing is; a radius is one in its norm.
+
+        Raises:
+            UserError: As `of`; or if the norm is not linf and there is no radius.
+        """
+        if eps is None and cls.of(norm, 0.0).norm != math.inf:
+            raise UserError(f"A radius is one in its norm: with norm={norm!r} say eps too.")
+        return cls.of(norm, 8 / 255 if eps is None else eps)
+
     @property
     def norm_name(self) -> str:
         """The norm as it is written: "linf", "l2" or "l1"."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustflat.config.values import read_number
 from robustflat.errors import UserError
+from robustflat.evaluate.threat import Threat
 from robustflat.flatness.closure import Kind
 from robustflat.flatness.curvature import curvlinops
 from robustflat.flatness.examples import Data, read_examples
@@ -41,7 +42,7 @@ def flatness(
     model: nn.Module,
     data: Data,
     measures: Sequence[str] = DEFAULT_MEASURES,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     norm: str | float = "linf",
     seed: int = 0,
     *,
@@ -62,7 +63,8 @@ def flatness(
         model: maps images in [0, 1] to logits.
         data: images and labels ``(x, y)``, or a loader that neither shuffles nor augments.
         measures: names from ``robustflat.flatness.MEASURES``.
-        eps: radius of the robust loss's attack, in image units; at 0 it is the clean loss.
+        eps: radius of the robust loss's attack, in image units; at 0 it is the clean loss. 8/255
+            for linf if None, and to be said for other norms.
         norm: of that attack, "linf", "l2" or "l1".
         seed: of all random directions, probes and attack starts.
         batch_size: examples in a pass; only memory and speed depend on it.
@@ -108,7 +110,7 @@ def cost(
     measures: Sequence[str],
     examples: int,
     *,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     norm: str | float = "linf",
     attack: InputPerturbation | None = None,
     **options: Any,
@@ -156,7 +158,7 @@ def _jobs(
 def _settings(
     model: nn.Module | None,
     measures: Sequence[str],
-    eps: float,
+    eps: float | None,
     norm: str | float,
     attack: InputPerturbation | None,
     given: Mapping[str, Any],
@@ -169,6 +171,7 @@ def _settings(
     if isinstance(measures, str):
         measures = [measures]
     swept = {key: value for key, value in given.items() if isinstance(value, list | tuple)}
+    eps = Threat.said(norm, eps).eps if attack is None else eps or 0.0
     try:
         base = Options(attack=pgd(norm, eps, 10) if attack is None else attack)
         settings: dict[Measure, Options] = {}

@@ -267,7 +267,7 @@ class Scene:
 
 
 def _attack(common: Common) -> InputPerturbation:
-    threat = Threat.of(common.get("norm", "linf"), common.get("eps", 8 / 255))
+    threat = Threat.said(common.get("norm", "linf"), common.get("eps"))
     said = common.get("attack", "pgd-10")
     attack = pgd_by_name(said, threat) if isinstance(said, str) else said
     if attack is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -19,11 +19,14 @@ from scipy.interpolate import PchipInterpolator
 from robustflat.errors import UserError
 from robustflat.evaluate.threat import Threat
 from robustflat.landscapes.record import Grid, Landscape, Quantity
-from robustflat.report.charts import COLOURS, KINDS
+from robustflat.report.chart import KINDS
+from robustflat.report.palette import SCALE
+from robustflat.report.palette import colour as colour_of
+from robustflat.report.paper import save
 
 _STYLES = {"clean": "--", "robust": "-", "robust_fixed": ":"}
 # From such a ratio of the highest to the lowest loss, only a logarithmic scale shows both.
-_STEEP = 30.0
+STEEP = 30.0
 # Points of the drawn grid along each axis, shades, and labelled contour lines (about).
 _FINE, _SHADES, _LINES = 201, 200, 16
 
@@ -61,7 +64,7 @@ def landscape_figure(
     inches = figure.get_figwidth()
     title = _title(next(iter(landscapes.values())), quantity)
     figure.suptitle(fill(title, int(11 * inches)), fontsize=11)
-    caption = _circumstances(list(landscapes.values()))
+    caption = circumstances(list(landscapes.values()))
     figure.supxlabel(fill(caption, int(15 * inches)), fontsize=8, color="#555555")
     return figure
 
@@ -81,11 +84,7 @@ def save_picture(
     """
     figure = landscape_figure(landscapes, quantity=quantity, log=log)
     target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=dpi)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The picture cannot be written to {target}: {error}.") from None
+    save(figure, target, dpi)
     return target
 
 
@@ -93,7 +92,7 @@ def _lines(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool | 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, landscape) in enumerate(landscapes.items()):
-        colour, at = COLOURS[index % len(COLOURS)], landscape.axes[0]
+        colour, at = colour_of(index), landscape.axes[0]
         spreads = landscape.spread(quantity)
         for kind, mean in landscape.mean(quantity).items():
             label = _name(name, kind)
@@ -125,7 +124,7 @@ def _planes(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool |
     known = known[np.isfinite(known)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     if log is None:
-        log = quantity == "losses" and low > 0 and high > _STEEP * low
+        log = quantity == "losses" and low > 0 and high > STEEP * low
     low = max(low, 1e-6) if log else low
     high = high if high > low else low + 1
     norm: Normalize = (LogNorm if log else Normalize)(low, high)
@@ -144,7 +143,7 @@ def _planes(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool |
                 _plane(panel, landscape, grids[name][kind], norm)
             panel.set_xlabel(landscape.names[0], fontsize=8)
         row[0].set_ylabel(landscape.names[1], fontsize=8)
-    bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels, aspect=30, pad=0.02)
+    bar = figure.colorbar(ScalarMappable(norm, SCALE), ax=panels, aspect=30, pad=0.02)
     ticks = _ticks(norm)
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
@@ -158,7 +157,7 @@ def _plane(panel: Axes, landscape: Landscape, grid: Grid, norm: Normalize) -> No
     # The first axis runs along x: matplotlib wants it as the columns.
     image = np.ma.masked_invalid(fine.T).clip(*_limits(norm))
     panel.set_facecolor("#bbbbbb")  # Where the loss is not finite.
-    filled = panel.contourf(x, y, image, shades, norm=norm, cmap="viridis")
+    filled = panel.contourf(x, y, image, shades, norm=norm, cmap=SCALE)
     filled.set_edgecolor("face")  # Or the paper shines through between the shades of a PDF.
     lines = panel.contour(x, y, image, _ticks(norm), colors="white", linewidths=0.6)
     panel.clabel(lines, fmt="%g", fontsize=7)
@@ -212,7 +211,7 @@ def _title(found: Landscape, quantity: Quantity) -> str:
     return f"{what} around the weights"
 
 
-def _circumstances(landscapes: list[Landscape]) -> str:
+def circumstances(landscapes: Sequence[Landscape]) -> str:
     """Under which threat, on how many images; where they differ, all of it."""
     abouts = [found.about for found in landscapes]
     said = [" or ".join(dict.fromkeys(parts)) for parts in zip(*map(_parts, abouts), strict=True)]

@@ -1,24 +1,64 @@
-"""Owns the report on runs: one page, complete in itself, that loads nothing."""
+"""Owns the pages: a report on runs, or figures alone; each complete in itself, loading nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 import robustflat
 from robustflat.errors import UserError
 from robustflat.files import write_whole
-from robustflat.report import page_figures as figures
+from robustflat.landscapes import Landscape
+from robustflat.report import figures, interactive, palette
 from robustflat.report import page_tables as tables
 from robustflat.report import page_text as text
-from robustflat.report.charts import palette
-from robustflat.report.markup import Html, join, node
+from robustflat.report.chart import Chart, Figure, Plane, is_empty
+from robustflat.report.landscape_picture import circumstances
+from robustflat.report.page_tables import Table
 from robustflat.report.record import Record, read_records
 from robustflat.runs.comparison import limits, whole
 from robustflat.train.folder import RunFolder
 
-_Part = Callable[[Sequence[Record]], Html]
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure as the template shows it; ``spec`` is None where there is nothing to draw."""
+
+    title: str
+    run: int | None
+    spec: dict[str, Any] | None
+    surface: dict[str, Any] | None = None
+    table: Table | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        title: its heading.
+        about: what the figures mean.
+        key: the marks that are used, by their class in page.css, and what they stand for.
+        tables: in sight, before the figures.
+        figures: that are drawn.
+        details: tables to unfold, and their summaries.
+        missing: runs that are not shown, why, and the command that mends it.
+    """
+
+    title: str
+    about: str = ""
+    key: Sequence[tuple[str, str]] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Drawn] = ()
+    details: Sequence[tuple[str, Table]] = ()
+    missing: Sequence[tuple[Record, str, str]] = ()
 
 
 def write_page(folders: Sequence[RunFolder], output: Path) -> None:
@@ -32,165 +72,226 @@ def write_page(folders: Sequence[RunFolder], output: Path) -> None:
         UserError: if a run's files are missing or damaged, or the page cannot be written.
     """
     records = read_records(folders)
-    body = whole(", ".join(record.root for record in records), lambda: _body(records))
-    title = _title(records)
-    page = resources.files("robustflat.report").joinpath("page.html").read_text("utf-8")
-    page = page.replace("@COLOURS@", palette()).replace("@TITLE@", node("title", title))
-    # The body comes last: nothing that it holds is taken for a place to fill.
-    _write(output, page.replace("@BODY@", body))
+    roots = ", ".join(record.root for record in records)
+    _write(output, whole(roots, lambda: _render(**_report(records))))
 
 
-def _title(records: Sequence[Record]) -> str:
+def write_figures(found: Sequence[Figure], output: Path, title: str) -> None:
+    """Write a page of figures alone.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    section = Section(title="", figures=[_drawn(figure) for figure in found])
+    _write(output, _render(title=title, sections=[section]))
+
+
+def write_landscapes(found: Mapping[str, Landscape], output: Path) -> None:
+    """Write a page to explore landscapes in.
+
+    Args:
+        found: landscapes by the models' names; all lines or all planes.
+        output: the file.
+
+    Raises:
+        UserError: if there is none, they are mixed, or the page cannot be written.
+    """
+    shown = [_drawn(figure) for figure in figures.landscapes(found)]
+    if len(next(iter(found.values())).axes) == 1:
+        shown += [_drawn(figure) for figure in figures.landscapes(found, quantity="accuracies")]
+    about = text.as_sentence(circumstances(list(found.values())))
+    section = Section(title="", about=about, figures=shown)
+    _write(output, _render(title="Weight-loss landscape", sections=[section]))
+
+
+def _render(*, sections: Sequence[Section], title: str, **more: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("robustflat.report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True,
+    )  # fmt: skip
+    draws = any(figure.spec for section in sections for figure in section.figures)
+    nothing: dict[str, Any] = dict.fromkeys(("records", "doubts", "limits", "configurations"), ())
+    nothing |= {"lead": "", "tested": False, "settings": None, "environments": None}
+    return environment.get_template("page.html").render(
+        **{**nothing, **more}, title=title, sections=sections, draws=draws,
+        style=Markup(_own("page.css") + _colours()), script=Markup(_own("page.js")),
+        library=Markup(interactive.library()) if draws else "", themes=palette.themes(),
+        colours=len(palette.LIGHT), version=robustflat.__version__,
+    )  # fmt: skip
+
+
+def _own(name: str) -> str:
+    return (resources.files("robustflat.report") / "templates" / name).read_text("utf-8")
+
+
+def _colours() -> str:
+    """CSS of the palette: the runs' colours, and the dark theme."""
+    runs = {
+        theme: " ".join(f".c{i} {{ --c: {c}; }}" for i, c in enumerate(shades))
+        for theme, shades in (("light", palette.LIGHT), ("dark", palette.DARK))
+    }
+    roles = "".join(f" --{role}: {c};" for role, c in palette.ROLES["dark"].items())
+    more = " --panel: #212125; --warn: #f0b45c; --warn-panel: #2d2415; --mark: #4a3f14;"
+    return (
+        f"{runs['light']}\n@media screen and (prefers-color-scheme: dark) "
+        f"{{ :root {{{roles}{more} }} {runs['dark']} }}"
+    )
+
+
+def _report(records: Sequence[Record]) -> dict[str, Any]:
     names = [record.name for record in records]
     shown = " and ".join(names) if len(names) < 3 else f"{len(names)} runs"
-    return f"Robustness and flatness: {shown}"
+    lines = [record.text.splitlines() for record in records]
+    common = set(lines[0]).intersection(*lines)
+    return {
+        "title": f"Robustness and flatness: {shown}",
+        "lead": text.compared(records),
+        "records": records,
+        "doubts": text.doubts(records),
+        "limits": limits([record.folder for record in records]),
+        "tested": bool(text.tests(records)),
+        "sections": _sections(records),
+        "settings": tables.settings(records) if len(records) > 1 else None,
+        "configurations": [
+            (record, [(line, line not in common) for line in own])
+            for record, own in zip(records, lines, strict=True)
+        ],
+        "environments": tables.environments(records),
+    }
 
 
-def _body(records: Sequence[Record]) -> Html:
+def _sections(records: Sequence[Record]) -> list[Section]:
     evaluated = [r for r in records if r.evaluation is not None]
     tested = [r for r in evaluated if text.tests([r])]
     gauged = [r for r in evaluated if any(entry["gap"] for entry in r.checkpoints.values())]
     monitored = [r for r in records if any(row.get("monitor") for row in r.metrics)]
     measured = [r for r in records if r.measures]
     drawn = [r for r in records if r.landscapes]
-    sections = [
-        _section(
-            "Comparison", records, [r for r in records if r.row.cells], "evaluate",
-            [tables.comparison], lambda _: _COMPARISON,
+    compared = [r for r in records if r.row.cells]
+    part = partial(_section, records)
+    together = tables.seeds(records)
+    return [
+        part(
+            "Comparison", compared, "evaluate", lambda _: _COMPARISON,
+            # All runs: what was not measured of one hides none of its column.
+            tables=[tables.comparison(records)] if compared else [],
         ),
-        _section(
-            "Robust accuracy by attack", records, tested, "evaluate",
-            [figures.attacks, _details("Each attack in numbers", tables.attacks)],
-            text.about_attacks,
+        *([Section(title="Over seeds", about=_SEEDS, tables=[together])] if together else []),
+        part(
+            "Robust accuracy by attack", tested, "evaluate", text.about_attacks, figures.attacks,
+            details={"Each attack in numbers": tables.attacks},
         ),
-        _section(
-            "Robust-generalization gap", records, gauged, "evaluate",
-            [figures.gaps, _details("Clean and robust figures of every split", tables.gaps)],
-            text.about_gaps,
-            [("square", "train"), ("hollow", "validation"), ("dot", "test")],
+        *(
+            [Section(title="By class", about=_CLASSES, figures=[*map(_drawn, found)],
+                     key=[("dot", "worst case"), ("hollow", "clean")])]
+            if (found := figures.by_class(tested)) else []
         ),
-        _section(
-            "Learning curves", records, monitored, "train", [figures.curves],
-            text.about_curves,
-            [("dashed", "train"), ("solid", "validation"), ("dot", "best checkpoint")],
+        part(
+            "Robust-generalization gap", gauged, "evaluate", text.about_gaps, figures.gaps,
+            key=[("square", "train"), ("hollow", "validation"), ("dot", "test")],
+            details={"Clean and robust figures of every split": tables.gaps},
         ),
-        _section(
-            "Flatness", records, measured, "flatness", [tables.flatness], text.about_flatness,
+        part(
+            "Learning curves", monitored, "train", text.about_curves, figures.curves,
+            key=[("dashed", "train"), ("solid", "validation"), ("dot", "best checkpoint")],
         ),
-        _section(
-            "Weight-loss landscape", records, drawn, "landscape", [figures.landscapes],
-            text.about_landscapes,
-            [("solid", "robust"), ("dashed", "clean"), ("dotted", "robust, examples fixed")],
+        part(
+            "Flatness", measured, "flatness", text.about_flatness, figures.spectra,
+            tables=[tables.flatness(measured)] if measured else [],
+        ),
+        part(
+            "Weight-loss landscape", drawn, "landscape", text.about_landscapes,
+            figures.of_landscapes,
+            key=[("solid", "robust"), ("dashed", "clean"), ("dotted", "robust, examples fixed")],
         ),
     ]  # fmt: skip
-    return join([_head(records), _warnings(records), *sections, _settings(records), _foot()])
 
 
 _COMPARISON = (
     "Every attack ran on all images that the model classifies; the worst case counts an image as "
-    "lost if any of them broke it. What was measured under other circumstances (threat, images, "
-    "options, checkpoint) stands in a line of its own, which says what differs. Beneath a figure: "
-    "its 95% interval, or the standard error of a sharpness. Bold: better than in every other run "
-    "by more than those intervals (1.96 standard errors) can explain. Smaller gaps are better, and "
-    "lower sharpness is flatter."
+    "lost if any of them broke it. A figure that was measured under other circumstances than the "
+    "others (threat, images, options, checkpoint) says so beneath it. Beneath a figure: its 95% "
+    "interval, or the standard error of a sharpness. Bold: better than in every other run by more "
+    "than those intervals (1.96 standard errors) can explain. Smaller gaps are better, and lower "
+    "sharpness is flatter."
+)
+_SEEDS = (
+    "Runs that differ in nothing but their seed (and in names and places), taken together: mean ± "
+    "sample standard deviation over the seeds, of n runs. Press a heading to sort."
+)
+_CLASSES = (
+    "The share of each class's test images that are classified correctly without an attack, and "
+    "that none of the attacks broke. Classes have few images each, so their figures are less sure."
 )
 
 
-def _head(records: Sequence[Record]) -> Html:
-    lead = node("p", text.compared(records), class_="lead")
-    header = node("header", node("h1", _title(records)), lead)
-    if len(records) == 1:
-        return header
-    boxes = [
-        node(
-            "label",
-            node("input", type="checkbox", checked=True, data_run=str(record.index)),
-            tables.name_of(record),
-            node("small", record.method),
-        )
-        for record in records
-    ]
-    return join([header, node("nav", *boxes, aria_label="Runs shown")])
-
-
-def _warnings(records: Sequence[Record]) -> Html | None:
-    doubts, unlike = text.doubts(records), limits([record.folder for record in records])
-    items = [node("li", node("b", f"{whose}: "), said) for whose, said in doubts]
-    items += [node("li", said) for said in unlike]
-    if items:
-        heading = node("h2", "Before trusting these figures")
-        return node("section", heading, node("ul", *items), class_="warnings", role="note")
-    if not text.tests(records):
-        return None
-    return node(
-        "p",
-        "The evaluations' own checks (gradient masking, randomness, images outside the ball, "
-        "outputs and inputs of the wrong kind) raised no doubt.",
-        class_="fine",
+def _section(
+    records: Sequence[Record],
+    title: str,
+    having: Sequence[Record],
+    command: str,
+    about: Callable[[Sequence[Record]], str],
+    figures_of: Callable[[Sequence[Record]], Sequence[Figure]] = lambda _: (),
+    *,
+    key: Sequence[tuple[str, str]] = (),
+    tables: Sequence[Table] = (),
+    details: Mapping[str, Callable[[Sequence[Record]], Table]] | None = None,
+) -> Section:
+    """Figures of the runs that have them, what they mean, and how the others get them."""
+    missing = [_missing(record, command) for record in records if record not in having]
+    if not having:
+        return Section(title=title, missing=missing)
+    return Section(
+        title=title,
+        about=about(having),
+        key=key,
+        tables=tables,
+        figures=[_drawn(figure) for figure in figures_of(having)],
+        details=[(summary, make(having)) for summary, make in (details or {}).items()],
+        missing=missing,
     )
 
 
-def _section(
-    title: str,
-    records: Sequence[Record],
-    having: Sequence[Record],
-    command: str,
-    parts: Sequence[_Part],
-    about: Callable[[Sequence[Record]], str],
-    key: Sequence[tuple[str, str]] = (),
-) -> Html:
-    """Figures of the runs that have them, what they mean, and how the others get them.
-
-    Args:
-        title: of the section.
-        records: all runs.
-        having: those that have what is shown.
-        command: what gets it for the others.
-        parts: the figures; the first stands beside the words.
-        about: the words.
-        key: the marks that are used, by their class in page.html, and what they stand for.
-    """
-    lacking = [record for record in records if record not in having]
-    content: list[Html | None] = []
-    if having:
-        marks = [node("span", node("i", class_=mark), label) for mark, label in key]
-        content.append(node("p", *marks, class_="key") if marks else None)
-        words = node("p", about(having), class_="about")
-        content.append(node("div", parts[0](having), words, class_="beside"))
-        content += [part(having) for part in parts[1:]]
-    content += [_missing(record, command) for record in lacking]
-    return node("section", node("h2", title), *content)
-
-
-def _missing(record: Record, command: str) -> Html:
+def _missing(record: Record, command: str) -> tuple[Record, str, str]:
     """Why a run is not in a figure, and the command that mends it."""
-    usage, why = f"robustflat {command} {record.root}", " not measured: run "
-    if command == "train":
-        usage = f"robustflat train {record.root}/config.yaml --resume"
-        if record.metrics:
-            usage, why = "monitor.every", " not monitored: see its setting "
-    return node("p", tables.name_of(record), why, node("code", usage), class_="missing")
+    if command != "train":
+        return record, "not measured: run", f"robustflat {command} {record.root}"
+    if record.metrics:
+        return record, "not monitored: see its setting", "monitor.every"
+    usage = f"robustflat train {record.root}/config.yaml --resume"
+    return record, "not measured: run", usage
 
 
-def _details(summary: str, part: _Part) -> _Part:
-    return lambda records: node("details", node("summary", summary), part(records))
+def _drawn(figure: Figure) -> Drawn:
+    run = figure.run if isinstance(figure, Plane) else None
+    if is_empty(figure):
+        return Drawn(title=figure.title, run=run, spec=None)
+    spec = interactive.plotly(figure)
+    if isinstance(figure, Plane):
+        surface = interactive.plotly(figure, surface=True)
+        return Drawn(title=figure.title, run=run, spec=spec, surface=surface)
+    return Drawn(title=figure.title, run=run, spec=spec, table=_numbers(figure))
 
 
-def _settings(records: Sequence[Record]) -> Html:
-    parts: list[Html] = []
-    if len(records) > 1:
-        parts.append(tables.settings(records))
-    for record in records:
-        summary = node("summary", "All settings of ", tables.name_of(record))
-        parts.append(node("details", summary, node("pre", record.text)))
-    summary = node("summary", "Environment: versions, commit, device")
-    parts.append(node("details", summary, tables.environments(records)))
-    title = "Settings that differ" if len(records) > 1 else "Settings"
-    return node("section", node("h2", title), *parts)
-
-
-def _foot() -> Html:
-    return node("footer", f"Written by robustflat {robustflat.__version__}.")
+def _numbers(chart: Chart) -> Table:
+    """What a chart shows, in numbers, for those who cannot see it."""
+    lines = []
+    for series in chart.series:
+        for i, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
+            if series.faint or not series.name:
+                continue
+            value, unit = (x, chart.x.unit) if series.sideways else (y, chart.y.unit)
+            place = f"{x:g}"
+            if series.sideways:
+                at = min(chart.y.ticks, key=lambda tick: abs(tick - (y or 0.0)))
+                place = chart.y.ticks[at].partition("<br>")[0]
+            ends = [None if e is None else e[i] for e in (series.low, series.high)]
+            cells = [tables.Item(text=place), tables.value(value, unit)]
+            cells += [tables.Item(text="") if e is None else tables.value(e, unit) for e in ends]
+            head = tables.Item(text=series.name, run=series.run)
+            lines.append(tables.Line(head=head, cells=cells))
+    heads = ("curve", chart.x.label if not chart.y.ticks else "at", "value", "low", "high")
+    return tables.grid(chart.title, heads, lines)
 
 
 def _write(output: Path, page: str) -> None:
@@ -200,5 +301,5 @@ def _write(output: Path, page: str) -> None:
         write_whole(output, page)
     except OSError as error:
         raise UserError(
-            f"The report cannot be written to {output}: {error}. Choose another --output."
+            f"The page cannot be written to {output}: {error}. Choose another --output."
         ) from None

@@ -1,18 +1,20 @@
-"""Owns the tables of a report: runs compared, flatness, attacks, settings, environments."""
+"""Owns the tables of a page: runs compared, seeds together, flatness, attacks, settings."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from robustflat.flatness import MEASURES
-from robustflat.report.charts import Unit, colour, number
-from robustflat.report.markup import Html, node
+from robustflat.report.chart import Unit, number
 from robustflat.report.record import Record
-from robustflat.report.tables import LABELS
-from robustflat.runs.comparison import Cell, columns
+from robustflat.report.tables import LABELS, label_of, seeds_of, shown
+from robustflat.runs.comparison import Cell, columns, effect_of
+from robustflat.runs.grouping import by_seed
+from robustflat.train.folder import flattened
 
 _GAPS = {
     "robust gap": ("Robust gap, accuracy", "train − test"),
@@ -27,175 +29,131 @@ _FLATTER_IF_LOWER = (
 _ERRORS = 1.96
 
 
-def comparison(records: Sequence[Record]) -> Html:
-    """The rows of ``robustflat compare``, turned: a column for every run."""
-    names = columns([record.row for record in records])
-    # A line's name may also say under what circumstances its metric was measured.
-    metrics = {n: c.metric for record in records for n, c in record.row.cells.items()}
-    measured = {n for n in names if metrics[n] in MEASURES or metrics[n] in _all_measures(records)}
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One cell: texts, each with the number behind it, and small lines beneath.
+
+    ``run`` is that of its column or row; ``kind`` a class of the page's style.
+    """
+
+    text: str
+    value: float | None = None
+    small: Sequence[str] = ()
+    run: int | None = None
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row: its head, cells, and class of the page's style; without cells, a heading."""
+
+    head: Item
+    cells: Sequence[Item] = ()
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Heads of columns, and rows; sorted by the reader where ``sorts``."""
+
+    caption: str
+    heads: Sequence[Item]
+    lines: Sequence[Line] = field(default_factory=tuple)
+    sorts: bool = False
+
+
+def comparison(records: Sequence[Record]) -> Table:
+    """A column for every run, a line for every metric; of single attacks, one line for all.
+
+    A figure measured under circumstances that are not those of the other runs says so in its cell.
+    """
+    metrics: dict[str, dict[int, list[tuple[str, Cell]]]] = {}
+    for name in columns([record.row for record in records]):
+        for r in records:
+            if name in r.row.cells:
+                cell = r.row.cells[name]
+                said = name.removeprefix(cell.metric).strip(" []")
+                found = metrics.setdefault(cell.metric, {})
+                found.setdefault(r.index, []).append((said, cell))
+    measures = {name for record in records for name in record.measures} | set(MEASURES)
+    accuracies = [m for m in metrics if m not in _GAPS and m not in measures]
+    # What only some were attacked with would be lines of dashes.
+    lonely = [m for m in accuracies if len(metrics[m]) < sum(bool(r.row.cells) for r in records)]
+    lonely = [m for m in lonely if m not in ("clean", "worst case", "AutoAttack")]
     parts = {
-        "Accuracy on test images": [
-            n for n in names if metrics[n] not in _GAPS and n not in measured
-        ],
-        "Robust generalization": [n for n in names if metrics[n] in _GAPS],
-        "Sharpness of the training loss": [n for n in names if n in measured],
+        "Accuracy on test images": [m for m in accuracies if m not in lonely],
+        "Robust generalization": [m for m in metrics if m in _GAPS],
+        "Sharpness of the training loss": [m for m in metrics if m in measures],
     }
-    body = []
+    lines = []
     for heading, group in parts.items():
-        if group:
-            body.append(
-                node("tr", node("th", heading, colspan=str(len(records) + 1)), class_="part")
-            )
-        for name in group:
-            cells = {r.index: r.row.cells[name] for r in records if name in r.row.cells}
-            metric, said = metrics[name], name.removeprefix(metrics[name])
-            better = _best(cells, metric, error=name in measured)
+        extra = lonely if heading.startswith("Accuracy") else []
+        if group or extra:
+            lines.append(Line(head=Item(text=heading), kind="part"))
+        for metric in group:
+            better = _best(metrics[metric], metric, error=metric in measures)
             label, more = _GAPS.get(metric, (LABELS.get(metric, metric), None))
-            label += said
-            head = node("th", label, more and node("small", more), scope="row")
-            data = [
-                _cell(
-                    r, cells.get(r.index), _unit(metric, cells), name in measured, r.index == better
-                )
+            cells = [
+                _merged(metric, metrics[metric].get(r.index, []), r, metric in measures, better)
                 for r in records
             ]
-            body.append(node("tr", head, *data))
-    return _table(records, body, lambda r: r.method)
+            lines.append(Line(head=Item(text=label, small=[more] if more else []), cells=cells))
+        if extra:
+            head = Item(text="other attacks", small=["not run on all"])
+            lines.append(Line(head=head, cells=[_others(extra, metrics, r) for r in records]))
+    return Table(caption="Runs compared", heads=_heads(records), lines=lines)
 
 
-def _all_measures(records: Sequence[Record]) -> set[str]:
-    return {name for record in records for name in record.measures}
+def _merged(
+    metric: str, found: Sequence[tuple[str, Cell]], r: Record, error: bool, better: int | None
+) -> Item:
+    if not found:
+        return Item(text="–", run=r.index)
+    said, cell = found[0]
+    unit: Unit = ("pp" if metric in _GAPS else "%") if cell.share else ""
+    small = [*_spread(cell, unit, error), *([said] if said else [])]
+    for said, other in found[1:]:
+        small.append(f"{said}: {number(other.value, unit)}")
+    kind = "better" if r.index == better else ""
+    text = number(cell.value, unit)
+    return Item(text=text, value=cell.value, small=small, run=r.index, kind=kind)
 
 
-def flatness(records: Sequence[Record]) -> Html:
-    """Every measure with its standard errors and its ball."""
-    body = []
-    for name in dict.fromkeys(name for record in records for name in record.measures):
-        found = [record.measures.get(name) for record in records]
-        balls = dict.fromkeys(_ball(figure) for figure in found if figure is not None)
-        one = len(balls) == 1
-        about = [MEASURES[name].summary if name in MEASURES else "", *(balls if one else ())]
-        small = [node("small", line) for line in about if line]
-        head = node("th", LABELS.get(name, name), *small, scope="row")
-        cells = [_flatness_cell(r, f, ball=not one) for r, f in zip(records, found, strict=True)]
-        body.append(node("tr", head, *cells))
-    return _table(records, body)
-
-
-def attacks(records: Sequence[Record]) -> Html:
-    """What each attack did, run after run."""
-    heads = ("run", "checkpoint", "attack", "still correct", "95% interval", "attacked", "broken",
-             "outside the ball", "seconds")  # fmt: skip
-    rows = []
-    for record in records:
-        for checkpoint, entry in record.checkpoints.items():
-            for name, found in ((entry["test"] or {}).get("attacks") or {}).items():
-                low, high = (number(end, "%") for end in found["interval"])
-                cells = [
-                    node("td", record.name), node("td", f"{checkpoint}, epoch {entry['epoch']}"),
-                    node("td", name), node("td", value(found["accuracy"], "%")),
-                    node("td", f"{low} to {high}"), node("td", str(found["attacked"])),
-                    node("td", str(found["broken"])), node("td", str(found["outside"])),
-                    node("td", f"{found['seconds']:.1f}"),
-                ]  # fmt: skip
-                rows.append(node("tr", *cells, class_=f"run-{record.index}"))
-    return _grid(heads, rows)
-
-
-def gaps(records: Sequence[Record]) -> Html:
-    """Clean and robust accuracy and loss of every split, and the gaps."""
-    figures: dict[str, tuple[str, Unit]] = {
-        "clean_accuracy": ("clean accuracy", "%"), "robust_accuracy": ("robust accuracy", "%"),
-        "clean_loss": ("clean loss", ""), "robust_loss": ("robust loss", ""),
-    }  # fmt: skip
-    rows = []
-    for record in records:
-        for checkpoint, entry in record.checkpoints.items():
-            both = entry["gap"] or {"splits": {}, "gaps": {}}
-            for split, found in {**both["splits"], **both["gaps"]}.items():
-                gap = split in both["gaps"]
-                cells = []
-                for key, (_, unit) in figures.items():
-                    shown: Unit = "pp" if gap and unit else unit
-                    cells.append(node("td", *_with_interval(found[key], shown)))
-                text = split.replace("-", " − ") if gap else split
-                place = f"{checkpoint}, epoch {entry['epoch']}, {entry['weights']} weights"
-                head = (node("td", record.name), node("td", place), node("td", text))
-                rows.append(node("tr", *head, *cells, class_=f"run-{record.index}"))
-    return _grid(["run", "checkpoint", "split", *(label for label, _ in figures.values())], rows)
-
-
-def settings(records: Sequence[Record]) -> Html:
-    """The keys in which the runs' configurations differ."""
-    flat = [dict(_flatten(record.config.model_dump(mode="json"))) for record in records]
-    keys = [k for k in dict.fromkeys(k for one in flat for k in one) if k != "name"]
-    body = [
-        node(
-            "tr",
-            node("th", node("code", key), scope="row"),
-            *(_plain(r, one.get(key, "–")) for r, one in zip(records, flat, strict=True)),
-        )
-        for key in keys
-        # A key that a method does not have says no more than null does.
-        if len({one.get(key, "null") for one in flat}) > 1
+def _others(
+    extra: Sequence[str], metrics: dict[str, dict[int, list[tuple[str, Cell]]]], r: Record
+) -> Item:
+    said = [
+        f"{metric}: {number(cell.value, '%')}"
+        for metric in extra
+        for _, cell in metrics[metric].get(r.index, [])
     ]
-    if not body:
-        return node("p", "The runs have the same settings.")
-    return _table(records, body)
+    return Item(text="" if said else "–", small=said, run=r.index)
 
 
-def environments(records: Sequence[Record]) -> Html:
-    """What a result may depend on beside the settings; differences stand out."""
-    flat = []
-    for record in records:
-        known = dict(record.environment or {})
-        if isinstance(known.get("command"), list):
-            known["command"] = shlex.join(map(str, known["command"]))
-        if "cuda" in known:
-            known["device"] = known.pop("cuda") or "CPU"
-        flat.append(dict(_flatten(known)))
-    body = []
-    for key in dict.fromkeys(k for one in flat for k in one):
-        values = [one.get(key, "–") for one in flat]
-        cells = (_plain(r, v) for r, v in zip(records, values, strict=True))
-        kind = "differs" if len(set(values)) > 1 else None
-        head = node("th", key.removeprefix("versions."), scope="row")
-        body.append(node("tr", head, *cells, class_=kind))
-    return _table(records, body)
+def _spread(cell: Cell, unit: Unit, error: bool) -> list[str]:
+    if cell.value is None or cell.low is None or cell.high is None:
+        return []
+    if error:
+        return [f"± {cell.value - cell.low:.2g}"]
+    return [f"{_bare(cell.low, unit)} to {number(cell.high, unit)}"]
 
 
-def value(figure: float | None, unit: Unit = "") -> Html:
-    """A figure as people read it, with all its digits for programs."""
-    return node("data", number(figure, unit), value="" if figure is None else repr(figure))
+def _bare(value: float | None, unit: Unit) -> str:
+    return number(value, unit).removesuffix("%").removesuffix(" pp")
 
 
-def _unit(name: str, cells: dict[int, Cell]) -> Unit:
-    if not next(iter(cells.values())).share:
-        return ""
-    return "pp" if name in _GAPS else "%"
+def _best(found: dict[int, list[tuple[str, Cell]]], name: str, *, error: bool) -> int | None:
+    """The run whose interval lies wholly on the better side of every other; None if none does.
 
-
-def _cell(record: Record, cell: Cell | None, unit: Unit, error: bool, better: bool) -> Html:
-    kind = f"run-{record.index}" + (" better" if better else "")
-    if cell is None:
-        return node("td", "–", class_=kind)
-    spread = None
-    if cell.value is not None and cell.low is not None and cell.high is not None:
-        plain = number(cell.low, unit).removesuffix("%").removesuffix(" pp")
-        text = (
-            f"± {cell.value - cell.low:.2g}" if error else f"{plain} to {number(cell.high, unit)}"
-        )
-        spread = node("small", text)
-    return node("td", value(cell.value, unit), spread, class_=kind)
-
-
-def _best(cells: dict[int, Cell], name: str, *, error: bool) -> int | None:
-    """The run whose interval lies wholly on the better side of every other; None if none does."""
+    Nor is one named among figures of different circumstances.
+    """
     if error and not name.startswith(_FLATTER_IF_LOWER):
+        return None
+    if any(said for cells in found.values() for said, _ in cells):
         return None
     sign = -1 if error or name in _GAPS else 1
     ends: dict[int, tuple[float, float]] = {}
-    for index, cell in cells.items():
+    for index, ((_, cell), *_) in found.items():
         if cell.value is None or cell.low is None or cell.high is None:
             return None
         stretch = _ERRORS if error else 1.0
@@ -208,6 +166,130 @@ def _best(cells: dict[int, Cell], name: str, *, error: bool) -> int | None:
     return None
 
 
+def seeds(records: Sequence[Record]) -> Table | None:
+    """Means, deviations and numbers of runs that differ in their seed alone; None if none do."""
+    groups = by_seed([record.row for record in records])
+    if all(len(group.seeds) < 2 for group in groups):
+        return None
+    names = columns(groups)
+    heads = [Item(text=label_of(name, groups)) for name in names]
+    lines = [
+        Line(
+            head=Item(text=group.run, small=[group.method, f"seeds {seeds_of(group)}"]),
+            cells=[
+                Item(
+                    text=shown(cell, row=group), value=cell.value if cell else None,
+                    small=[f"n = {cell.count}"] if cell else [],
+                )
+                for cell in (group.cells.get(name) for name in names)
+            ],
+        )
+        for group in groups
+    ]  # fmt: skip
+    heads = [Item(text="setting"), *heads]
+    return Table(
+        caption="Mean ± standard deviation over seeds", heads=heads, lines=lines, sorts=True
+    )
+
+
+def flatness(records: Sequence[Record]) -> Table:
+    """Every measure with its standard errors and its ball."""
+    lines = []
+    for name in dict.fromkeys(name for record in records for name in record.measures):
+        found = [record.measures.get(name) for record in records]
+        balls = dict.fromkeys(_ball(figure) for figure in found if figure is not None)
+        one = len(balls) == 1
+        about = [MEASURES[name].summary if name in MEASURES else "", *(balls if one else ())]
+        head = Item(text=LABELS.get(name, name), small=[line for line in about if line])
+        cells = [_flatness(r, f, ball=not one) for r, f in zip(records, found, strict=True)]
+        lines.append(Line(head=head, cells=cells))
+    return Table(caption="Measures of flatness", heads=_heads(records), lines=lines)
+
+
+def attacks(records: Sequence[Record]) -> Table:
+    """What each attack did, run after run."""
+    heads = ("run", "checkpoint", "weights", "attack", "still correct", "95% interval", "attacked",
+             "broken", "outside the ball", "seconds")  # fmt: skip
+    counts = ("attacked", "broken", "outside")
+    lines = []
+    for record in records:
+        for checkpoint, entry in record.checkpoints.items():
+            for name, found in ((entry["test"] or {}).get("attacks") or {}).items():
+                low, high = found["interval"]
+                after = f"{name} after {found['after']}" if found.get("after") else name
+                cells = [
+                    Item(text=f"{checkpoint}, epoch {entry['epoch']}"), Item(text=entry["weights"]),
+                    Item(text=after), value(found["accuracy"], "%"),
+                    Item(text=f"{_bare(low, '%')} to {number(high, '%')}", value=low),
+                    *(Item(text=str(found[k]), value=found[k]) for k in counts),
+                    Item(text=f"{found['seconds']:.1f}", value=found["seconds"]),
+                ]  # fmt: skip
+                lines.append(Line(head=Item(text=record.name, run=record.index), cells=cells))
+    return grid("Each attack in numbers", heads, lines)
+
+
+def gaps(records: Sequence[Record]) -> Table:
+    """Clean and robust accuracy and loss of every split, and the gaps."""
+    figures: dict[str, tuple[str, Unit]] = {
+        "clean_accuracy": ("clean accuracy", "%"), "robust_accuracy": ("robust accuracy", "%"),
+        "clean_loss": ("clean loss", ""), "robust_loss": ("robust loss", ""),
+    }  # fmt: skip
+    lines = []
+    for record in records:
+        for checkpoint, entry in record.checkpoints.items():
+            both = entry["gap"] or {"splits": {}, "gaps": {}}
+            for split, found in {**both["splits"], **both["gaps"]}.items():
+                gap = split in both["gaps"]
+                cells = []
+                for key, (_, unit) in figures.items():
+                    as_: Unit = "pp" if gap and unit else unit
+                    cells.append(_with_interval(found[key], as_))
+                place = f"{checkpoint}, epoch {entry['epoch']}, {entry['weights']} weights"
+                text = split.replace("-", " − ") if gap else split
+                head = Item(text=record.name, run=record.index)
+                lines.append(Line(head=head, cells=[Item(text=place), Item(text=text), *cells]))
+    heads = ["run", "checkpoint", "split", *(label for label, _ in figures.values())]
+    return grid("Clean and robust figures of every split", heads, lines)
+
+
+def settings(records: Sequence[Record]) -> Table | None:
+    """The settings in which the runs differ, of those that can change their weights."""
+    flat = [effect_of(record.config) for record in records]
+    lines = []
+    for key in dict.fromkeys(k for one in flat for k in one):
+        # A key that a method does not have says no more than null does.
+        if len({json.dumps(one.get(key)) for one in flat}) > 1:
+            cells = [_plain(r, one.get(key, "–")) for r, one in zip(records, flat, strict=True)]
+            lines.append(Line(head=Item(text=key, kind="code"), cells=cells))
+    if not lines:
+        return None
+    return Table(caption="Settings that differ", heads=_heads(records), lines=lines)
+
+
+def environments(records: Sequence[Record]) -> Table:
+    """What a result may depend on beside the settings; differences stand out."""
+    flat = []
+    for record in records:
+        known = dict(record.environment or {})
+        if isinstance(known.get("command"), list):
+            known["command"] = shlex.join(map(str, known["command"]))
+        if "cuda" in known:
+            known["device"] = known.pop("cuda") or "CPU"
+        flat.append({".".join(key): value for key, value in flattened(known)})
+    lines = []
+    for key in dict.fromkeys(k for one in flat for k in one):
+        values = [one.get(key, "–") for one in flat]
+        cells = [_plain(r, v) for r, v in zip(records, values, strict=True)]
+        kind = "differs" if len({json.dumps(v) for v in values}) > 1 else ""
+        lines.append(Line(head=Item(text=key.removeprefix("versions.")), cells=cells, kind=kind))
+    return Table(caption="Environments", heads=_heads(records), lines=lines)
+
+
+def value(figure: float | None, unit: Unit = "") -> Item:
+    """A figure as people read it, with all its digits for programs."""
+    return Item(text=number(figure, unit), value=figure)
+
+
 def _ball(figure: dict[str, Any]) -> str:
     """The ball of a measure in words; empty if it has none."""
     details = figure.get("details") or {}
@@ -217,67 +299,45 @@ def _ball(figure: dict[str, Any]) -> str:
     return f"ball: {', '.join(words)}" if words else ""
 
 
-def _flatness_cell(record: Record, figure: dict[str, Any] | None, *, ball: bool) -> Html:
+def _flatness(record: Record, figure: dict[str, Any] | None, *, ball: bool) -> Item:
     if figure is None:
-        return node("td", "–", class_=f"run-{record.index}")
+        return Item(text="–", run=record.index)
     spread, details = figure["standard_error"], figure.get("details") or {}
-    lines = []
+    small = []
     if spread is not None:
-        lines.append(f"± {spread:.2g} over directions")
+        small.append(f"± {spread:.2g} over directions")
     if details.get("example_standard_error") is not None:
-        lines.append(f"± {details['example_standard_error']:.2g} over images")
-    if ball:
-        lines.append(_ball(figure))
-    small = [node("small", line) for line in lines if line]
-    return node("td", value(figure["value"]), *small, class_=f"run-{record.index}")
+        small.append(f"± {details['example_standard_error']:.2g} over images")
+    if ball and _ball(figure):
+        small.append(_ball(figure))
+    at = figure["value"]
+    return Item(text=number(at), value=at, small=small, run=record.index)
 
 
-def _with_interval(figure: dict[str, Any], unit: Unit) -> Iterator[Html]:
-    yield value(figure["value"], unit)
+def _with_interval(figure: dict[str, Any], unit: Unit) -> Item:
+    small = []
     if figure["low"] is not None and figure["high"] is not None:
-        low, high = (number(figure[end], unit) for end in ("low", "high"))
-        yield node("small", f"{low.removesuffix('%').removesuffix(' pp')} to {high}")
+        small.append(f"{_bare(figure['low'], unit)} to {number(figure['high'], unit)}")
+    return Item(text=number(figure["value"], unit), value=figure["value"], small=small)
 
 
-def _plain(record: Record, text: Any) -> Html:
-    return node("td", str(text), class_=f"run-{record.index} text")
+def _plain(record: Record, content: Any) -> Item:
+    text = content if isinstance(content, str) else json.dumps(content)
+    return Item(text=text, run=record.index, kind="text")
 
 
-def _table(
-    records: Sequence[Record],
-    body: Sequence[Html],
-    under: Callable[[Record], str] | None = None,
-) -> Html:
-    """A column for every run, whose heads have the runs' colours."""
-    heads = [
-        node(
-            "th",
-            name_of(r),
-            under and node("small", under(r)),
-            class_=f"run-{r.index}",
-            scope="col",
+def _heads(records: Sequence[Record]) -> list[Item]:
+    """An empty head over those of the rows, then the runs, under them how they were trained."""
+    runs = [
+        Item(
+            text=r.name, run=r.index, kind="name",
+            small=[r.method, *([f"{r.row.weights} weights"] if "average" in r.row.weights else [])],
         )
         for r in records
-    ]
-    table = node("table", node("thead", node("tr", node("td"), *heads)), node("tbody", *body))
-    return node("div", table, class_="scroll")
+    ]  # fmt: skip
+    return [Item(text=""), *runs]
 
 
-def name_of(record: Record) -> Html:
-    """A run's name with its colour."""
-    swatch = node("span", class_=f"swatch {colour(record.index)}")
-    return node("span", swatch, record.name, class_="name")
-
-
-def _grid(heads: Iterable[str], rows: Sequence[Html]) -> Html:
-    head = node("thead", node("tr", *(node("th", text) for text in heads)))
-    return node("div", node("table", head, node("tbody", *rows), class_="list"), class_="scroll")
-
-
-def _flatten(content: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values as text; null stands as in JSON."""
-    if isinstance(content, dict) and content:
-        for key, inner in content.items():
-            yield from _flatten(inner, f"{at}.{key}" if at else str(key))
-    else:
-        yield at, content if isinstance(content, str) else json.dumps(content)
+def grid(caption: str, heads: Iterable[str], lines: Sequence[Line]) -> Table:
+    """A table to be sorted."""
+    return Table(caption=caption, heads=[Item(text=h) for h in heads], lines=lines, sorts=True)

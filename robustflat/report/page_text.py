@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from robustflat.report.landscape_picture import circumstances
 from robustflat.report.record import Record
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
@@ -32,20 +33,20 @@ def compared(records: Sequence[Record]) -> str:
 
 
 def doubts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The evaluations' warnings: whose, and the sentence."""
-    return [
-        (f"{record.name}, {checkpoint} checkpoint", str(sentence))
-        for record, checkpoint, test in tests(records)
-        for sentence in test["warnings"]
-    ]
+    """The evaluations' warnings: whose, and the sentence, each sentence once."""
+    whose: dict[str, list[str]] = {}
+    for record, checkpoint, test in tests(records):
+        for sentence in test["warnings"]:
+            whose.setdefault(str(sentence), []).append(f"{record.name}, {checkpoint} checkpoint")
+    return [("; ".join(names), sentence) for sentence, names in whose.items()]
 
 
 def about_attacks(records: Sequence[Record]) -> str:
     """How robust accuracy was measured."""
     return (
         f"The share of test images that are still classified correctly, under {_threats(records)}. "
-        "From top to bottom one attack follows the other, each on the images that those before it "
-        "did not break, so the last row is the worst case over all attacks, image by image. "
+        "Each attack runs on all images that the model classifies; attacks that belong together "
+        "run one after the other on what is left, and a dotted line joins them. "
         "An image counts as broken only if its adversarial example lies inside the ball and the "
         "image box and is misclassified in single precision. Whiskers: Wilson's 95% intervals, "
         "which tell of the finite number of test images, not of other seeds of training. "
@@ -68,8 +69,8 @@ def about_gaps(records: Sequence[Record]) -> str:
         f"the larger the robust-generalization gap. Measured with {attacks} under "
         f"{_threats(records)}, in eval mode at the unperturbed weights, with the same attack on "
         f"un-augmented images ({counts}), at the best checkpoint (by robust accuracy on "
-        "validation) and the last. The number at the right is train − test, for the loss test − "
-        "train. Whiskers: 95% bootstrap intervals over the images."
+        "validation) and the last. Under a run's name is its gap: train − test, of the "
+        "loss test − train. Whiskers: 95% bootstrap intervals over the images."
     )
 
 
@@ -107,17 +108,21 @@ def about_flatness(records: Sequence[Record]) -> str:
 
 def about_landscapes(records: Sequence[Record]) -> str:
     """How the landscapes were drawn."""
-    about = [found.about for record in records for found in record.landscapes.values()]
-    directions = agreed(str(a.get("directions", "unknown")) for a in about)
-    seeds = agreed(str(a.get("seed", "unknown")) for a in about)
-    examples = agreed(str(a.get("examples", "unknown")) for a in about)
+    found = [one for record in records for one in record.landscapes.values()]
+    directions = agreed(str(one.about.get("directions", "unknown")) for one in found)
+    seeds = agreed(str(one.about.get("seed", "unknown")) for one in found)
     return (
-        "Loss and accuracy on training images when the weights move away from where training "
-        f"ended (0) along fixed directions ({directions}, seed {seeds}; filter directions have, "
-        f"filter by filter, the norm of the weights), on {examples} images. For the robust loss "
-        "the adversarial examples are made anew at every point. One or two directions out of "
-        "very many: the table of flatness says more than the shape of a curve."
+        "Loss and accuracy when the weights move away from where training ended (0) along fixed "
+        f"directions ({directions}, seed {seeds}; filter directions have, filter by filter, the "
+        f"norm of the weights). {as_sentence(circumstances(found))} For the robust loss the "
+        "adversarial examples are made anew at every point. Few directions out of very many: the "
+        "table of flatness says more than the shape of a curve."
     )
+
+
+def as_sentence(text: str) -> str:
+    """Words with a capital in front and a full stop behind."""
+    return text and f"{text[0].upper()}{text[1:]}."
 
 
 def tests(records: Iterable[Record]) -> list[tuple[Record, str, dict[str, Any]]]:

@@ -100,7 +100,7 @@ def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record
         root=shlex.quote(str(folder.root)),
         config=config,
         text=folder.config_file.read_text(encoding="utf-8"),
-        row=row or Row(name, method_of(config), config.seed, {}),
+        row=row or Row(name, method_of(config), (config.seed,), {}),
         evaluation=evaluation,
         flatness=flatness,
         metrics=_metrics(folder),

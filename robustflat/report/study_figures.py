@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustflat.errors import UserError
-from robustflat.report.charts import COLOURS
+from robustflat.report.palette import colour as colour_of
 from robustflat.study.grid import plain
 from robustflat.study.ranking import LEVEL, SEED, Estimate
 from robustflat.study.result import Ranking, RunResult, StudyResult
@@ -190,7 +190,7 @@ def _colours(runs: Sequence[RunResult], factor: str) -> dict[Any, str]:
     numbers = sorted(v for v in levels if isinstance(v, (int, float)))
     texts = [v for v in levels if isinstance(v, str)]
     ordered: list[Any] = [*([None] if None in levels else []), *numbers, *texts]
-    return {level: COLOURS[i % len(COLOURS)] for i, level in enumerate(ordered)}
+    return {level: colour_of(i) for i, level in enumerate(ordered)}
 
 
 def _estimate(estimate: Estimate, corrected: float | None) -> list[str]:

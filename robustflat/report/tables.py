@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from robustflat.report.chart import significant
 from robustflat.runs.comparison import Cell, Row, columns
 
 LABELS = {
@@ -33,18 +34,20 @@ class Comparison:
     in tables below each other, and no name is ever cut.
 
     Args:
-        rows: The runs.
+        rows: The runs, or groups of runs.
+        digits: Significant ones.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], digits: int = 3) -> None:
         self._rows = list(rows)
+        several = any(len(row.seeds) > 1 for row in rows)
         heads = [
             ("method", [row.method for row in rows]),
-            ("seed", ["-" if row.seed is None else str(row.seed) for row in rows]),
+            ("seeds" if several else "seed", [seeds_of(row) for row in rows]),
             ("weights", [row.weights for row in rows]),
         ]
         figures = [
-            (_label(name, rows), [_text(row.cells.get(name)) for row in rows])
+            (label_of(name, rows), [shown(row.cells.get(name), digits, row) for row in rows])
             for name in columns(rows)
         ]
         self._lines = [line for line in heads if any(line[1])] + figures
@@ -105,25 +108,33 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _label(name: str, rows: Sequence[Row]) -> str:
+def label_of(name: str, rows: Sequence[Row]) -> str:
+    """A column's name as people read it."""
     (metric,) = {row.cells[name].metric or name for row in rows if name in row.cells}
     return LABELS.get(metric, metric) + name.removeprefix(metric)
 
 
-def _text(cell: Cell | None) -> str:
+def seeds_of(row: Row) -> str:
+    """The seeds of a row."""
+    return ", ".join(map(str, row.seeds)) or "-"
+
+
+def shown(cell: Cell | None, digits: int = 3, row: Row | None = None, *, unit: str = "%") -> str:
+    """A figure as people read it, a share in percent.
+
+    With a deviation over seeds it ends where the second digit of that does; if fewer seeds than
+    the row's have it, their number is told.
+    """
     if cell is None:
         return "-"
     if cell.value is None:
         return "not finite"
-    return f"{cell.value:.1%}" if cell.share else significant(cell.value)
-
-
-def significant(value: float) -> str:
-    """Three significant digits, without an exponent where there is room for them."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    # Rounding may carry: 0.9996 has three digits as 1.00.
-    value = round(value, digits)
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{max(digits, 0)}f}" if -2 <= digits <= 7 else f"{value:.2e}"
+    few = row is not None and cell.count < len(row.seeds)
+    end = (unit if cell.share else "") + (f" (n = {cell.count})" if few else "")
+    scale = 100 if cell.share else 1
+    value, spread = scale * cell.value, scale * (cell.deviation or 0)
+    if spread:
+        places = max(0, 1 - math.floor(math.log10(spread)))
+        return f"{value:.{places}f} ± {spread:.{places}f}{end}"
+    said = f"{value:.{max(digits - 2, 0)}f}" if cell.share else significant(value, digits)
+    return said + (" ± 0" if cell.deviation is not None else "") + end

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,17 +16,20 @@ from robustflat.landscapes import Landscape, drawn_in
 from robustflat.runs import records
 from robustflat.runs.records import Measurement
 from robustflat.subject import distinct_names
-from robustflat.train.folder import RunFolder
+from robustflat.train.folder import FREE_TO_CHANGE, RunFolder, flattened
 
 Circumstances = dict[str, Any]
 T = TypeVar("T")
+# What names a run, or looks on, changes no weight either; the monitor chooses the best checkpoint.
+_IDLE = ("name", "listeners", "threads")
 
 
 @dataclass(frozen=True)
 class Cell:
     """A figure, its interval or standard error, and whether it is a share (shown in percent).
 
-    ``metric`` is what was measured, whatever the circumstances.
+    ``metric`` is what was measured, whatever the circumstances; ``deviation`` that over so many
+    (``count``) seeds.
     """
 
     value: float | None
@@ -32,17 +37,23 @@ class Cell:
     high: float | None = None
     share: bool = True
     metric: str = ""
+    deviation: float | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run, or the home of a model, of which neither method nor seed is known."""
+    """One run, or the home of a model, of which neither method nor seed is known.
+
+    ``setting`` is the same of runs that differ in their seed alone, and empty of a model.
+    """
 
     run: str
     method: str
-    seed: int | None
+    seeds: tuple[int, ...]
     cells: dict[str, Cell]
     weights: str = ""
+    setting: str = ""
 
 
 def compare(folders: Sequence[RunFolder]) -> list[Row]:
@@ -63,7 +74,10 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
     rows = []
     for name, folder, figures in zip(names, folders, found, strict=True):
         config = folder.read_config() if folder.config_file.is_file() else None
-        method, seed = ("-", None) if config is None else (method_of(config), config.seed)
+        method, setting = "-", ""
+        seeds: tuple[int, ...] = ()
+        if config is not None:
+            method, seeds, setting = method_of(config), (config.seed,), setting_of(config)
         kinds = dict.fromkeys(about["weights"] for about, _ in figures)
         mixed = _differing(figures, ("weights",))
         cells: dict[str, Cell] = {}
@@ -71,7 +85,7 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
             keys = [*differing.get(cell.metric, ()), *mixed.get(cell.metric, ())]
             said = ", ".join(_in_words(key, about.get(key)) for key in keys)
             cells[f"{cell.metric} [{said}]" if said else cell.metric] = cell
-        rows.append(Row(name, method, seed, cells, " and ".join(kinds)))
+        rows.append(Row(name, method, seeds, cells, " and ".join(kinds), setting))
     return rows
 
 
@@ -137,6 +151,25 @@ def method_of(config: RunConfig) -> str:
     if weights.name == "none":
         return words
     return f"{words} + {_call(weights)}"
+
+
+def setting_of(config: RunConfig) -> str:
+    """A mark of all that a training depends on but its seed."""
+    about = {key: value for key, value in effect_of(config).items() if key != "seed"}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def effect_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that can change the weights, by dotted key; what is off has none but that."""
+    content = config.model_dump(mode="json")
+    for name in ("weights", "attack"):
+        if content[name].get("name") == "none":
+            content[name] = {"name": "none"}
+    return {
+        ".".join(key): value
+        for key, value in flattened(content)
+        if key[0] not in _IDLE and not any(key[: len(free)] == free for free in FREE_TO_CHANGE)
+    }
 
 
 def _call(section: Built) -> str:

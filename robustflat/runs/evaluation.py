@@ -15,6 +15,7 @@ from robustflat.data import Images
 from robustflat.errors import UserError
 from robustflat.evaluate import Evaluation, Scores, Team, evaluate, gap, merge, overfitting, scores
 from robustflat.evaluate.attacks import plan
+from robustflat.evaluate.examples import examples
 from robustflat.evaluate.record import fingerprint_of
 from robustflat.evaluate.threat import Task
 from robustflat.perturb import pgd
@@ -157,7 +158,8 @@ def _measured(
     for name in attacked:
         result = _attacked(subject, networks[name], wanted, samples, on_progress, team)
         about = {**_state(networks[name]), "samples": samples, "seed": wanted.seed}
-        measured.append({"kind": "test", **about, **common, "result": result.to_dict()})
+        found = {**result.to_dict(), "classes": _by_class(subject, samples, result)}
+        measured.append({"kind": "test", **about, **common, "result": found})
     if not gap_samples:
         return measured, []
     common |= {"samples": gap_samples, "seed": 0, "attack": f"pgd-{GAP_STEPS}"}
@@ -176,6 +178,21 @@ def _measured(
     texts = {name: figure.to_dict() for name, figure in figures.items()}
     measured.append({"kind": "overfitting", **about, "figures": texts})
     return measured, []
+
+
+def _by_class(
+    subject: Subject, samples: int | None, result: Evaluation
+) -> dict[str, dict[str, int]]:
+    """By class how many images there are, are classified, and still are after all attacks."""
+    labels = examples(subject.images().test, samples).labels
+    if len(labels) != result.count:  # a shard, whose figures nobody shows
+        return {}
+    kinds = {"count": labels >= 0, "clean": result.outcomes != -2, "robust": result.outcomes == -1}
+    return {
+        str(name): {kind: int((which & (labels == i)).sum()) for kind, which in kinds.items()}
+        for i, name in enumerate(subject.images().classes)
+        if (labels == i).any()
+    }
 
 
 def _state(network: Network) -> dict[str, Any]:

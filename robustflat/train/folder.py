@@ -24,7 +24,7 @@ from robustflat.plugins import origin
 
 _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
 # What changes no weight of a run: where it is made, and how it is measured afterwards.
-_FREE_TO_CHANGE = (
+FREE_TO_CHANGE = (
     ("device",), ("data", "root"), ("data", "download"), ("data", "place"), ("output",),
     ("evaluate",), ("flatness",),
 )  # fmt: skip
@@ -170,12 +170,14 @@ class RunFolder:
         )
 
     def _check_same(self, config: RunConfig) -> None:
-        old, new = (dict(_flatten(c.model_dump(mode="json"))) for c in (self.read_config(), config))
+        old, new = (
+            dict(flattened(c.model_dump(mode="json"))) for c in (self.read_config(), config)
+        )
         different = sorted(
             ".".join(key)
             for key in old.keys() | new.keys()
             if old.get(key) != new.get(key)
-            and not any(key[: len(free)] == free for free in _FREE_TO_CHANGE)
+            and not any(key[: len(free)] == free for free in FREE_TO_CHANGE)
         )
         if different:
             raise UserError(
@@ -237,10 +239,11 @@ def environment(
     }
 
 
-def _flatten(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def flattened(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The innermost keys of nested mappings, as paths, and their values."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from _flatten(inner, (*at, key))
+            yield from flattened(inner, (*at, key))
     else:
         yield at, value
 
