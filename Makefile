@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS := runs/quickstart-at runs/quickstart-at-awp
 
-.PHONY: quickstart test test-oldest test-gpu docs lint $(RUNS)
+.PHONY: quickstart experiments-small test test-oldest test-gpu docs lint $(RUNS)
 
 # Trains plain adversarial training and the same with AWP on real digits, one core each, attacks
 # both, measures gap and flatness, and puts them side by side.
@@ -19,6 +19,10 @@ $(RUNS): runs/quickstart-%: $(VENV)/installed
 	$(BIN)/robustflat train configs/quickstart/$*.yaml --overwrite
 	$(BIN)/robustflat evaluate $@
 	$(BIN)/robustflat flatness $@
+
+# Makes every tenth run that docs/results/evidence keeps again, and says how far the rows are apart.
+experiments-small: $(VENV)/installed
+	$(BIN)/python scripts/evidence.py redo --share 0.1
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

@@ -537,8 +537,12 @@ def options(callback: Callable[..., Any]) -> list[Parameter]:
     found = []
     for parameter in inspect.signature(callback).parameters.values():
         plain, info = get_args(hints[parameter.name])[:2]
+        if getattr(info, "hidden", False):  # says only how it is written now
+            continue
         is_option = type(info).__name__ == "OptionInfo"
-        told = [d for d in info.param_decls or () if d.startswith("-")]
+        # typer takes what stands first in Annotated for a default.
+        decls = (info.default, *(info.param_decls or ()))
+        told = [d for d in decls if isinstance(d, str) and d.startswith("-")]
         flags = ", ".join(told) or f"--{parameter.name.replace('_', '-')}"
         found.append(
             Parameter(

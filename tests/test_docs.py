@@ -351,7 +351,7 @@ def test_every_option_of_the_command_line_is_in_the_reference() -> None:
     assert set(sections) == set(GROUP.commands)
     for name, command in GROUP.commands.items():
         for parameter in command.params:
-            if parameter.name == "help":
+            if parameter.name == "help" or getattr(parameter, "hidden", False):
                 continue
             told = (
                 parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name.upper()
