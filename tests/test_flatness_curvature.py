@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from flatness_models import Binary, conv_net, examples, flat_gradient, full_hessian, mlp
+from scipy.sparse.linalg import eigsh
 
 import robustflat as rf
 from robustflat.flatness import flatness
+from robustflat.flatness.spectrum import Krylov, extreme, quadrature
 
 torch.set_num_threads(1)
 # The larger net has more weights than are measured by forming the matrix.
@@ -255,12 +257,125 @@ def test_without_curvlinops_only_what_needs_it_fails(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     model, data = mlp(NETS["lanczos"][0]), examples(9, (6,), 4)
-    flatness(model, data, ["hessian_max", "hessian_trace"], probes=2)
+    flatness(model, data, ["hessian_max", "hessian_trace", "hessian_density"], probes=2)
+    begun: list[object] = []
     with pytest.raises(rf.UserError, match=r"pip install 'robustflat\[curvature\]'"):
-        flatness(model, data, ["hessian_density"])
+        flatness(
+            model, data, ["hessian_max", "hessian_trace"], estimator="xtrace",
+            on_progress=begun.append,
+        )  # fmt: skip
+    assert not begun  # it is missed before anything is measured
 
 
-def test_too_few_products_is_a_sentence():
+def test_an_eigenvalue_that_did_not_converge_is_marked_and_costs_no_other_measure():
     model, data = mlp((6, 60, 10)), examples(9, (6,), 10)
-    with pytest.raises(rf.UserError, match="Raise max_hvps, or tolerance"):
-        flatness(model, data, ["hessian_max"], k=1, tolerance=1e-16, max_hvps=1)
+    figures = flatness(
+        model, data, ["hessian_max", "hessian_min", "gradient_norm"], k=2, max_hvps=4
+    )
+    exact = np.linalg.eigvalsh(full_hessian(model, *data).numpy())
+    for name in ("hessian_max", "hessian_min"):
+        details = figures[name].details
+        assert details["converged"] is False
+        assert details["products"] == 4
+        assert details["passes"]["hvp"] == pytest.approx(4)
+        near = zip(details["eigenvalues"], details["residuals"], strict=True)
+        for value, residual in near:
+            assert np.abs(exact - value).min() <= residual + 1e-12
+            assert residual > 1e-4 * abs(exact).max() or value == details["eigenvalues"][0]
+    assert figures["gradient_norm"].value > 0
+    done = flatness(model, data, ["hessian_max"], max_hvps=200)["hessian_max"]
+    assert done.details["converged"] is True
+    assert figures["hessian_max"].value <= done.value
+
+
+class Matrix:
+    """A symmetric matrix in the place of a Hessian, that counts its products."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix, self.size, self.dtype = matrix, len(matrix), matrix.dtype
+        self.parameters, self.products = [matrix[0]], 0
+
+    def flat_times(self, flat: torch.Tensor) -> torch.Tensor:
+        self.products += 1
+        return self.matrix @ flat
+
+
+def symmetric(eigenvalues: np.ndarray, dtype: torch.dtype = torch.float64) -> Matrix:
+    g = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=g).double()).Q
+    return Matrix(((q * torch.from_numpy(eigenvalues)) @ q.T).to(dtype))
+
+
+SPECTRA = {
+    "outliers": np.concatenate([np.linspace(-1, 1, 295), [3.0, 5, 9, 9.5, 20]]),
+    "negative": -np.concatenate([np.linspace(0.1, 1, 298), [3.0, 8]]),
+    "crowded": np.linspace(-1, 1, 300),
+    "low rank": np.concatenate([np.zeros(295), [1.0, 2, 3, 4, -5]]),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("end", ["top", "bottom"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_lanczos_agrees_with_the_whole_matrix_and_with_arpack(spectrum, end, k):
+    matrix = symmetric(SPECTRA[spectrum])
+    pairs = extreme(matrix, k, end=end, tolerance=1e-9, max_hvps=5000, generator=torch.Generator())
+    exact = np.sort(SPECTRA[spectrum])[:: 1 if end == "bottom" else -1][:k]
+    if spectrum != "low rank" or k == 1:  # zero comes 295 times, and is met once from one start
+        assert pairs.converged
+        assert pairs.values == pytest.approx(exact, abs=1e-7)
+        which = {"top": "LA", "bottom": "SA"}[end]
+        arpack = eigsh(matrix.matrix.numpy(), k=k, which=which, return_eigenvectors=False)
+        assert np.sort(pairs.values) == pytest.approx(np.sort(arpack), abs=1e-7)
+    assert pairs.products == matrix.products
+    vectors = pairs.vectors.numpy()
+    assert vectors @ vectors.T == pytest.approx(np.eye(len(vectors)), abs=1e-9)
+    true = np.linalg.norm(vectors @ matrix.matrix.numpy() - pairs.values[:, None] * vectors, axis=1)
+    assert pairs.residuals == pytest.approx(true, abs=1e-8)
+
+
+def test_the_basis_stays_orthonormal_in_float32_over_many_restarts():
+    matrix = symmetric(SPECTRA["crowded"], torch.float32)
+    krylov = Krylov(matrix, torch.randn(300, generator=torch.Generator()), 12)
+    for _ in range(30):
+        while krylov.count < 12:
+            krylov.grow()
+        values, columns = krylov.eigen()
+        krylov.shrink(values[-6:], columns[:, -6:])
+    basis = krylov._vectors[: krylov.count + 1]
+    assert (basis @ basis.T).numpy() == pytest.approx(np.eye(krylov.count + 1), abs=1e-5)
+
+
+def test_a_near_start_saves_products_and_an_old_eigenvector_is_left():
+    matrix = symmetric(SPECTRA["outliers"])
+    ask = {"tolerance": 1e-6, "max_hvps": 500}
+    cold = extreme(matrix, 1, generator=torch.Generator(), **ask)
+    moved = Matrix(matrix.matrix + 1e-3 * symmetric(SPECTRA["crowded"]).matrix)
+    warm = extreme(moved, 1, near=cold.vectors[0], generator=torch.Generator(), **ask)
+    again = extreme(moved, 1, generator=torch.Generator(), **ask)
+    assert warm.values == pytest.approx(again.values, rel=1e-9)
+    assert warm.products < again.products
+    exact, vectors = torch.linalg.eigh(matrix.matrix)
+    other = extreme(matrix, 1, near=vectors[:, 3], generator=torch.Generator(), **ask)
+    assert other.values[0] == pytest.approx(float(exact[-1]), rel=1e-9)
+
+
+def test_quadrature_is_exact_for_polynomials_below_twice_its_steps():
+    matrix = symmetric(SPECTRA["outliers"])
+    start = torch.randn(300, dtype=torch.float64, generator=torch.Generator())
+    nodes, weights = quadrature(matrix, start, 5)
+    assert len(nodes) == matrix.products == 5
+    unit, power = start / start.norm(), start / start.norm()
+    for degree in range(10):
+        exact = float(unit @ power)
+        assert float(weights @ nodes**degree) == pytest.approx(exact, rel=1e-9)
+        power = matrix.matrix @ power
+    few, _ = quadrature(symmetric(SPECTRA["low rank"]), start, 40)
+    assert len(few) <= 7  # six different eigenvalues
+
+
+def test_a_graph_of_the_gradient_serves_ten_probes():
+    model, data = mlp(NETS["lanczos"][0]), examples(9, (6,), 4)
+    passes = flatness(model, data, ["hessian_trace"], probes=25)["hessian_trace"].details["passes"]
+    assert (passes["gradient"], passes["hvp"]) == pytest.approx((3, 25))
+    assert passes["units"] == pytest.approx(3 * 3 + 25 * 6)

@@ -9,13 +9,20 @@ import torch.nn.functional as F
 from flatness_models import Binary, examples, flat_gradient, full_hessian, mlp
 
 import robustflat as rf
-from robustflat.flatness import MEASURES, cost, flatness
+from robustflat.flatness import MEASURES, Options, cost, flatness
+from robustflat.flatness.closure import Closure
 from robustflat.flatness.examples import read_examples
+from robustflat.flatness.subject import Subject
 
 torch.set_num_threads(1)
 W, X = [0.7, -0.4, 0.2], [0.5, 0.6, 0.3]
 ONE = (torch.tensor([X], dtype=torch.float64), torch.tensor([0]))
 R = 0.05
+
+
+def only(figures):
+    (figure,) = figures.values()
+    return figure
 
 
 def softplus(z: float) -> float:
@@ -202,7 +209,7 @@ def test_no_value_depends_on_the_batch_size(name):
     initial = {k: v + 1 for k, v in model.state_dict().items()}
     options = {"eps": 0.5, "probes": 3, "samples": 3, "steps": 3, "initial": initial}
     values = [
-        flatness(model, data, [name], batch_size=size, **options)[name].value for size in (13, 5, 1)
+        only(flatness(model, data, [name], batch_size=size, **options)).value for size in (13, 5, 1)
     ]
     assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-6, abs=1e-12, nan_ok=True)
 
@@ -252,12 +259,14 @@ def test_presets_reproduce_their_definitions():
     for name in ("wen2023_worst", "wen2023_ascent"):
         assert figures[name].value == pytest.approx(rise(0.05 * np.linalg.norm(x0)), rel=1e-9)
     # With two classes the normalised logits are constant until w . x changes sign.
-    assert figures["andriushchenko2023_worst"].value == 0
+    assert figures["andriushchenko2023_worst with examples=1"].value == 0
     # Stutz: every sample on the sphere of half each tensor's norm, normalisation layers left out.
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
-    figure = flatness(
-        net.double().eval(), examples(9, (6,), 4), ["stutz2021_average"], samples=2, eps=0.03
-    )["stutz2021_average"]
+    figure = only(
+        flatness(
+            net.double().eval(), examples(9, (6,), 4), ["stutz2021_average"], samples=2, eps=0.03
+        )
+    )
     assert figure.details["parameters"] == r"re:^(1\.weight|1\.bias)$"
     assert (figure.details["radius"], figure.details["ball"]) == (0.5, "tensor")
     # 20 steps and the best of 21 points, remade at 2 + 1 weights.
@@ -266,7 +275,7 @@ def test_presets_reproduce_their_definitions():
 
 def test_users_options_and_attack_override_a_preset():
     model, data = mlp(), examples(9, (6,), 4)
-    mine = flatness(model, data, ["wu2020"], radius=0.1, attack=rf.fgsm(eps=0.02))["wu2020"]
+    mine = only(flatness(model, data, ["wu2020"], radius=0.1, attack=rf.fgsm(eps=0.02)))
     same = flatness(model, data, ["ascent_robust_fixed"], radius=0.1, attack=rf.fgsm(eps=0.02))
     assert mine.value == same["ascent_robust_fixed"].value
 
@@ -285,12 +294,213 @@ def test_the_passes_stated_beforehand_are_those_made(name, restarts):
     options = {"steps": 3, "samples": 2, "probes": 4, "attack": rf.pgd(eps=0.05, steps=3, restarts=restarts)}  # noqa: E501  # fmt: skip
     stated = cost([name], 10, **options)
     options["initial"] = model.state_dict()
-    spent = flatness(model, data, [name], batch_size=4, **options)[name].details["passes"]
-    assert spent == pytest.approx(stated.measures[name].to_dict())
+    spent = only(flatness(model, data, [name], batch_size=4, **options)).details["passes"]
+    (passes,) = stated.measures.values()
+    assert spent == pytest.approx(passes.to_dict())
+    assert passes.units == pytest.approx(stated.total.units)
 
 
 def test_shared_work_is_stated_once():
     both = cost(["hessian_trace", "hessian_frobenius"], 10, probes=5)
     assert both.total.hvp == both.measures["hessian_trace"].hvp == 5
     assert "10 examples" in str(both)
-    assert both.to_dict()["total"]["units"] == 45
+    assert both.to_dict()["total"]["units"] == 3 + 5 * 6
+
+
+def test_stated_cost_of_presets_and_sweeps_is_that_of_each():
+    stated = cost(["stutz2021_worst", "worst_robust"], 1000)
+    assert stated.total.units == pytest.approx(sum(p.units for p in stated.measures.values()))
+    # Stutz: 10 restarts of 20 steps and a last value, the ascent and the centre.
+    gradients = 10 * 21 + 1
+    units = 3 * gradients + 1 + 21 * 2 * (gradients + 1)
+    assert stated.measures["stutz2021_worst"].units == units
+    swept = cost(["worst_clean"], 10, radius=[0.1, 0.2, 0.3])
+    assert swept.total.units == pytest.approx(3 * cost(["worst_clean"], 10).total.units)
+
+
+def test_a_changed_preset_has_another_name_and_figures_tell_their_settings():
+    model, data = mlp(), examples(9, (6,), 4)
+    names = flatness(model, data, ["wu2020", "worst_clean"], steps=2, radius=0.1, probes=3)
+    assert list(names) == ["wu2020 with radius=0.1, steps=2", "worst_clean"]
+    assert list(flatness(model, data, ["wu2020"], radius=5e-3, k=2)) == ["wu2020"]
+    assert list(cost(["stutz2021_average"], 1000, attack=rf.fgsm(eps=0.1)).measures) == [
+        "stutz2021_average with another attack"
+    ]
+    settings = names["worst_clean"].details["settings"]
+    assert (settings["steps"], settings["radius"], settings["seed"]) == (2, 0.1, 0)
+    assert (settings["distribution"], settings["restarts"]) == ("sphere", 2)
+    assert "radius=0.03137" in settings["attack"]
+    published = {name: m.split for name, m in MEASURES.items() if m.split}
+    assert published == {
+        "stutz2021_average": "test", "stutz2021_worst": "test",
+        "andriushchenko2023_worst": "train", "andriushchenko2023_average": "train",
+    }  # fmt: skip
+
+
+def test_a_sweep_is_one_figure_for_each_setting_along_the_same_directions():
+    model, data = mlp(), examples(9, (6,), 4)
+    figures = flatness(model, data, ["average_clean"], radius=[0.1, 1e-7], samples=3)
+    assert list(figures) == ["average_clean with radius=0.1", "average_clean with radius=1e-07"]
+    for radius in (0.1, 1e-7):
+        alone = flatness(model, data, ["average_clean"], radius=radius, samples=3)["average_clean"]
+        assert figures[f"average_clean with radius={radius}"].value == alone.value
+    # Along the same directions the rise is linear in a small radius, sample by sample.
+    pair = flatness(model, data, ["average_clean"], radius=[1e-6, 2e-6], samples=3)
+    small, large = (np.array(f.details["samples"]) for f in pair.values())
+    assert large == pytest.approx(2 * small, rel=1e-3)
+    one = "worst_clean with steps=3, ball=row"
+    figures = flatness(model, data, [one, "worst_clean"])
+    assert list(figures) == ["worst_clean with ball=row, steps=3", "worst_clean"]
+    settings = [f.details["settings"]["ball"] for f in figures.values()]
+    assert settings == ["row", "tensor"]
+    with pytest.raises(rf.UserError, match="are written as in"):
+        flatness(model, data, ["worst_clean with nonsense"])
+
+
+@pytest.mark.parametrize("ball", ["tensor", "row", "global_relative"])
+def test_normal_displacements_have_on_average_the_length_of_a_relative_ball(ball, monkeypatch):
+    model, data = mlp((6, 40, 4)), examples(4, (6,), 4)
+    weight = model[1].weight.detach().clone()
+    moved: list[float] = []
+    original = Closure.losses
+
+    def losses(self):
+        moved.append(float((model[1].weight.detach() - weight).square().sum()))
+        return original(self)
+
+    monkeypatch.setattr(Closure, "losses", losses)
+    flatness(
+        model, data, ["average_clean"], ball=ball, radius=0.1, distribution="normal", samples=40
+    )
+    share = np.mean(moved[1:]) / (0.01 * float(weight.square().sum()))
+    whole = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    total = sum(float(p.detach().square().sum()) for p in model.parameters() if p.ndim > 1)
+    expected = 1.0
+    if ball == "global_relative":
+        expected = total * weight.numel() / whole / float(weight.square().sum())
+    assert share == pytest.approx(expected, rel=0.15)
+
+
+def reference_stutz(model, x, y, eps, attack, displacements):
+    """Mean rise of the robust loss over given displacements, examples remade at each."""
+
+    def robust():
+        return float(F.cross_entropy(model(attack(model, x, y)), y).detach())
+
+    before, rises = robust(), []
+    for moves in displacements:
+        with torch.no_grad():
+            for p, v in moves:
+                p.add_(v)
+        rises.append(robust() - before)
+        with torch.no_grad():
+            for p, v in moves:
+                p.sub_(v)
+    return float(np.mean(rises))
+
+
+def test_published_averages_are_their_formulas_over_the_directions_drawn():
+    model = mlp((6, 8, 4))
+    data = examples(20, (6,), 4)
+    x, y = read_examples(data)
+    subject = Subject(model, x, y, batch_size=20, seed=0)
+    named = dict(model.named_parameters())
+    like = [p.detach().clone() for p in named.values()]
+    # Stutz et al.: each tensor, biases included, moves by half its norm in a uniform direction.
+    zero = rf.pgd(eps=0.03, steps=20, step_size=0.007 / 0.0314 * 0.03, start="zero")
+    stutz = only(flatness(model, data, ["stutz2021_average"], eps=0.03, attack=zero, samples=3))
+    moves = []
+    for i in range(3):
+        g = subject.generator("stutz2021_average", 0, i)
+        drawn = [torch.randn(t.shape, dtype=t.dtype, generator=g) for t in like]
+        v = [0.5 * t.norm() * d / d.norm() for t, d in zip(like, drawn, strict=True)]
+        moves.append(list(zip(named.values(), v, strict=True)))
+    expected = reference_stutz(model, x, y, 0.03, zero, moves)
+    assert stutz.value == pytest.approx(expected, rel=1e-6)
+    assert stutz.standard_error > 0
+    # Andriushchenko et al.: N(0, rho^2 w^2) on every weight, logits normalised, m examples each.
+    figure = only(flatness(model, data, ["andriushchenko2023_average"], samples=2, m=10))
+    rises = []
+    for chunk in range(2):
+        rows = slice(10 * chunk, 10 * chunk + 10)
+
+        def loss(rows=rows):
+            z = model(x[rows]).detach()
+            z = z - z.mean(1, keepdim=True)
+            return float(F.cross_entropy(z / z.norm(dim=1, keepdim=True), y[rows]))
+
+        before = loss()
+        for i in range(2):
+            g = subject.generator("andriushchenko2023_average", chunk, i)
+            v = [0.05 * t.abs() * torch.randn(t.shape, dtype=t.dtype, generator=g) for t in like]
+            with torch.no_grad():
+                for p, d, t in zip(named.values(), v, like, strict=True):
+                    p.copy_(t + d)
+            rises.append(loss() - before)
+            with torch.no_grad():
+                for p, t in zip(named.values(), like, strict=True):
+                    p.copy_(t)
+    assert figure.value == pytest.approx(np.mean(rises), rel=1e-9)
+
+
+def test_published_worst_cases_reach_their_maxima():
+    # One logistic example: the worst robust loss in a relative L2 ball is explicit.
+    eps, attacked = 0.1, x0 - 0.1 * np.sign(w)
+    stutz = only(flatness(Binary(W), ONE, ["stutz2021_worst"], eps=eps))
+    shift = 0.003 * np.linalg.norm(w) * np.linalg.norm(attacked)
+    assert stutz.value == pytest.approx(rise(shift, list(attacked)), rel=1e-6)
+    assert len(stutz.details["restarts"]) == 10
+    # Three classes, one example: normalised logits fall along no more than rho |w|, entry by entry.
+    model, (x, y) = mlp((5, 3)), examples(1, (5,), 3)
+    figure = only(flatness(model, (x, y), ["andriushchenko2023_worst"]))
+    centre = [p.detach().clone() for p in model.parameters()]
+
+    def normalised(parts):
+        z = x @ parts[0].T + parts[1]
+        z = z - z.mean(1, keepdim=True)
+        return float(F.cross_entropy(z / z.norm(), y))
+
+    g = torch.Generator().manual_seed(0)
+    corners = [
+        normalised(
+            [
+                t
+                + 2e-3
+                * t.abs()
+                * (torch.rand(t.shape, dtype=t.dtype, generator=g) > 0.5).double().mul(2).sub(1)
+                for t in centre
+            ]
+        )
+        for _ in range(500)
+    ]
+    rises = max(corners) - normalised(centre)
+    assert figure.value >= rises
+    slopes = torch.autograd.grad(
+        (lambda z: F.cross_entropy(z / z.norm(), y))((lambda z: z - z.mean())(model(x))),
+        list(model.parameters()),
+    )
+    linear = sum(float((s.abs() * t.abs()).sum()) for s, t in zip(slopes, centre, strict=True))
+    assert figure.value == pytest.approx(2e-3 * linear, rel=0.02)
+
+
+def test_the_strongest_restart_of_the_attack_counts():
+    model, (x, y) = mlp((6, 8, 4), seed=2), examples(12, (6,), 4)
+    attack = rf.pgd(eps=0.3, steps=1, restarts=4)
+    subject = Subject(model, x, y, batch_size=5, seed=0)
+    options = Options(attack=attack)
+    whole = subject.closure(options, "robust").losses()
+    starts = subject.closure(options, "robust").starts
+    each = [
+        Closure(
+            model=model,
+            x=x,
+            y=y,
+            batch_size=12,
+            count=lambda *_: None,
+            attack=rf.pgd(eps=0.3, steps=1),
+            starts=(s,),
+        ).losses()
+        for s in starts
+    ]
+    assert whole.numpy() == pytest.approx(torch.stack(each).amax(0).numpy(), rel=1e-12)
+    assert not torch.equal(torch.stack(each).amax(0), torch.stack(each).amin(0))

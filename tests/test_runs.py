@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from train_support import SMALL_CNN, config, saved, trained
 
+import robustflat as rf
 from robustflat.config import write_config
 from robustflat.errors import UserError
 from robustflat.report.tables import Comparison
@@ -138,6 +140,45 @@ def test_measuring_is_repeatable_and_leaves_the_network_alone(folder: RunFolder)
     assert folder.last.read_bytes() == before
     again = run.network("last").model.state_dict()
     assert all(torch.equal(kept[k], v) for k, v in again.items())
+
+
+def test_flatness_is_measured_on_the_images_of_its_paper_or_those_that_are_said(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    run = open_subject(folder.root, device="cpu")
+    run = replace(run, home=RunFolder(tmp_path / "home"))
+    ask = {"samples": 20, "options": {"samples": 1, "radius": [0.5, 0.1]}}
+    names = ["stutz2021_average", "average_clean"]
+    found = measure_subject(run, names, **ask)["measures"]
+    points = ("", ", radius=0.1")
+    preset = [f"stutz2021_average with samples=1{p}, examples=20" for p in points]
+    preset[1] = "stutz2021_average with radius=0.1, samples=1, examples=20"
+    assert set(found) == {
+        *preset, "average_clean with radius=0.5", "average_clean with radius=0.1",
+    }  # fmt: skip
+    kept = {one["split"]: one for one in records.read(run.home.flatness, "flatness")}
+    assert set(kept["test"]["measures"]) == set(preset)
+    assert set(kept["train"]["measures"]) == set(found) - set(preset)
+    # The figure is that of the test images.
+    x, y = run.tensors("test", 20)
+    alone = rf.flatness(
+        run.network("last").model, (x, y), ["stutz2021_average"], run.the_threat().eps,
+        run.the_threat().norm_name, run.seed, samples=1,
+    )  # fmt: skip
+    (figure,) = alone.values()
+    assert found[preset[0]]["value"] == pytest.approx(figure.value)
+    assert found[preset[0]]["details"]["settings"]["distribution"] == "sphere"
+    # What is measured otherwise is added, under its own name; nothing is lost.
+    more = measure_subject(run, ["stutz2021_average"], split="train", samples=20,
+                           options={"samples": 1})  # fmt: skip
+    (name,) = more["measures"]
+    assert name == "stutz2021_average with samples=1, examples=20, split=train"
+    measure_subject(run, ["average_clean"], samples=20, options={"examples": 10})
+    measure_subject(run, ["pac_bayes"], samples=20, options={"steps": 1})
+    entries = records.read(run.home.flatness, "flatness")
+    assert len(entries) == 5
+    bound = entries[-1]["measures"]["pac_bayes"]["details"]
+    assert bound["train_size"] == len(run.images().train) > 20
 
 
 def test_flatness_of_a_run_without_an_attack(tmp_path: Path) -> None:

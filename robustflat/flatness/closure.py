@@ -104,23 +104,27 @@ class Closure:
             found.append(losses.detach())
         return _to_host(found), total
 
-    def hvp(self, parameters: Sequence[Tensor], vector: list[Tensor]) -> list[Tensor]:
-        """The Hessian of the mean loss times ``vector`` (differentiating the gradient)."""
+    def hvps(self, parameters: Sequence[Tensor], vectors: list[list[Tensor]]) -> list[list[Tensor]]:
+        """The Hessian of the mean loss times each of ``vectors`` (differentiating the gradient)."""
         assert self.attack is None, "the Hessian is taken at fixed adversarial examples"
-        total = [torch.zeros_like(v) for v in vector]
+        totals = [[torch.zeros_like(v) for v in vector] for vector in vectors]
         for x, y in self._batches():
-            self.count("hvp", len(x))
+            self.count("gradient", len(x))
             with torch.enable_grad():
                 loss = self._losses(self.model(x), y).sum() / len(self)
                 slopes = torch.autograd.grad(
                     loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True
                 )
-                along = sum(
-                    ((s * v).sum() for s, v in zip(slopes, vector, strict=True)), loss.new_zeros(())
-                )
-                product = _gradient(along, parameters)
-            torch._foreach_add_(total, product)
-        return total
+                for index, vector in enumerate(vectors):
+                    self.count("hvp", len(x))
+                    along = sum(
+                        ((s * v).sum() for s, v in zip(slopes, vector, strict=True)),
+                        loss.new_zeros(()),
+                    )
+                    last = index == len(vectors) - 1
+                    product = _gradient(along, parameters, keep_graph=not last)
+                    torch._foreach_add_(totals[index], product)
+        return totals
 
     def weighted_gradient(
         self, parameters: Sequence[Tensor], weigh: Callable[[Tensor], Tensor]
@@ -207,9 +211,13 @@ def attack_cost(attack: InputPerturbation) -> dict[Kind, int]:
     return {"input_gradient": gradients * attack.restarts, "forward": choices + target}
 
 
-def _gradient(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _gradient(
+    value: Tensor, parameters: Sequence[Tensor], *, keep_graph: bool = False
+) -> tuple[Tensor, ...]:
     # Not .backward(): the user's .grad is none of our business.
-    return torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        value, parameters, retain_graph=keep_graph, allow_unused=True, materialize_grads=True
+    )
 
 
 def _to_host(losses: list[Tensor]) -> Tensor:

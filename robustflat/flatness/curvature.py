@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from robustflat.errors import UserError
-from robustflat.flatness.figure import Figure, Passes
+from robustflat.flatness.figure import Figure, Passes, mean_and_error
 from robustflat.flatness.options import Options
-from robustflat.flatness.spectrum import DENSE, Eigenpairs, Hessian, basis_size, largest
-from robustflat.flatness.subject import LossKind, Subject, signs
+from robustflat.flatness.spectrum import DENSE, Eigenpairs, Hessian, extreme, quadrature
+from robustflat.flatness.subject import LossKind, Subject, normal, signs
 
 PARAMETERS = "all"
 # Runs of an estimator that does not tell its own error.
 RUNS = 3
+# Probes that go through one graph of the gradient; so many products are held at a time.
+TOGETHER = 10
 _GRID = 512
 
 
@@ -33,41 +35,33 @@ def hessian_of(subject: Subject, options: Options, loss: LossKind) -> Hessian:
     return Hessian(subject.closure(options, kind), dict(subject.parameters(options, PARAMETERS)))
 
 
-def top(subject: Subject, options: Options, loss: LossKind) -> Eigenpairs:
-    """The k largest eigenvalues, computed once for all measures that need them."""
+def pairs_of(subject: Subject, options: Options, loss: LossKind, end: str) -> Eigenpairs:
+    """The k eigenpairs of one end, computed once for all measures that need them."""
     return subject.once(
-        ("top", loss, options),
-        lambda: largest(
+        (end, loss, options),
+        lambda: extreme(
             hessian_of(subject, options, loss),
             options.k,
+            end=end,
             tolerance=options.tolerance,
             max_hvps=options.max_hvps,
-            seed=subject.generator("lanczos", loss, "top").initial_seed() % 2**32,
+            generator=subject.generator("lanczos", loss, end),
         ),
     )
 
 
 def maximum(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
-    """The largest eigenvalue. Details: ``eigenvalues``, the k largest, and their ``residuals``."""
-    return _eigenvalues(subject, name, loss, lambda: (1.0, 0.0, top(subject, options, loss)))
+    """The largest eigenvalue.
+
+    Details: ``eigenvalues``, the k largest, their ``residuals`` and whether they ``converged``. A
+    value that did not is a lower bound; an eigenvalue lies within the residual of it.
+    """
+    return _eigenvalues(subject, options, loss, name, "top")
 
 
 def minimum(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The smallest eigenvalue, negative off a minimum. Details as :func:`maximum`."""
-
-    def compute() -> tuple[float, float, Eigenpairs]:
-        shift = float(top(subject, options, loss).values[0])
-        flipped = largest(
-            hessian_of(subject, options, loss),
-            options.k,
-            tolerance=options.tolerance,
-            max_hvps=options.max_hvps,
-            seed=subject.generator("lanczos", loss, "bottom").initial_seed() % 2**32,
-            shift=shift,
-        )
-        return -1.0, shift, flipped
-
-    return _eigenvalues(subject, name, loss, compute)
+    return _eigenvalues(subject, options, loss, name, "bottom")
 
 
 def trace(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
@@ -116,7 +110,7 @@ def frobenius(subject: Subject, options: Options, loss: LossKind, name: str) -> 
 def density(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The spectral density by stochastic Lanczos quadrature; its value, the mean eigenvalue.
 
-    Details: ``grid`` and ``density`` (of area 1, smoothed by Gaussians; curvlinops), and
+    Details: ``grid`` and ``density`` (of area 1, smoothed by Gaussians), and
     ``negative_mass``, the share of eigenvalues below zero by the quadrature's nodes. The value
     times ``weights`` estimates the trace.
     """
@@ -150,34 +144,30 @@ def density(subject: Subject, options: Options, loss: LossKind, name: str) -> Fi
 
 def top_passes(options: Options, loss: LossKind) -> Passes:
     """At most what the largest eigenvalues cost."""
-    least = basis_size(options.k, DENSE + 1, bottom=True)
-    return Passes(hvp=max(options.max_hvps, least) + options.k)
+    return products(max(options.max_hvps, options.k + 1, DENSE))
 
 
 def probe_passes(options: Options, loss: LossKind) -> Passes:
     """What a trace costs by the chosen estimator."""
     step = {"hutchinson": 1, "hutchpp": 3, "xtrace": 2}[options.estimator]
-    runs = 1 if options.estimator == "hutchinson" else RUNS
-    return Passes(hvp=runs * (options.probes // step * step))
+    if options.estimator == "hutchinson":
+        return hutchinson_passes(options)
+    return products(RUNS * (options.probes // step * step))
 
 
-def hutchinson_passes(options: Options, loss: LossKind) -> Passes:
+def hutchinson_passes(options: Options) -> Passes:
     """What Hutchinson's probes cost."""
-    return Passes(hvp=options.probes)
+    return Passes(gradient=math.ceil(options.probes / TOGETHER), hvp=options.probes)
 
 
 def density_passes(options: Options, loss: LossKind) -> Passes:
     """What a spectral density costs beside its ends."""
-    return Passes(hvp=options.lanczos_steps * options.lanczos_runs)
+    return products(options.lanczos_steps * options.lanczos_runs)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """The mean and its standard error; None for one value alone."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+def products(number: int) -> Passes:
+    """What so many Hessian-vector products cost, one after the other."""
+    return Passes(gradient=number, hvp=number)
 
 
 def _suffix(loss: LossKind) -> str:
@@ -192,35 +182,47 @@ def _about(hessian: Hessian, options: Options, loss: LossKind) -> dict[str, Any]
     }
 
 
-def _eigenvalues(subject: Subject, name: str, loss: LossKind, compute: Any) -> Figure:
+def _eigenvalues(subject: Subject, options: Options, loss: LossKind, name: str, end: str) -> Figure:
     def part() -> dict[str, Any]:
-        sign, shift, pairs = compute()
+        pairs = pairs_of(subject, options, loss, end)
         return {
-            "eigenvalues": [shift + sign * float(v) for v in pairs.values],
-            "residuals": [float(r) for r in pairs.residuals],
+            "eigenvalues": pairs.values.tolist(),
+            "residuals": pairs.residuals.tolist(),
             "converged": pairs.converged,
+            "products": pairs.products,
         }
 
     found = subject.part(name, part)
-    return Figure(value=found["eigenvalues"][0], details={"loss": loss, **found})
+    about = _about(hessian_of(subject, options, loss), options, loss)
+    return Figure(value=found["eigenvalues"][0], details={**about, **found})
 
 
 def hessian_probes(subject: Subject, options: Options, loss: LossKind) -> list[dict[str, Any]]:
-    """z_l . (H z)_l of every layer and ||H z||^2, for each probe z; exact for few weights."""
+    """z_l . (H z)_l of every layer and ||H z||^2, for each probe z; exact for few weights.
+
+    Some probes share one graph of the gradient, which is a third of a product's cost.
+    """
     hessian = hessian_of(subject, options, loss)
     if hessian.size <= DENSE:
         return [subject.part(f"hessian_dense/{loss}", lambda: _exact(hessian))]
 
-    def probe(index: int) -> dict[str, Any]:
-        z = subject.draw(signs, hessian.parameters, "probe", loss, index)
-        product = hessian.times(z)
-        along = [float((a * b).sum(dtype=hessian.dtype)) for a, b in zip(z, product, strict=True)]
-        square = sum(float(t.square().sum()) for t in product)
-        return {"layers": dict(zip(hessian.names, along, strict=True)), "square": square}
+    def group(first: int) -> list[dict[str, Any]]:
+        members = range(first, min(first + TOGETHER, options.probes))
+        probes = [subject.draw(signs, hessian.parameters, "probe", loss, i) for i in members]
+        found = []
+        for z, product in zip(probes, hessian.times_all(probes), strict=True):
+            along = [float((a * b).sum()) for a, b in zip(z, product, strict=True)]
+            square = sum(float(t.square().sum()) for t in product)
+            found.append({"layers": dict(zip(hessian.names, along, strict=True)), "square": square})
+        return found
 
-    return [
-        subject.part(f"hessian_probe/{loss}/{i}", partial(probe, i)) for i in range(options.probes)
+    groups = [
+        subject.part(
+            f"hessian_probes/{loss}/{i}-{min(i + TOGETHER, options.probes)}", partial(group, i)
+        )
+        for i in range(0, options.probes, TOGETHER)
     ]
+    return [probe for found in groups for probe in found]
 
 
 def _exact(hessian: Hessian) -> dict[str, Any]:
@@ -239,41 +241,33 @@ def _quadrature(
         nodes = np.linalg.eigvalsh(hessian.dense())
         weights = np.full(hessian.size, 1 / hessian.size)
     else:
-        spectra = _curvlinops().papyan2020traces.spectrum
-        _seed(subject, "density", *purpose)
-        values, vectors = spectra.fast_lanczos(
-            _operator(hessian), min(options.lanczos_steps, hessian.size)
+        start = torch.cat(
+            [t.flatten() for t in subject.draw(normal, hessian.parameters, "density", *purpose)]
         )
-        nodes, weights = values.cpu().double().numpy(), vectors[0].cpu().double().numpy() ** 2
-    if not np.isfinite(nodes).all():
-        raise UserError(
-            f"Lanczos broke down within {options.lanczos_steps} steps: the Hessian has fewer "
-            "different eigenvalues. Lower lanczos_steps."
-        )
+        nodes, weights = quadrature(hessian, start, options.lanczos_steps)
     return {"nodes": nodes.tolist(), "weights": weights.tolist()}
 
 
 def _smoothed(
     runs: list[dict[str, Any]], low: float, high: float, steps: int
 ) -> tuple[list[float], list[float]]:
-    spectra = _curvlinops().papyan2020traces.spectrum
-    curves = []
-    for run in runs:
-        # The function wants eigenvectors, of which it uses the first entries' squares.
-        first = torch.tensor(run["weights"], dtype=torch.float64).sqrt()
-        nodes = torch.tensor(run["nodes"], dtype=torch.float64)
-        grid, curve = spectra.lanczos_approximate_spectrum_from_iter(
-            (nodes, first[None]), (low, high), num_points=_GRID, kappa=3.0, margin=0.05
-        )
-        curves.append(curve)
-    return grid.tolist(), torch.stack(curves).mean(0).tolist()
+    """A Gaussian for every node, as wide as the nodes stand apart on average (Papyan 2019)."""
+    margin = 0.05 * (high - low)
+    grid = np.linspace(low - margin, high + margin, _GRID)
+    width = (grid[-1] - grid[0]) / max(steps - 1, 1) / math.sqrt(8 * math.log(3))
+    curves = [
+        np.exp(-(((grid[:, None] - np.array(run["nodes"])) / width) ** 2) / 2) @ run["weights"]
+        for run in runs
+    ]
+    heights = np.mean(curves, axis=0) / (width * math.sqrt(2 * math.pi))
+    return grid.tolist(), heights.tolist()
 
 
 def _by_curvlinops(
     hessian: Hessian, options: Options, subject: Subject, purpose: tuple[object, ...]
 ) -> float:
     """One run of Hutch++ or XTrace with a share of the probes."""
-    library = _curvlinops()
+    library = curvlinops()
     step = 3 if options.estimator == "hutchpp" else 2
     probes = options.probes // step * step
     estimate = library.hutchpp_trace if options.estimator == "hutchpp" else library.xtrace
@@ -292,16 +286,20 @@ def _seed(subject: Subject, *purpose: object) -> None:
     torch.manual_seed(subject.generator(*purpose).initial_seed())
 
 
-def _curvlinops() -> Any:
+def curvlinops() -> Any:
+    """The package, asked for before anything is measured.
+
+    Raises:
+        UserError: if it is not installed.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             import curvlinops
-            import curvlinops.papyan2020traces.spectrum
     except ImportError:
         raise UserError(
-            "The spectral density and the trace estimators hutchpp and xtrace need the package "
-            "curvlinops, which is not installed. Run: pip install 'robustflat[curvature]'."
+            "The trace estimators hutchpp and xtrace need the package curvlinops, which is not "
+            "installed. Run: pip install 'robustflat[curvature]'."
         ) from None
     return curvlinops
 
@@ -312,14 +310,16 @@ def _operator(hessian: Hessian) -> Any:
 
     class Operator(PyTorchLinearOperator):  # type: ignore[misc]
         SELF_ADJOINT = True
-        device = hessian.parameters[0].device
+        # Its random vectors are drawn here, the same for every device.
+        device = torch.device("cpu")
         dtype = hessian.dtype
 
         def _matmat(self, X: list[Tensor]) -> list[Tensor]:  # noqa: N803
             columns = [
-                hessian.times([x[..., i].contiguous() for x in X]) for i in range(X[0].shape[-1])
+                hessian.times(hessian.split(torch.cat([x[..., i].flatten() for x in X])))
+                for i in range(X[0].shape[-1])
             ]
-            return [torch.stack(parts, -1) for parts in zip(*columns, strict=True)]
+            return [torch.stack(parts, -1).cpu() for parts in zip(*columns, strict=True)]
 
     shapes = [tuple(p.shape) for p in hessian.parameters]
     return Operator(shapes, shapes)

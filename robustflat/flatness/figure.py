@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from robustflat.files import json_safe
 
 # In forward passes: a matrix product has two in its backward pass (one if only the input's gradient
-# is wanted), and a Hessian-vector product differentiates those three once more.
-UNITS = {"forward": 1.0, "input_gradient": 2.0, "gradient": 3.0, "hvp": 9.0}
+# is wanted), and a Hessian-vector product differentiates those three, which it needs as a graph.
+UNITS = {"forward": 1.0, "input_gradient": 2.0, "gradient": 3.0, "hvp": 6.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class Passes:
         forward: without gradient.
         input_gradient: forward, and backward to the images.
         gradient: forward, and backward to the weights.
-        hvp: Hessian-vector products.
+        hvp: backward through a graph of the gradient, for a Hessian-vector product.
     """
 
     forward: float = 0.0
@@ -117,3 +120,11 @@ class Progress:
     measure: str
     done: float
     total: float
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error; None for one value alone. What is not finite stays so."""
+    array = np.array(values, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else None
+        return float(array.mean()), None if error is None else float(error)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from robustflat.flatness.closure import Closure
-from robustflat.flatness.curvature import mean_and_error
-from robustflat.flatness.figure import Figure, Passes
+from robustflat.flatness.figure import Figure, Passes, mean_and_error
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.perturb import Ascent, maximise

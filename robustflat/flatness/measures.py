@@ -15,18 +15,16 @@ from robustflat.flatness.closure import attack_cost
 from robustflat.flatness.complexity import COMPLEXITY, Complexity
 from robustflat.flatness.figure import Figure, Passes
 from robustflat.flatness.options import Options
+from robustflat.flatness.presets import PRESETS, AttackOf, Preset
 from robustflat.flatness.subject import LossKind, Subject
-from robustflat.perturb import InputPerturbation, pgd
 from robustflat.plugins import imported, is_plugin
 
 Compute = Callable[[Subject, Options, LossKind, str], Figure]
 # Jobs by a key that two measures share if they share the work.
 Jobs = Callable[[Options, int], dict[str, Passes]]
-# From the threat's norm and eps to the attack that a paper used.
-AttackOf = Callable[[float, float], InputPerturbation]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Measure:
     """A measure by name.
 
@@ -41,6 +39,8 @@ class Measure:
         changes: a preset's options; options that the user gives override them.
         weights: a preset's choice of parameters that depends on the model.
         attack: a preset's attack; one that the user gives overrides it.
+        split: the images that a preset is published for, "train" or "test".
+        preset: whether its settings are somebody's; changed, it has another name.
     """
 
     name: str
@@ -52,10 +52,13 @@ class Measure:
     changes: Mapping[str, Any] = field(default_factory=dict)
     weights: Callable[[nn.Module], str] | None = None
     attack: AttackOf | None = None
+    split: str | None = None
+    preset: bool = False
 
     def run(self, subject: Subject, options: Options) -> Figure:
         """Measure ``subject``."""
-        return self.compute(subject, options, self.loss, self.name)
+        # Not with its settings in the name: all points of a sweep draw the same directions.
+        return self.compute(subject, options, self.loss, self.name.partition(" with ")[0])
 
 
 def measure(
@@ -173,6 +176,24 @@ def _sharpness(kind: str, suffix: str) -> Measure:
     )
 
 
+def _preset(name: str, row: Preset) -> Measure:
+    loss = row.loss
+    return replace(
+        _sharpness(row.kind, loss),
+        name=name,
+        summary=row.summary,
+        jobs=lambda options, n: {
+            (name if key == f"{row.kind}_{loss}" else key): passes
+            for key, passes in _sharpness(row.kind, loss).jobs(options, n).items()
+        },
+        changes=row.options,
+        weights=without_normalisation if row.no_normalisation else None,
+        attack=row.attack,
+        split=row.split,
+        preset=True,
+    )
+
+
 def _curvature(
     name: str,
     summary: str,
@@ -205,12 +226,16 @@ def _ends(options: Options, loss: LossKind) -> dict[str, Passes]:
     return {"top": passes, "bottom": passes}
 
 
+def _bottom(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {"bottom": curvature.top_passes(options, loss)}
+
+
 def _probes(options: Options, loss: LossKind) -> dict[str, Passes]:
     return {f"probes {options.estimator}": curvature.probe_passes(options, loss)}
 
 
 def _hutchinson(options: Options, loss: LossKind) -> dict[str, Passes]:
-    return {"probes hutchinson": curvature.hutchinson_passes(options, loss)}
+    return {"probes hutchinson": curvature.hutchinson_passes(options)}
 
 
 def _density(options: Options, loss: LossKind) -> dict[str, Passes]:
@@ -253,7 +278,7 @@ def _complexity(row: Complexity) -> Measure:
 
 _CURVATURE: tuple[tuple[str, str, Compute, Callable[..., dict[str, Passes]]], ...] = (
     ("hessian_max", "largest Hessian eigenvalue", curvature.maximum, _top),
-    ("hessian_min", "smallest Hessian eigenvalue", curvature.minimum, _ends),
+    ("hessian_min", "smallest Hessian eigenvalue", curvature.minimum, _bottom),
     ("hessian_trace", "Hessian trace", curvature.trace, _probes),
     ("hessian_frobenius", "Hessian Frobenius norm", curvature.frobenius, _hutchinson),
     ("hessian_density", "Hessian spectral density", curvature.density, _density),
@@ -261,84 +286,6 @@ _CURVATURE: tuple[tuple[str, str, Compute, Callable[..., dict[str, Passes]]], ..
     ("alignment", "gradient's |cos| to the top eigenvector", mechanism.alignment, _aligned),
     ("fisher_trace", "Fisher information's trace", mechanism.fisher_trace, _fisher),
 )
-
-
-def _stutz_attack(norm: float, eps: float) -> InputPerturbation:
-    # 20 steps of 0.007 at eps 0.0314, the best iterate kept.
-    return pgd(norm, eps, 20, 0.007 / 0.0314 * eps, "uniform", keep="best")
-
-
-def _stutz(kind: str, **changes: Any) -> Measure:
-    return replace(
-        _sharpness(kind, "robust"),
-        name=f"stutz2021_{kind}",
-        summary=f"{kind}-case robust flatness of Stutz et al. 2021",
-        changes={"ball": "tensor", "weight_norm": "l2", "examples": 1000, **changes},
-        weights=without_normalisation,
-        attack=_stutz_attack,
-    )
-
-
-def _preset(kind: str, suffix: str, name: str, summary: str, **changes: Any) -> Measure:
-    return _renamed(replace(_sharpness(kind, suffix), summary=summary, changes=changes), name)
-
-
-def _renamed(measure: Measure, name: str) -> Measure:
-    jobs, old = measure.jobs, measure.name
-
-    def own(options: Options, examples: int) -> dict[str, Passes]:
-        return {
-            (name if key == old else key): passes for key, passes in jobs(options, examples).items()
-        }
-
-    return replace(measure, name=name, jobs=own)
-
-
-_ADAPTIVE: dict[str, Any] = {
-    "ball": "adaptive", "parameters": "all", "m": 128, "examples": 1024, "normalise_logits": True,
-}  # fmt: skip
-_WEN: dict[str, Any] = {
-    "ball": "global", "weight_norm": "l2", "parameters": "all", "radius": 0.05,
-}  # fmt: skip
-
-PRESETS: tuple[Measure, ...] = (
-    # Definition of the released code: mean over 10 weights of the sphere ||v_l|| = 0.5 ||w_l||.
-    _renamed(_stutz("average", radius=0.5, samples=10, distribution="sphere"), "stutz2021_average"),
-    # 10 restarts, 20 steps of 0.01 ||w_l|| in ||v_l|| <= 0.003 ||w_l||. Its code takes one batch
-    # and one input step in each; here every step sees all examples, and remakes them.
-    _renamed(
-        _stutz("worst", radius=0.003, restarts=10, steps=20, step_size=0.01 / 0.003),
-        "stutz2021_worst",
-    ),
-    # |v| <= rho |w| for every entry, 128 examples at a time, logits normalised; 20 steps of 2 rho
-    # (plain projected ascent, the best iterate, where its code has APGD).
-    _preset(
-        "worst", "clean", "andriushchenko2023_worst",
-        "adaptive worst-case linf sharpness of Andriushchenko et al. 2023",
-        **_ADAPTIVE, weight_norm="linf", radius=2e-3, steps=20, step_size=2.0, restarts=1,
-    ),
-    _preset(
-        "average", "clean", "andriushchenko2023_average",
-        "adaptive average-case sharpness of Andriushchenko et al. 2023",
-        **_ADAPTIVE, weight_norm="l2", radius=0.05, samples=100, distribution="normal",
-    ),
-    # The perturbation of training: one step of gamma ||w_l||, at fixed adversarial examples.
-    _preset(
-        "ascent", "robust_fixed", "wu2020",
-        "rise of the robust loss under AWP's own perturbation (Wu et al. 2020)",
-        ball="tensor", weight_norm="l2", parameters="matrices", radius=5e-3,
-    ),
-    _preset(
-        "worst", "clean", "wen2023_worst", "worst-direction sharpness of Wen et al. 2023", **_WEN
-    ),
-    _preset(
-        "ascent", "clean", "wen2023_ascent", "ascent-direction sharpness of Wen et al. 2023", **_WEN
-    ),
-    _preset(
-        "average", "clean", "wen2023_average", "average-direction sharpness of Wen et al. 2023",
-        **_WEN, samples=50, distribution="sphere",
-    ),
-)  # fmt: skip
 
 
 def _all() -> dict[str, Measure]:
@@ -374,7 +321,8 @@ def _all() -> dict[str, Measure]:
         ),
     ]
     complex_ = [_complexity(row) for row in COMPLEXITY]
-    return {m.name: m for m in (*sharp, *curved, *others, *complex_, *PRESETS)}
+    presets = [_preset(name, row) for name, row in PRESETS.items()]
+    return {m.name: m for m in (*sharp, *curved, *others, *complex_, *presets)}
 
 
 MEASURES: dict[str, Measure] = _all()

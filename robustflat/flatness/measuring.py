@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustflat.config.values import read_number
 from robustflat.errors import UserError
 from robustflat.evaluate.threat import Threat
 from robustflat.flatness.closure import Kind
+from robustflat.flatness.curvature import curvlinops
 from robustflat.flatness.examples import Data, read_examples
 from robustflat.flatness.figure import UNITS, Cost, Figure, Passes, Progress
 from robustflat.flatness.measures import Measure, find
@@ -27,6 +30,11 @@ from robustflat.perturb import InputPerturbation, parse_norm, pgd
 DEFAULT_MEASURES = ("hessian_max", "hessian_trace", "worst_robust")
 # Numbers of independent parts: a store may be continued with more of them.
 _CONTINUABLE = ("samples", "probes", "restarts", "lanczos_runs")
+# What a preset is published with.
+_PUBLISHED = (
+    "examples", "parameters", "ball", "weight_norm", "radius", "steps", "step_size", "restarts",
+    "samples", "distribution", "m", "normalise_logits",
+)  # fmt: skip
 _log = logging.getLogger("robustflat.flatness")
 
 
@@ -63,12 +71,15 @@ def flatness(
         attack: of the robust loss, ``rf.pgd(norm, eps, steps=10)`` if None.
         initial: the state_dict before training, for the measures of the distance from it.
         on_progress: told how far the measurement has come; may raise to stop it.
-        store: a JSON file that keeps finished parts (restarts, directions, probes, eigenvalues);
+        store: a file that keeps finished parts (restarts, directions, probes, eigenvalues);
             called again with it, an interrupted measurement goes on and ends with the same values.
-        **options: fields of :class:`robustflat.flatness.Options`.
+            It may serve any number of measurements.
+        **options: fields of :class:`robustflat.flatness.Options`; a list of values is a sweep. An
+            option of one measure alone is said in its name: "worst_clean with radius=0.1".
 
     Returns:
-        A figure for every measure, in their order.
+        A figure for every measure, in their order. Its details tell all settings. A preset that
+        was changed, and every point of a sweep, is named so: "wu2020 with radius=0.1".
 
     Raises:
         UserError: for unknown measures or options, impossible values, data that shuffles,
@@ -76,20 +87,23 @@ def flatness(
     """
     if isinstance(measures, str):
         measures = [measures]
-    chosen = [find(name) for name in dict.fromkeys(measures)]
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-    settings = _settings(model, chosen, eps, norm, attack, options)
+    settings = _settings(model, measures, eps, norm, attack, options)
+    chosen = list(settings)
+    if any(s.estimator != "hutchinson" for s in settings.values()):
+        curvlinops()
     _refuse_training(model, chosen)
     with undisturbed(model):
         limits = [s.examples for s in settings.values()]
         x, y = read_examples(data, max(limits) if all(limits) else None)  # type: ignore[type-var]
-        subjects = _Subjects(
-            model, x, y, batch_size, seed, chosen, settings, on_progress, store, initial
-        )
+        subjects = _Subjects(model, x, y, batch_size, seed, settings, on_progress, store, initial)
         _log.info("%s", subjects.cost)
-        check_model(model, x[:batch_size], y[:batch_size])
-        return {measure.name: subjects.measure(measure) for measure in chosen}
+        check_model(model, x[:batch_size], y)
+        return {
+            _name(measure, settings[measure], len(x)): subjects.measure(measure)
+            for measure in chosen
+        }
 
 
 def cost(
@@ -114,12 +128,12 @@ def cost(
     Returns:
         Passes over the examples by kind, and in all; eigenvalues count their upper bound.
     """
-    chosen = [find(name) for name in dict.fromkeys(measures)]
-    return _cost(chosen, _settings(None, chosen, eps, norm, attack, options), examples)
+    settings = _settings(None, measures, eps, norm, attack, options)
+    return _cost(settings, examples)
 
 
-def _cost(chosen: Sequence[Measure], settings: Mapping[str, Options], examples: int) -> Cost:
-    each = {measure.name: _jobs(measure, settings, examples) for measure in chosen}
+def _cost(settings: Mapping[Measure, Options], examples: int) -> Cost:
+    each = {measure.name: _jobs(measure, settings, examples) for measure in settings}
     together = {key: passes for jobs in each.values() for key, passes in jobs.items()}
     return Cost(
         examples=examples,
@@ -128,39 +142,95 @@ def _cost(chosen: Sequence[Measure], settings: Mapping[str, Options], examples: 
     )
 
 
-def _jobs(measure: Measure, settings: Mapping[str, Options], examples: int) -> dict[str, Passes]:
+def _jobs(
+    measure: Measure, settings: Mapping[Measure, Options], examples: int
+) -> dict[str, Passes]:
     """A measure's jobs, in passes over all examples."""
-    options = settings[measure.name]
+    options = settings[measure]
     share = min(options.examples or examples, examples) / examples
-    return {key: passes.times(share) for key, passes in measure.jobs(options, examples).items()}
+    # Adversarial examples are shared by all measures of the same images, else equal settings share.
+    return {
+        (key if key.startswith("examples/") else f"{key}/{options!r}"): passes.times(share)
+        for key, passes in measure.jobs(options, examples).items()
+    }
 
 
 def _settings(
     model: nn.Module | None,
-    chosen: Sequence[Measure],
+    measures: Sequence[str],
     eps: float | None,
     norm: str | float,
     attack: InputPerturbation | None,
     given: Mapping[str, Any],
-) -> dict[str, Options]:
-    """Each measure's options: the defaults, a preset's changes, then the user's."""
+) -> dict[Measure, Options]:
+    """Each measure's options: the defaults, a preset's changes, then the user's.
+
+    A measure that is asked for with several values of an option comes once for each, and then, as
+    a preset that was changed, it says so in its name.
+    """
+    if isinstance(measures, str):
+        measures = [measures]
+    swept = {key: value for key, value in given.items() if isinstance(value, list | tuple)}
     eps = Threat.said(norm, eps).eps if attack is None else eps or 0.0
     try:
-        default = pgd(norm, eps, 10) if attack is None else attack
-        base = Options(attack=default)
-        settings: dict[str, Options] = {}
-        for measure in chosen:
-            changes: dict[str, Any] = dict(measure.changes)
-            if measure.attack is not None and attack is None:
-                changes["attack"] = measure.attack(parse_norm(norm), eps)
-            if measure.weights is not None and model is not None:
-                changes["parameters"] = measure.weights(model)
-            settings[measure.name] = with_options(base, {**changes, **given})
+        base = Options(attack=pgd(norm, eps, 10) if attack is None else attack)
+        settings: dict[Measure, Options] = {}
+        for spec in dict.fromkeys(measures):
+            name, _, own = spec.partition(" with ")
+            measure, said = find(name), _said(own)
+            for values in itertools.product(*swept.values()):
+                point = dict(zip(swept, values, strict=True)) | said
+                changes: dict[str, Any] = dict(measure.changes)
+                if measure.attack is not None and attack is None:
+                    changes["attack"] = measure.attack(parse_norm(norm), eps)
+                if measure.weights is not None and model is not None:
+                    changes["parameters"] = measure.weights(model)
+                published = with_options(base, changes)
+                mine = {**given, **point}
+                settled = with_options(published, mine)
+                shown = [key for key in mine if key in point]
+                if measure.preset:
+                    shown = [
+                        key for key in mine
+                        if key in _PUBLISHED and getattr(settled, key) != getattr(published, key)
+                    ]  # fmt: skip
+                label = [f"{key}={mine[key]}" for key in sorted(shown)]
+                if measure.attack is not None and attack is not None:
+                    label.append("another attack")
+                ending = f" with {', '.join(label)}" if label else ""
+                settings[replace(measure, name=measure.name + ending)] = settled
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
     return settings
+
+
+def _name(measure: Measure, options: Options, examples: int) -> str:
+    """As it is called where there are fewer examples than a preset is published with."""
+    if not measure.preset or options.examples is None or options.examples <= examples:
+        return measure.name
+    return f"{measure.name}{', ' if ' with ' in measure.name else ' with '}examples={examples}"
+
+
+def _said(text: str) -> dict[str, Any]:
+    """The options of "radius=0.1, ball=row"."""
+    said: dict[str, Any] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(
+                f"A measure's own options are written as in 'worst_clean with radius=0.1, steps=5',"
+                f" got {text!r}."
+            )
+        try:
+            said[key] = int(value)
+        except ValueError:
+            try:
+                said[key] = float(read_number(value))
+            except ValueError:
+                said[key] = {"true": True, "false": False}.get(value.lower(), value)
+    return said
 
 
 def _refuse_training(model: nn.Module, chosen: Sequence[Measure]) -> None:
@@ -224,8 +294,7 @@ class _Subjects:
         y: Tensor,
         batch_size: int,
         seed: int,
-        chosen: Sequence[Measure],
-        settings: Mapping[str, Options],
+        settings: Mapping[Measure, Options],
         on_progress: Callable[[Progress], None] | None,
         store: str | os.PathLike[str] | None,
         initial: Mapping[str, Tensor] | None,
@@ -234,8 +303,8 @@ class _Subjects:
         self._settings = settings
         self._on_progress = on_progress
         self._done, self._spent, self._current = 0.0, Passes(), ""
-        self.cost = _cost(chosen, settings, len(x))
-        self._jobs = {m.name: _jobs(m, settings, len(x)) for m in chosen}
+        self.cost = _cost(settings, len(x))
+        self._jobs = {m.name: _jobs(m, settings, len(x)) for m in settings}
         self._total = self.cost.total.units
         mark = "" if store is None else fingerprint(model, [x, y], {"seed": seed})
         shared = Store(store, mark)
@@ -258,7 +327,7 @@ class _Subjects:
 
     def measure(self, measure: Measure) -> Figure:
         """Run one measure; its details tell the examples and the passes it took."""
-        options = self._settings[measure.name]
+        options = self._settings[measure]
         self._current, self._spent = measure.name, Passes()
         self._tell()
         subject = self._subjects[options]
@@ -270,6 +339,7 @@ class _Subjects:
                 **figure.details,
                 "examples": len(subject),
                 "passes": self._spent.to_dict(),
+                "settings": {**options.to_dict(), "seed": subject.seed},
             },
         )
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from robustflat.flatness import sharpness
-from robustflat.flatness.curvature import PARAMETERS, hessian_of, mean_and_error, top
-from robustflat.flatness.figure import Figure, Passes
+from robustflat.flatness.curvature import PARAMETERS, hessian_of, pairs_of
+from robustflat.flatness.figure import Figure, Passes, mean_and_error
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject, signs
 from robustflat.perturb import WeightPerturbation, awp, sam
@@ -46,7 +46,7 @@ def alignment(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     def compute() -> dict[str, float]:
         hessian = hessian_of(subject, options, loss)
         gradient = _gradient(subject, options, loss)
-        axis = hessian.split(torch.from_numpy(top(subject, options, loss).vectors[:, 0].copy()))
+        axis = hessian.split(pairs_of(subject, options, loss, "top").vectors[0])
         chance = math.exp(math.lgamma(hessian.size / 2) - math.lgamma((hessian.size + 1) / 2))
         return {
             "gradient": _cosine(gradient, axis),

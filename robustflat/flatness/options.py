@@ -57,7 +57,8 @@ class Options:
             worst-direction sharpness is never the smaller; the others are random.
         samples: average direction: how many directions.
         distribution: of these, uniform on the "sphere" or in the "ball", or "normal" with the
-            radius as the standard deviation of every entry of u.
+            radius as the standard deviation of every entry of u; in a ball that is relative to a
+            norm, such that its expected square is the ball's.
         m: measure sharpness separately for every m examples and average (m-sharpness); None takes
             all together.
         normalise_logits: measure the loss of (z - mean z) / ||z - mean z|| (Andriushchenko et al.
@@ -140,6 +141,13 @@ class Options:
             parse_norm(self.weight_norm), self.radius_or(default_radius), BALLS[self.ball][0]
         )
 
+    def deviations(self, weights: list[Tensor]) -> list[float]:
+        """Standard deviation of the entries of a normal u, in radii."""
+        group, name = BALLS[self.ball]
+        if name.endswith("_norm") and parse_norm(self.weight_norm) != math.inf:
+            return _per_entry(group, weights)
+        return [1.0] * len(weights)
+
     @property
     def scale(self) -> Scale:
         """T of delta = T * u."""
@@ -148,6 +156,10 @@ class Options:
         if relative and parse_norm(self.weight_norm) == math.inf:
             return partial(_root_mean_square, SCALES[name], group)
         return SCALES[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, ready for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"attack": repr(self.attack)}
 
 
 _COUNTS = (
@@ -167,13 +179,18 @@ def _root_mean_square(
     """An L2 norm of each group over the root of its number of entries."""
     scale = norm(names, weights)
     assert scale is not None
+    return [t * share for t, share in zip(scale, _per_entry(group, weights), strict=True)]
+
+
+def _per_entry(group: Group, weights: list[Tensor]) -> list[float]:
+    """One over the root of the number of entries of each group."""
     total = sum(w.numel() for w in weights)
     entries = {
         "row": [w.numel() // (w.shape[0] if w.ndim > 1 else 1) for w in weights],
         "tensor": [w.numel() for w in weights],
         "global": [total for _ in weights],
     }[group]
-    return [t / math.sqrt(max(n, 1)) for t, n in zip(scale, entries, strict=True)]
+    return [1 / math.sqrt(max(n, 1)) for n in entries]
 
 
 def with_options(base: Options, changes: Mapping[str, Any]) -> Options:

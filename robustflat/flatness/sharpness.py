@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from robustflat.flatness.closure import Closure, attack_cost
-from robustflat.flatness.figure import Figure, Passes
+from robustflat.flatness.figure import Figure, Passes, mean_and_error
 from robustflat.flatness.options import AVERAGE_RADIUS, WORST_RADIUS, Options
 from robustflat.flatness.subject import Draw, LossKind, Subject, normal
 from robustflat.perturb import Ascent, Ball, displaced, maximise
@@ -137,14 +137,15 @@ def average(subject: Subject, options: Options, loss: LossKind, name: str) -> Fi
 
     def sample(near: Neighbourhood, index: int, draw: Drawn) -> Part:
         if options.distribution == "normal":
-            return near.rise_at(list(torch._foreach_mul(draw(normal), near.ball.radius)))
+            lengths = [near.ball.radius * d for d in options.deviations(near.like)]
+            return near.rise_at(list(torch._foreach_mul(draw(normal), lengths)))
         surface = options.distribution == "sphere"
         return near.rise_at(draw(partial(near.ball.sample, surface=surface)))
 
     def summarise(parts: list[Part]) -> Part:
-        rises = [part["increase"] for part in parts]
-        mean = {key: _mean([part[key] for part in parts]) for key in parts[0]}
-        return {**mean, **_error(rises)}
+        mean = {key: mean_and_error([part[key] for part in parts])[0] for key in parts[0]}
+        _, error = mean_and_error([part["increase"] for part in parts])
+        return mean if error is None else {**mean, "standard_error": error}
 
     return _measure(
         subject, options, loss, name, AVERAGE_RADIUS, options.samples, sample, summarise, "samples"
@@ -228,7 +229,7 @@ def _measure(
     }
     # Chunks share no random number and no example, so their errors add in quadrature.
     error = {
-        key: math.sqrt(sum((w * part[key]) ** 2 for w, part in zip(shares, summaries, strict=True)))
+        key: math.hypot(*(w * part[key] for w, part in zip(shares, summaries, strict=True)))
         for key in ("example_standard_error", "standard_error")
         if key in summaries[0]
     }
@@ -259,15 +260,3 @@ def _around(
     ball = options.weight_ball(default_radius)
     with displaced(named.values()) as move:
         yield Neighbourhood(closure, dict(named), ball, options.scale, move)
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _error(values: list[float]) -> dict[str, float]:
-    if len(values) < 2:
-        return {}
-    mean = _mean(values)
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return {"standard_error": math.sqrt(variance / len(values))}

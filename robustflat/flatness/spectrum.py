@@ -1,13 +1,13 @@
-"""Owns the ends of the Hessian's spectrum: Lanczos above accumulated Hessian-vector products."""
+"""Owns Lanczos above Hessian-vector products: the spectrum's ends, and its quadrature."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from robustflat.errors import UserError
@@ -16,8 +16,8 @@ from robustflat.flatness.closure import Closure
 # Up to so many weights the whole Hessian is formed, which costs no more than Lanczos.
 DENSE = 64
 # Vectors of the Lanczos basis beyond the 2 k + 1 that k eigenvalues need. The largest stand apart
-# and are found at once by few; the smallest are crowded, and more vectors save restarts.
-_SPARE_TOP, _SPARE_BOTTOM = 5, 17
+# and are found at once by few; the smallest are crowded, and more vectors save products.
+_SPARE = {"top": 5, "bottom": 17}
 
 
 class Hessian:
@@ -36,7 +36,11 @@ class Hessian:
 
     def times(self, vector: list[Tensor]) -> list[Tensor]:
         """The product with a vector in the parameters' shapes."""
-        return self._closure.hvp(self.parameters, vector)
+        return self._closure.hvps(self.parameters, [vector])[0]
+
+    def times_all(self, vectors: list[list[Tensor]]) -> list[list[Tensor]]:
+        """The products with several vectors, of which all are held at once."""
+        return self._closure.hvps(self.parameters, vectors)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """A flat vector in the parameters' shapes, dtype and place."""
@@ -44,16 +48,14 @@ class Hessian:
         parts = torch.split(flat, [p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
-    def numpy_times(self, flat: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The product with a flat vector of numpy's."""
-        product = self.times(self.split(torch.from_numpy(np.array(flat, copy=True).ravel())))
-        result: np.ndarray[Any, Any] = torch.cat([p.flatten() for p in product]).cpu().numpy()
-        return result
+    def flat_times(self, flat: Tensor) -> Tensor:
+        """The product with a flat vector ``[D]``, where the parameters are."""
+        return torch.cat([p.flatten() for p in self.times(self.split(flat))])
 
     def dense(self) -> np.ndarray[Any, Any]:
         """The whole matrix, symmetric to the last bit; for few weights."""
-        columns = [self.numpy_times(row) for row in np.eye(self.size)]
-        matrix = np.stack(columns).astype(np.float64)
+        columns = [self.flat_times(row) for row in torch.eye(self.size)]
+        matrix = torch.stack(columns).cpu().double().numpy()
         result: np.ndarray[Any, Any] = (matrix + matrix.T) / 2
         return result
 
@@ -63,95 +65,159 @@ class Eigenpairs:
     """Some eigenvalues at one end of a spectrum, the most extreme first.
 
     Attributes:
-        values: ``[k]``.
-        vectors: ``[D, k]``, of unit length.
+        values: ``[k]``, float64.
+        vectors: ``[k, D]``, of unit length, where the parameters are.
         residuals: ``||H v - lambda v||``; an eigenvalue of H lies within this of each value.
-        converged: whether all k were found to the tolerance; else there are fewer.
+        converged: whether all were found to the tolerance.
+        products: Hessian-vector products spent.
     """
 
     values: np.ndarray[Any, Any]
-    vectors: np.ndarray[Any, Any]
+    vectors: Tensor
     residuals: np.ndarray[Any, Any]
     converged: bool
+    products: int
 
 
-def largest(
+class Krylov:
+    """An orthonormal basis in which a Hessian is projected, grown by one product at a time.
+
+    Every product is orthogonalised twice against the whole basis, so that it stays orthonormal to
+    rounding and no eigenvalue appears twice. The vectors stay where the parameters are.
+
+    Args:
+        hessian: products with it.
+        start: ``[D]``, not zero.
+        size: most vectors that are held.
+    """
+
+    def __init__(self, hessian: Hessian, start: Tensor, size: int) -> None:
+        start = start.to(hessian.parameters[0].device, hessian.dtype)
+        self._hessian = hessian
+        self._vectors = start.new_empty(size + 1, len(start))
+        self._vectors[0] = start / start.norm()
+        self._projected = np.zeros((size, size))
+        self.count = 0
+        self.rest = math.inf  # what the last product has outside of the basis
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the space is invariant: all that a start holds was found."""
+        scale = np.abs(self._projected[: self.count, : self.count]).max(initial=0.0)
+        tiny = torch.finfo(self._hessian.dtype).eps * math.sqrt(len(self._vectors[0]))
+        return self.count == len(self._vectors[0]) or self.rest <= tiny * scale
+
+    def grow(self) -> None:
+        """Take one product and add what it has outside of the basis."""
+        at = self.count
+        basis = self._vectors[: at + 1]
+        product = self._hessian.flat_times(basis[at])
+        along = torch.mv(basis, product)
+        product = torch.addmv(product, basis.T, along, alpha=-1)
+        again = torch.mv(basis, product)
+        product = torch.addmv(product, basis.T, again, alpha=-1)
+        column = (along + again).cpu().double().numpy()
+        self._projected[at, : at + 1] = self._projected[: at + 1, at] = column
+        self.rest = float(product.norm())
+        self.count += 1
+        self._vectors[at + 1] = product / max(self.rest, torch.finfo(product.dtype).tiny)
+
+    def eigen(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Ritz values, ascending, and their vectors in the basis, one a column."""
+        values, vectors = np.linalg.eigh(self._projected[: self.count, : self.count])
+        return values, vectors
+
+    def vectors(self, columns: np.ndarray[Any, Any]) -> Tensor:
+        """Vectors ``[n, D]`` from coordinates ``[count, n]`` in the basis."""
+        turn = torch.from_numpy(np.ascontiguousarray(columns.T)).to(self._vectors)
+        return turn @ self._vectors[: self.count]
+
+    def shrink(self, values: np.ndarray[Any, Any], columns: np.ndarray[Any, Any]) -> None:
+        """Keep some Ritz vectors and what is outside (thick restart, Wu and Simon 2000)."""
+        kept, rest = self.vectors(columns), self._vectors[self.count].clone()
+        self.count = len(values)
+        self._vectors[: self.count], self._vectors[self.count] = kept, rest
+        self._projected[:] = 0
+        np.fill_diagonal(self._projected[: self.count, : self.count], values)
+
+
+def extreme(
     hessian: Hessian,
     k: int,
     *,
+    end: str = "top",
     tolerance: float,
     max_hvps: int,
-    seed: int,
-    shift: float | None = None,
+    generator: torch.Generator,
+    near: Tensor | None = None,
+    basis: int | None = None,
 ) -> Eigenpairs:
-    """The k algebraically largest eigenvalues of ``H``; of ``shift * I - H`` if there is a shift.
+    """The k algebraically largest ("top") or smallest ("bottom") eigenvalues of ``H``.
 
-    With the largest eigenvalue as the shift that is the lower end of the spectrum, to a tolerance
-    relative to its width: asked for the smallest eigenvalues directly, Lanczos tries to resolve
-    them relative to themselves and takes many times longer.
+    Lanczos with thick restarts, until every residual is below ``tolerance`` times the largest
+    absolute eigenvalue. That is the scale at the lower end, too: asked for eigenvalues near zero
+    relative to themselves, a solver takes many times longer.
 
     Args:
         hessian: products with it.
         k: how many, at most its size.
-        tolerance: relative to the largest.
-        max_hvps: about how many products may be spent; at least one Lanczos basis is.
-        seed: of the starting vector.
-        shift: see above.
-
-    Raises:
-        UserError: if not one eigenvalue converges.
+        end: of the spectrum.
+        tolerance: see above.
+        max_hvps: most products spent, but at least k + 1; what was found by then is marked.
+        generator: of the starting vector, on the CPU, so that it is the same everywhere.
+        near: ``[D]``, a vector to start from, such as an eigenvector of a while ago; a little of
+            the random one is added, or an eigenvector could never be left.
+        basis: vectors that are held; from k if None.
     """
     size = hessian.size
     k = min(k, size)
-
-    def times(flat: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        product = hessian.numpy_times(flat)
-        return product if shift is None else shift * flat.ravel() - product
-
+    sign = 1.0 if end == "top" else -1.0
     if size <= DENSE:
-        matrix = hessian.dense()
-        if shift is not None:
-            matrix = shift * np.eye(size) - matrix
-        values, vectors = np.linalg.eigh(matrix)
-        order = np.argsort(values)[::-1][:k]
+        exact, columns = np.linalg.eigh(hessian.dense())
+        order = np.argsort(-sign * exact)[:k]
+        vectors = torch.from_numpy(columns[:, order].T.copy()).to(hessian.parameters[0])
         return Eigenpairs(
-            values=values[order], vectors=vectors[:, order], residuals=np.zeros(k), converged=True
-        )
-    dtype = np.float64 if hessian.dtype == torch.float64 else np.float32
-    basis = basis_size(k, size, bottom=shift is not None)
-    start = np.random.default_rng(seed).standard_normal(size).astype(dtype)
-    operator = LinearOperator((size, size), matvec=times, dtype=dtype)
-    converged = True
-    try:
-        values, vectors = eigsh(
-            operator,
-            k=k,
-            which="LA",
-            v0=start,
-            ncv=basis,
-            tol=tolerance,
-            maxiter=max(1, (max_hvps - basis - k) // (basis - k)),
-        )
-    except ArpackNoConvergence as error:
-        if len(error.eigenvalues) == 0:
+            values=exact[order], vectors=vectors, residuals=np.zeros(k), converged=True,
+            products=size,
+        )  # fmt: skip
+    basis = min(max(basis or 2 * k + 1 + _SPARE[end], k + 2), size)
+    start = torch.randn(size, generator=generator, dtype=hessian.dtype)
+    if near is not None:
+        start = near.cpu() / near.norm().cpu() + 0.1 * start / start.norm()
+    krylov = Krylov(hessian, start, basis)
+    products = 0
+    while True:
+        krylov.grow()
+        products += 1
+        if not math.isfinite(krylov.rest):
             raise UserError(
-                f"The Hessian's extreme eigenvalues did not converge to a relative {tolerance:g} "
-                f"within {max_hvps} Hessian-vector products. Raise max_hvps, or tolerance."
-            ) from None
-        # Keep what has converged; the figure says that it is fewer than asked.
-        converged = False
-        values, vectors = error.eigenvalues, error.eigenvectors
-    order = np.argsort(values)[::-1]
-    values, vectors = values[order], vectors[:, order]
-    residuals = np.array(
-        [
-            np.linalg.norm(times(vector) - value * vector)
-            for value, vector in zip(values, vectors.T, strict=True)
-        ]
-    )
-    return Eigenpairs(values=values, vectors=vectors, residuals=residuals, converged=converged)
+                "A Hessian-vector product is not finite at the model's weights, so there are no "
+                "eigenvalues. Check the checkpoint."
+            )
+        values, columns = krylov.eigen()
+        order = np.argsort(-sign * values)
+        found = order[:k]
+        residuals = krylov.rest * np.abs(columns[-1, found])
+        enough = len(found) == k and residuals.max() <= tolerance * np.abs(values).max()
+        if enough or krylov.exhausted or products >= max(max_hvps, k + 1):
+            return Eigenpairs(
+                values=values[found],
+                vectors=krylov.vectors(columns[:, found]),
+                residuals=residuals,
+                converged=bool(enough or (krylov.exhausted and len(found) == k)),
+                products=products,
+            )
+        if krylov.count == basis:
+            kept = order[: min((basis + k) // 2, basis - 1)]
+            krylov.shrink(values[kept], columns[:, kept])
 
 
-def basis_size(k: int, size: int, *, bottom: bool) -> int:
-    """Vectors of the Lanczos basis."""
-    return min(2 * k + 1 + (_SPARE_BOTTOM if bottom else _SPARE_TOP), size)
+def quadrature(
+    hessian: Hessian, start: Tensor, steps: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Nodes and weights of ``s' f(H) s / s's``: Gauss quadrature by ``steps`` products."""
+    krylov = Krylov(hessian, start, min(steps, hessian.size))
+    while krylov.count < min(steps, hessian.size) and not krylov.exhausted:
+        krylov.grow()
+    values, columns = krylov.eigen()
+    return values, columns[0] ** 2

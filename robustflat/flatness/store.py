@@ -1,4 +1,4 @@
-"""Owns the file in which a long measurement keeps its finished parts, to be resumed."""
+"""Owns the file in which long measurements keep their finished parts, to be resumed."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.files import write_whole
 
-FORMAT = "robustflat-flatness-parts/1"
+FORMAT = "robustflat-flatness-parts/2"
 
 
 class Store:
-    """Finished parts of a measurement, by key; in memory only, or also in a JSON file.
+    """Finished parts of a measurement, by key; in memory only, or also in a file of JSON lines.
 
-    The file is written aside and renamed after each part, so that it is whole at any moment. It
-    belongs to one model, data and setting, told by a fingerprint.
+    A part is one line, added at the end; a line that was cut off is left out. A file may hold the
+    parts of several measurements: each knows its own by a fingerprint.
 
     Args:
         path: the file, made if missing; None keeps nothing.
         fingerprint: of everything that the parts depend on.
 
     Raises:
-        UserError: if the file belongs to another measurement, is damaged, or cannot be written.
+        UserError: if the file is something else, or cannot be read or written.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, fingerprint: str) -> None:
         self._path = None if path is None else Path(path)
         self._fingerprint = fingerprint
         self._parts: dict[str, Any] = {}
+        self._cut_off = False
         if self._path is not None and self._path.exists():
             self._parts = self._read(self._path)
 
@@ -44,35 +44,42 @@ class Store:
         return self._parts.get(key)
 
     def put(self, key: str, part: Any) -> None:
-        """Keep a part (anything JSON can hold exactly)."""
+        """Keep a part (anything JSON can hold exactly; also what is not finite)."""
         self._parts[key] = part
         if self._path is None:
             return
-        content = {"format": FORMAT, "fingerprint": self._fingerprint, "parts": self._parts}
+        line = json.dumps({"format": FORMAT, "of": self._fingerprint, "key": key, "part": part})
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, json.dumps(content, allow_nan=False))
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(("\n" if self._cut_off else "") + line + "\n")
         except OSError as error:
             raise UserError(
                 f"The measurement's parts cannot be kept in {self._path}: {error}."
             ) from error
+        self._cut_off = False
 
     def _read(self, path: Path) -> dict[str, Any]:
+        parts: dict[str, Any] = {}
         try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError("another format")
-            fingerprint, parts = content["fingerprint"], dict(content["parts"])
+            text = path.read_text(encoding="utf-8")
+            self._cut_off = not text.endswith("\n")
+            for line in text.splitlines():
+                try:
+                    content = json.loads(line)
+                except ValueError:
+                    if not line.startswith('{"format": "' + FORMAT):
+                        raise
+                    continue
+                if content["format"] != FORMAT:
+                    raise ValueError(f"its format is not {FORMAT}")
+                if content["of"] == self._fingerprint:
+                    parts[content["key"]] = content["part"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} does not hold the parts of a flatness measurement ({error}). Remove it, "
+                f"{path} does not hold the parts of flatness measurements ({error}). Move it away, "
                 "or choose another file."
             ) from error
-        if fingerprint != self._fingerprint:
-            raise UserError(
-                f"{path} holds the parts of another measurement: its model, data, attack or "
-                "options differ. Remove it to start anew, or choose another file."
-            )
         return parts
 
 

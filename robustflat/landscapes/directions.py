@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from robustflat.errors import UserError
 from robustflat.flatness.closure import Closure
 from robustflat.flatness.options import BALLS, BallName, Options
-from robustflat.flatness.spectrum import Hessian, largest
+from robustflat.flatness.spectrum import Hessian, extreme
 from robustflat.perturb import SCALES, Ball
 
 # Random ones, by the group of weights that they are normalised in.
@@ -64,16 +64,20 @@ def eigenvectors(
         UserError: if one does not converge.
     """
     hessian = Hessian(closure, dict(named))
-    pairs = largest(
-        hessian, count, tolerance=options.tolerance, max_hvps=options.max_hvps, seed=seed
+    pairs = extreme(
+        hessian,
+        count,
+        tolerance=options.tolerance,
+        max_hvps=options.max_hvps,
+        generator=torch.Generator().manual_seed(seed),
     )
-    if len(pairs.values) < count:
+    if not pairs.converged or len(pairs.values) < count:
         raise UserError(
-            f"Only {len(pairs.values)} of {count} eigenvectors converged within {options.max_hvps} "
+            f"The {count} first eigenvectors did not converge within {options.max_hvps} "
             "Hessian-vector products. Draw along another direction, or fewer."
         )
     found = []
-    for column in torch.from_numpy(pairs.vectors.copy()).T:
+    for column in pairs.vectors:
         sign = 1.0 if column[column.abs().argmax()] >= 0 else -1.0
         found.append(_as_long_as(hessian.split(column * sign), named))
     return found

@@ -122,7 +122,7 @@ class Scene:
         attack = _attack(common)
         self.options = Options(attack=attack)
         x, y = read_examples(data, common.get("examples"))
-        check_model(model, x[:size], y[:size])
+        check_model(model, x[:size], y)
         self.model = model
         self.team, self._tell = common.get("team", Team()), common.get("on_progress")
         self._store, self._done, self._total = common.get("store"), 0.0, 1.0

@@ -1,14 +1,15 @@
-"""Measuring the flatness of a run's weight landscape."""
+"""Measuring the flatness of a subject's weight landscape."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from robustflat.flatness import Figure, Progress, flatness
+import torch
+
+from robustflat.flatness import Progress, flatness
 from robustflat.flatness.measures import find
-from robustflat.flatness.store import tensors_digest
+from robustflat.perturb import InputPerturbation
 from robustflat.runs import records
 from robustflat.subject import Subject
 
@@ -19,67 +20,99 @@ def measure_subject(
     *,
     checkpoint: str | None = None,
     weights: str | None = None,
+    split: str | None = None,
     samples: int | None = None,
+    attack: InputPerturbation | None = None,
     options: dict[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure a subject on fixed, un-augmented training images; add it to ``flatness.json``.
+    """Measure a subject on fixed, un-augmented images; add it to ``flatness.json``.
 
-    The loss is that of the training images, as the theory of sharpness speaks of them, at the last
-    checkpoint, which the training went to.
+    Unless said otherwise they are training images, as the theory of sharpness speaks of their
+    loss, at the last checkpoint, which the training went to; of a preset those that its paper
+    takes. A preset on other images is named so.
 
     Args:
         subject: what is measured.
         measures: names; the configuration's if None.
         checkpoint: "last" (also None, of a run) or "best".
         weights: raw, averaged, or the average if there is one.
-        samples: training images to use; the configuration's if None.
+        split: "train", "validation" or "test".
+        samples: images to use; a preset's own number, or the configuration's, if None.
+        attack: of the robust loss; that of the measures if None.
         options: of :class:`robustflat.flatness.Options`, over the configuration's.
         on_progress: told how far the measurement has come.
 
     Returns:
-        What was measured now: keys ``run``, ``checkpoint``, ``epoch``, ``weights``, ``norm``,
-        ``eps``, ``data``, ``samples``, ``seed``, ``options`` and ``measures``.
+        What was measured now, the figures of all images together: keys ``run``, ``checkpoint``,
+        ``epoch``, ``weights``, ``norm``, ``eps``, ``data``, ``split``, ``samples``, ``attack``,
+        ``seed``, ``options``, ``device``, ``torch`` and ``measures``.
     """
     config = subject.flatness
     network = subject.network(checkpoint or ("last" if subject.is_run else None), weights)
-    x, y = subject.tensors("train", config.samples if samples is None else samples)
     chosen = list(measures or config.measures)
     norm, eps = "linf", 0.0  # for the measures that ask for no threat
     if subject.threat is not None or any(_is_attacked(name) for name in chosen):
         norm, eps = subject.the_threat().norm_name, subject.the_threat().eps
-    # Parts of another measurement, or of another state of the subject, have a file of their own.
-    kind = (tensors_digest(network.model.state_dict()), len(y), norm, eps)
-    digest = hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
-    found: dict[str, Figure] = flatness(
-        network.model,
-        (x.to(subject.device), y.to(subject.device)),
-        chosen,
-        eps,
-        norm,
-        subject.seed,
-        batch_size=subject.evaluation.batch_size,
-        store=subject.home.root / f"flatness-{network.checkpoint}-{digest}.parts.json",
-        on_progress=on_progress,
-        **{**config.options, **(options or {})},
-    )
-    report = {
-        "kind": "flatness",
-        "checkpoint": network.checkpoint,
-        "epoch": network.epoch,
-        "weights": network.weights,
-        "norm": norm,
-        "eps": eps,
-        "data": subject.data,
-        "samples": len(y),
-        "seed": subject.seed,
-        "options": {**config.options, **(options or {})},
-        "measures": {name: figure.to_dict() for name, figure in found.items()},
-    }
-    records.add(subject.home.flatness, "flatness", subject.name, [report])
-    return {"run": subject.name, **report}
+    settings = {**config.options, **(options or {})}
+    # On which images each measure is taken, and how many of them.
+    places: dict[tuple[str, int], list[str]] = {}
+    for name in chosen:
+        preset = find(name.partition(" with ")[0])
+        own = preset.changes.get("examples") or config.samples
+        place = (split or preset.split or "train", own if samples is None else samples)
+        places.setdefault(place, []).append(name)
+    reports: list[dict[str, Any]] = []
+    for (where, count), names in places.items():
+        x, y = subject.tensors(where, count)
+        found = flatness(
+            network.model,
+            (x.to(subject.device), y.to(subject.device)),
+            names,
+            eps,
+            norm,
+            subject.seed,
+            batch_size=subject.evaluation.batch_size,
+            attack=attack,
+            store=subject.home.root / "flatness.parts.jsonl",
+            on_progress=on_progress,
+            **{"train_size": len(subject.images().train), **settings},
+        )
+        reports.append(
+            {
+                "kind": "flatness",
+                "checkpoint": network.checkpoint,
+                "epoch": network.epoch,
+                "weights": network.weights,
+                "norm": norm,
+                "eps": eps,
+                "data": subject.data,
+                "split": where,
+                "samples": len(y),
+                "attack": None if attack is None else repr(attack),
+                "seed": subject.seed,
+                "options": settings,
+                "device": str(subject.device),
+                "torch": torch.__version__,
+                "measures": {
+                    _placed(name, where): figure.to_dict() for name, figure in found.items()
+                },
+            }
+        )
+    records.add(subject.home.flatness, "flatness", subject.name, reports)
+    together = {name: figure for one in reports for name, figure in one["measures"].items()}
+    return {"run": subject.name, **reports[-1], "measures": together}
+
+
+def _placed(name: str, split: str) -> str:
+    """As a preset is called on images that its paper does not take."""
+    published = find(name.partition(" with ")[0]).split
+    if published in (None, split):
+        return name
+    return f"{name}{', ' if ' with ' in name else ' with '}split={split}"
 
 
 def _is_attacked(measure: str) -> bool:
     """Whether a measure depends on the threat; two of the clean loss use its ball."""
-    return find(measure).loss != "clean" or measure in ("input_gradient_norm", "local_linearity")
+    base = measure.partition(" with ")[0]
+    return find(base).loss != "clean" or base in ("input_gradient_norm", "local_linearity")

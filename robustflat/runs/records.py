@@ -19,8 +19,8 @@ Measurement = dict[str, Any]
 # What tells measurements apart. Not the epoch: of a run that was trained further, the measurement
 # of its present last checkpoint replaces that of an earlier one.
 _OWN = (
-    "kind", "checkpoint", "weights", "norm", "eps", "data", "samples", "seed", "batch_size",
-    "attack", "options",
+    "kind", "checkpoint", "weights", "norm", "eps", "data", "split", "samples", "seed",
+    "batch_size", "attack", "options",
 )  # fmt: skip
 
 

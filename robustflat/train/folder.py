@@ -216,7 +216,7 @@ class RunFolder:
             self.evaluation,
             self.flatness,
         ]
-        parts = [*self.root.glob("flatness-*.parts.json")]
+        parts = [*self.root.glob("flatness.parts.jsonl")]
         parts += [*self.root.glob("evaluate.log"), *self.root.glob(".*.json.lock")]
         for path in [*single, *parts, self.config_file]:
             path.unlink(missing_ok=True)

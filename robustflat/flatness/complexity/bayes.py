@@ -12,8 +12,7 @@ from torch.func import functional_call, jvp
 from robustflat.errors import UserError
 from robustflat.flatness import curvature
 from robustflat.flatness.closure import Closure
-from robustflat.flatness.curvature import mean_and_error
-from robustflat.flatness.figure import Figure
+from robustflat.flatness.figure import Figure, mean_and_error
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject, normal
 from robustflat.perturb import displaced

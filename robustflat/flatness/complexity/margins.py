@@ -15,8 +15,7 @@ from torch import Tensor
 
 from robustflat.errors import UserError
 from robustflat.flatness.closure import Closure
-from robustflat.flatness.curvature import mean_and_error
-from robustflat.flatness.figure import Figure
+from robustflat.flatness.figure import Figure, mean_and_error
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.perturb import Ascent, maximise

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from robustflat.flatness.complexity import bayes, margins, norms
+from robustflat.flatness.curvature import hutchinson_passes
 from robustflat.flatness.figure import Figure, Passes
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
@@ -47,7 +48,7 @@ def _lipschitz(options: Options) -> Passes:
 
 
 def _probes(options: Options) -> Passes:
-    return Passes(hvp=options.probes)
+    return hutchinson_passes(options)
 
 
 COMPLEXITY: tuple[Complexity, ...] = (
