@@ -411,8 +411,8 @@ def _save(figure: Figure, name: str) -> None:
 def redo(share: float, jobs: int, output: str) -> int:
     """Make a share of the kept runs again and say how far apart they are.
 
-    On the processor that made them rows are the same; another rounds otherwise, and training takes
-    small differences far, so that this is told and is no failure.
+    Code that draws or orders otherwise, or a processor that rounds otherwise, makes rows differ,
+    and training takes small differences far: so this is told and is no failure.
 
     Returns:
         How many could not be made.
