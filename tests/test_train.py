@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -267,20 +266,19 @@ def test_watching_changes_no_bit(tmp_path: Path, average: Any) -> None:
         assert all(math.isfinite(value) for value in row["flatness"].values())
 
 
-def test_flatness_is_watched_on_images_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As a folder of images has them: sorted by class.
+def test_flatness_is_watched_on_images_of_every_class() -> None:
+    # As a folder of images has them: sorted by class, which each image's value says here.
     y = torch.arange(60) // 6
-    x = torch.rand(60, 1, 8, 8)
+    x = (y / 10).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
     seen: list[Tensor] = []
-
-    def measured(model: nn.Module, data: tuple[Tensor, Tensor], names: Any, **_: Any) -> Any:
-        seen.append(data[1])
-        return {name: SimpleNamespace(value=1.0) for name in names}
-
-    monkeypatch.setattr("robustflat.train.monitor.flatness", measured)
-    monitor = Monitor(config(monitor__flatness_samples=20), {"train": (x, y)}, CPU, Processes())
-    monitor.flatness(nn.Linear(1, 1))
-    assert torch.bincount(seen[0], minlength=10).tolist() == [2] * 10
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, 0, 0, 0].detach()))
+    said = {"monitor__flatness_samples": 20, "monitor__flatness": ["average_clean"]}
+    monitor = Monitor(config(**said), {"train": (x, y)}, CPU, Processes())
+    monitor.flatness(model)
+    assert seen
+    for images in seen:
+        assert torch.bincount((images * 10).round().long(), minlength=10).tolist() == [2] * 10
 
 
 # --- every method and every kind of data
