@@ -173,8 +173,11 @@ def test_a_run_shows_its_double_perturbation(run: RunFolder) -> None:
 
 def test_a_run_has_pictures_text_settings_and_a_layout(run: RunFolder) -> None:
     events = read(run.root)
-    assert events.Tags()["images"] == ["1-examples", "2-confusion", "3-landscape"]
-    assert [image.step for image in events.Images("1-examples")] == [8]  # the last epoch
+    pictures = events.Tags()["images"]
+    assert pictures == [f"7-pictures/{name}" for name in ("1-examples", "2-confusion", "3-line")]
+    # The alphabet shows the robust curves first, above the pictures.
+    assert min([*events.Tags()["scalars"], *pictures]).startswith("1-robust/")
+    assert [image.step for image in events.Images(pictures[0])] == [8]  # the last epoch
     config_text, environment = (
         events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()
         for name in ("configuration", "environment")

@@ -93,9 +93,9 @@ class TensorBoard(Listener):
         """Write examples, confusion matrix and the loss along a line."""
         writer = self._writer("")
         for name, figure in (
-            ("1-examples", examples(pictures)),
-            ("2-confusion", confusion(pictures)),
-            ("3-landscape", line(pictures)),
+            ("7-pictures/1-examples", examples(pictures)),
+            ("7-pictures/2-confusion", confusion(pictures)),
+            ("7-pictures/3-line", line(pictures)),
         ):
             writer.add_figure(name, figure, row["steps"])
 
