@@ -25,7 +25,10 @@ class Listener:
     """
 
     def on_start(self, epochs: int, steps: int, done: int) -> None:
-        """The run has ``epochs`` epochs of ``steps`` steps, ``done`` steps of it behind it."""
+        """The run has ``epochs`` epochs of ``steps`` steps, ``done`` steps of it behind it.
+
+        The last step of an epoch counts once the epoch was told and saved.
+        """
 
     def on_step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Step ``step`` of ``epoch`` (both from 0) was taken.

@@ -133,7 +133,8 @@ class Trainer:
     def _begin(self) -> None:
         """Tell the listeners where the run begins or goes on."""
         self._outbox = Outbox(self.listeners, self.device, self.config.train.batch_size)
-        done = self.epoch * self.steps_per_epoch + self.step
+        # An epoch that did not end is told (again), at its last step.
+        done = self.epoch * self.steps_per_epoch + min(self.step, self.steps_per_epoch - 1)
         for listener in self.listeners:
             listener.on_start(self.config.train.epochs, self.steps_per_epoch, done)
 
