@@ -232,6 +232,11 @@ def draw_why(runs: Sequence[RunResult]) -> Figure:
         axes.grid(axis="x", alpha=0.3)
         axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
+    return _with_legend(figure)
+
+
+def _with_legend(figure: Figure) -> Figure:
+    """Under all axes, for what the first shows."""
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(),
         frameon=False,
@@ -309,14 +314,7 @@ def draw_ledger(by_target: dict[str, dict[str, Ranked]]) -> Figure:
         axes.set_title(f"{TARGETS[target].title}, {worse} is worse: tau", fontsize=9)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(),
-        frameon=False,
-        fontsize=9,
-        loc="outside lower center",
-        ncols=2,
-    )
-    return figure
+    return _with_legend(figure)
 
 
 def _forest(

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from robustflat.report.curves import Curves, of_epoch, of_step
 from robustflat.report.monitor_figures import confusion, examples, line
-from robustflat.train.folder import RunFolder
+from robustflat.train.folder import RunFolder, flattened
 from robustflat.train.listeners import Listener
 from robustflat.train.pictures import Pictures
 
@@ -135,7 +135,11 @@ class TensorBoard(Listener):
             hparams.Metric(chart, group=place or None, display_name=name)
             for (place, chart), name in _FINAL.items()
         ]
-        said = dict(_flat({key: config[key] for key in _SETTINGS}))
+        said = {
+            ".".join(path): value
+            for path, value in flattened({key: config[key] for key in _SETTINGS})
+            if isinstance(value, (bool, int, float)) or (isinstance(value, str) and value)
+        }
         columns = [hparams.HParam(name) for name in said]
         file = writer._get_file_writer()
         file.add_summary(hparams.hparams_config_pb(columns, metrics))
@@ -144,12 +148,3 @@ class TensorBoard(Listener):
 
 def _block(language: str, text: str) -> str:
     return f"```{language}\n{text.strip()}\n```"
-
-
-def _flat(value: Any, at: str = "") -> Any:
-    """The settings that are said, by dotted names; what is None or empty is left out."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{at}.{key}" if at else key)
-    elif isinstance(value, (bool, int, float)) or (isinstance(value, str) and value):
-        yield at, value
