@@ -23,6 +23,7 @@ from robustflat.train.around import stop_signals
 from robustflat.train.averaging import Average
 from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
 from robustflat.train.curriculum import Curriculum
+from robustflat.train.drift import Drift
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
 from robustflat.train.listeners import Listener, Outbox
@@ -76,6 +77,7 @@ class Trainer:
         self._curriculum = Curriculum(config)
         alarm = config.train.alarm
         self._alarm = None if alarm is None else Alarm(alarm, len(dataset.classes))
+        self._drift = Drift(self.model)
         self._weights = config.weights.build()
         average = config.train.average
         self.average = None if average is None else Average(average.build(), self.model)
@@ -98,6 +100,7 @@ class Trainer:
             "weights": self._weights,
             "objective": self._objective,
             "alarm": self._alarm,
+            "drift": self._drift,
             "average": self.average,
         }
         self.epoch, self.step = 0, 0
@@ -252,7 +255,7 @@ class Trainer:
         self._objective.after_epoch(self.model, self.epoch)
         if self.average is not None:
             self.average.after_epoch(self.model, self.epoch)
-        row = self._row()
+        row = self._row() | {"batchnorm_drift": self._drift()}
         self.epoch, self.step = self.epoch + 1, 0
         self._account.totals.zero_()
         self._seconds = 0.0
