@@ -241,7 +241,7 @@ def test_the_bound_is_of_all_images_and_not_of_those_measured(monkeypatch):
     subject = SimpleNamespace(
         images=lambda: SimpleNamespace(train=range(321)), home=SimpleNamespace(root=Path())
     )
-    config = RunConfig(name="run", flatness={"options": {"radius": 0.2}})
+    config = RunConfig.model_validate({"name": "run", "flatness": {"options": {"radius": 0.2}}})
     job = {"threat": {"eps": 0.1, "norm": "linf"}}
     row._flatness(subject, SimpleNamespace(model=model, epoch=1), job, config, [], data, {})
     assert (asked["train_size"], asked["radius"]) == (321, 0.2)
