@@ -17,6 +17,7 @@ from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import robustflat as rf
+from robustflat.train.step import TrainStep
 
 WORLD = 2
 STEPS = 3
@@ -133,6 +134,24 @@ def accumulated(rank: int) -> dict[str, list[Tensor]]:
     return found
 
 
+PARTS = {"none": METHODS["none"], "awp": TOGETHER["awp"], "gsam": TOGETHER["gsam"]}
+
+
+def in_parts(model: nn.Module, name: str, parts: int, mine: slice) -> list[Tensor]:
+    """The weights after two steps of a run."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    step = TrainStep(
+        attack=rf.pgd("linf", 0.1, 2, start="zero"),
+        objective=rf.trades(),
+        optimizer=optimizer,
+        accumulate=parts,
+    )
+    for seed in range(2):
+        x, y = images(8, seed)
+        step(model, [(x[mine], y[mine])], PARTS[name])
+    return [p.detach().clone() for p in model.parameters()]
+
+
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -157,6 +176,10 @@ def process(rank: int, folder: str) -> None:
             results[f"{name}-together"] = repr(error)
     results["overflow"] = overflow(rank)
     results["accumulated"] = accumulated(rank)
+    results["parts"] = {
+        name: in_parts(DistributedDataParallel(small()), name, 2, slice(4 * rank, 4 * rank + 4))
+        for name in PARTS
+    }
     # An attack handed the wrapped model must not upset its gradient reduction.
     model = DistributedDataParallel(conv_bn())
     x, y = (t[4 * rank : 4 * rank + 4] for t in images(8))
@@ -264,6 +287,14 @@ def test_gradients_accumulate_under_no_sync(ranks: list[dict[str, Any]], method:
     for r in ranks:
         for a, b in zip(r["accumulated"][method], total, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_processes_that_see_parts_are_one(ranks: list[dict[str, Any]], method: str) -> None:
+    expected = in_parts(small(), method, 1, slice(None))
+    for r in ranks:
+        for a, b in zip(r["parts"][method], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_a_static_graph_is_refused() -> None:

@@ -234,6 +234,12 @@ class TrainConfig(Section):
     ``stop_at_loss`` ends it at the first look of the monitor at which the robust loss on its
     training images is that or less (the clean loss without an attack), so that runs are compared at
     a common training loss (Jiang et al. 2020).
+
+    ``accumulate: K`` passes every batch through the network in K parts, one after the other, for
+    networks and batches that do not fit into memory together. ``batch_size`` stays that of the
+    whole batch, of which there is one optimizer step, one weight perturbation and one loss: without
+    BatchNorm, which sees each part by itself, the step is that of ``accumulate: 1``. A perturbation
+    for every part is ``weights: {name: msam, chunk: ROWS}``.
     """
 
     moved = {"tensorboard": "Write listeners: [tensorboard], or listeners: []"}  # noqa: RUF012
@@ -241,6 +247,7 @@ class TrainConfig(Section):
     epochs: Count = 20
     stop_at_loss: Positive | None = None
     batch_size: Count = 128
+    accumulate: Count = 1
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     sync_batchnorm: bool = False

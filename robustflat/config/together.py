@@ -20,6 +20,7 @@ def conflicts(config: RunConfig) -> list[Conflict]:
         *_of_the_curriculum(config),
         *_of_the_alarm(config),
         *_of_the_weights(config),
+        *_of_the_parts(config),
         *_of_the_lengths(config),
         *_of_the_mix(config),
         *_of_the_monitor(config),
@@ -141,6 +142,29 @@ def _of_the_weights(config: RunConfig) -> Iterator[Conflict]:
             "weights.step.reattack works with one perturbation of the whole batch, not with "
             f"{weights.name}. Use reattack: never",
         )
+
+
+def _of_the_parts(config: RunConfig) -> Iterator[Conflict]:
+    parts, objective = config.train.accumulate, config.objective.build()
+    if parts == 1:
+        return
+    why = ""
+    if not objective.has_rows:
+        why = (
+            f"objective {config.objective.name} is no mean of one loss a row, so its parts do not "
+            "add up to it"
+        )
+    elif config.weights.build().wants_rows:
+        why = (
+            f"weights {config.weights.name} chooses examples by their losses, which it must see "
+            "together"
+        )
+    elif config.train.sync_batchnorm:
+        why = "train.sync_batchnorm needs equally many parts in all processes, also of a last batch"
+    elif 2 * parts > config.train.batch_size:
+        why = f"a part needs two images or more, and train.batch_size is {config.train.batch_size}"
+    if why:
+        yield _told("train.accumulate", f"train.accumulate is {parts}, but {why}. Use another")
 
 
 def _of_the_lengths(config: RunConfig) -> Iterator[Conflict]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Objective:
     """What is climbed by the weight adversary and descended by the optimizer: one closure.
 
     A subclass writes :meth:`rows`. One that remembers something from step to step keeps it itself,
-    apart from its settings, and overrides the five methods after it; whoever trains calls them::
+    apart from its settings, and overrides the six methods after it; whoever trains calls them::
 
         objective.start(model)
         for epoch, ...:
@@ -60,6 +61,11 @@ class Objective:
             ValueError: if the objective is no mean over rows, or is not defined for these labels.
         """
         raise NotImplementedError(f"The objective {type(self).__name__} has no method rows.")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is seen inside are the parts of one batch, in one pass."""
+        yield
 
     def start(self, model: nn.Module) -> None:
         """Begin to remember, before the first step; ``model`` has its initial weights."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,6 +28,25 @@ class _Priors:
         self.prior: Tensor | None = None
         self.total: Tensor | None = None
         self.seen: tuple[Tensor, Tensor] | None = None
+        self.parts: list[tuple[Tensor, Tensor]] | None = None
+
+    def see(self, logits: Tensor, y: Tensor) -> None:
+        """A forward pass of a batch, or of a part of one."""
+        if self.parts is not None:
+            self.parts.append((logits, y))
+        else:
+            self.seen = logits, y
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Take the forward passes inside for one."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        self.parts = parts
+        try:
+            yield
+        finally:
+            self.parts = None
+        self.seen = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def of(self, y: Tensor, logits: Tensor) -> Tensor:
         """The prior of every row's label, ``[N, C]``; 1 / C before the first epoch has ended."""
@@ -107,7 +127,7 @@ class ikl(Objective):  # noqa: N801
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of every row the two cross-entropies, the double sum, and the sum of its weights."""
         attacked, clean = model(x_adv), model(x)
-        self._priors.seen = clean.detach(), y
+        self._priors.see(clean.detach(), y)
         outputs = F.cross_entropy(clean, y, reduction="none") + self.alpha * F.cross_entropy(
             attacked, F.softmax(clean, 1).detach(), reduction="none"
         )
@@ -115,6 +135,12 @@ class ikl(Objective):  # noqa: N801
         size = w.sum(1)
         centred = d - ((w * d).sum(1) / size)[:, None]
         return outputs, 2 * size * (w * centred.square()).sum(1), size.square()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See :meth:`Objective.together`."""
+        with self._priors.together():
+            yield
 
     def after_step(self, model: nn.Module, epoch: int = 0, mean: Mean = alone) -> None:
         """Count the outputs of the step; see :meth:`Objective.after_step`."""

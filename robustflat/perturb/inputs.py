@@ -17,6 +17,7 @@ from robustflat.perturb.ascent import Ascent, Keep, Start, check_projection, max
 from robustflat.perturb.ball import Ball, Norm, parse_norm
 from robustflat.perturb.displace import buffers_kept
 from robustflat.perturb.modes import MODES, Mode, attack_mode
+from robustflat.perturb.parts import slices
 from robustflat.perturb.watch import watching
 
 LossName = Literal["ce", "kl", "margin", "dlr"]
@@ -119,6 +120,7 @@ class InputPerturbation:
         *,
         generator: torch.Generator | None = None,
         start: Tensor | None = None,
+        parts: int = 1,
     ) -> Tensor:
         """Attack a batch.
 
@@ -130,6 +132,8 @@ class InputPerturbation:
             generator: source of randomness, on the device of ``x``.
             start: a first perturbation of the shape of ``x`` in place of a drawn one; brought into
                 ball and box first, unless the configured start is "normal".
+            parts: how many parts of the batch pass through the model one after the other, which
+                takes less memory. Only BatchNorm in mode "batch" sees a difference.
 
         Returns:
             Adversarial images, detached, of the shape of ``x``.
@@ -140,16 +144,13 @@ class InputPerturbation:
         with attack_mode(model, self.mode), buffers_kept(model):
             target = y
             if self.loss == "kl":
-                with torch.no_grad():
-                    target = model(x)
-                # Older versions of torch would go on with the copies that this pass cached.
-                torch.clear_autocast_cache()
-            best = self._search(model, x, target, generator, start)
+                target = _without_graph(lambda rows: model(x[rows]), slices(len(x), parts))
+            best = self._search(model, x, target, generator, start, parts)
             if self.restarts > 1:
-                best_loss = self._losses(model, best, target)
+                best_loss = self._losses(model, best, target, parts)
                 for _ in range(self.restarts - 1):
-                    candidate = self._search(model, x, target, generator, None)
-                    loss = self._losses(model, candidate, target)
+                    candidate = self._search(model, x, target, generator, None, parts)
+                    loss = self._losses(model, candidate, target, parts)
                     better = (loss > best_loss).view(-1, *[1] * (x.ndim - 1))
                     best = torch.where(better, candidate, best)
                     best_loss = torch.maximum(loss, best_loss)
@@ -166,13 +167,14 @@ class InputPerturbation:
         target: Tensor,
         generator: torch.Generator | None,
         start: Tensor | None,
+        parts: int,
     ) -> Tensor:
         climb, watch, steps = attack_losses[self.loss], watching(), count(1)
 
-        def value_and_grad(u: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        def of_rows(u: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
-                moved = (x + u[0]).requires_grad_()
-                losses = climb(model(moved), target)
+                moved = (x[rows] + u[rows]).requires_grad_()
+                losses = climb(model(moved), target[rows])
                 # The sum, so that a row's gradient does not depend on the batch around it; with
                 # respect to the input alone, so that no weight gradient is computed.
                 (gradient,) = torch.autograd.grad(losses.sum(), moved)
@@ -181,9 +183,14 @@ class InputPerturbation:
                 low, high = self.box
                 stuck = (moved <= low) & (gradient < 0) | (moved >= high) & (gradient > 0)
                 gradient = gradient.masked_fill(stuck, 0)
+            return losses.detach(), gradient
+
+        def value_and_grad(u: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            found = [of_rows(u[0], rows) for rows in slices(len(x), parts)]
+            losses, gradient = (_joined(list(part)) for part in zip(*found, strict=True))
             if watch is not None:
                 watch.note(f"attack/loss/{next(steps)}", losses.mean())
-            return losses.detach(), [gradient]
+            return losses, [gradient]
 
         def into_box(u: list[Tensor]) -> list[Tensor]:
             assert self.box is not None
@@ -200,11 +207,22 @@ class InputPerturbation:
         )
         return x + u if self.box is None else (x + u).clamp_(*self.box)
 
-    def _losses(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            losses = attack_losses[self.loss](model(x), target)
-        torch.clear_autocast_cache()
-        return losses
+    def _losses(self, model: nn.Module, x: Tensor, target: Tensor, parts: int) -> Tensor:
+        climb = attack_losses[self.loss]
+        return _without_graph(lambda r: climb(model(x[r]), target[r]), slices(len(x), parts))
+
+
+def _without_graph(function: Callable[[slice], Tensor], parts: list[slice]) -> Tensor:
+    """What a function makes of all rows."""
+    with torch.no_grad():
+        found = _joined([function(rows) for rows in parts])
+    # Older versions of torch would go on with the copies that this pass cached.
+    torch.clear_autocast_cache()
+    return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def no_attack() -> None:

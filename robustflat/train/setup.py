@@ -110,4 +110,5 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
         step_at=config.weights.step.at,
         reattack=config.weights.step.reattack,
         skip_nonfinite=config.train.on_nonfinite == "skip",
+        accumulate=config.train.accumulate,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.objectives import Objective
 from robustflat.perturb import InputPerturbation, Perturbation
+from robustflat.perturb.parts import accumulated, slices
 from robustflat.perturb.watch import Watch, watching
 
 Batch = tuple[Tensor, Tensor]
@@ -74,6 +76,9 @@ class TrainStep:
             the first; "descent" also before the descent.
         skip_nonfinite: leave weights and buffers alone where loss or gradient is not finite.
             Looking waits for the device.
+        accumulate: how many parts of a batch pass through the network one after the other. Losses
+            and perturbations are those of the whole batch; BatchNorm sees each part by itself. The
+            objective must be a mean over rows, of which the weight perturbation chooses none.
     """
 
     attack: InputPerturbation | None
@@ -85,6 +90,7 @@ class TrainStep:
     step_at: Literal["centre", "perturbed"] = "centre"
     reattack: Reattack = "never"
     skip_nonfinite: bool = False
+    accumulate: int = 1
 
     def __call__(
         self,
@@ -119,12 +125,23 @@ class TrainStep:
         def loss(part: int | slice = 0) -> Tensor:
             """Of a batch by its number, or of some rows of the first."""
             at, rows = (0, part) if isinstance(part, slice) else (part, slice(None))
-            x, y = batches[at]
-            images, labels = adversarial[at][rows], y[rows]
-            shown: nn.Module = seen
-            if watch is not None and self.attack is not None and self.objective.needs_attack:
-                shown = Shown(seen, images, labels, watch)
-            value = found(shown, x[rows], images, labels)
+            (x, y), attacked_x = batches[at], adversarial[at]
+            x, y, attacked_x = x[rows], y[rows], attacked_x[rows]
+
+            def of(part: slice) -> Tensor:
+                images, labels = attacked_x[part], y[part]
+                shown: nn.Module = seen
+                if watch is not None and self.attack is not None and self.objective.needs_attack:
+                    shown = Shown(seen, images, labels, watch)
+                return found(shown, x[part], images, labels)
+
+            # Of a chunk of mSAM so many as make parts of the same size.
+            parts = slices(len(x), math.ceil(self.accumulate * len(x) / len(batches[at][0])))
+            if len(parts) == 1:
+                value = of(parts[0])
+            else:
+                with self.objective.together():
+                    value = accumulated(of, parts, bare, self.scaler)
             return value if share == 1 else value * share
 
         buffers = [b.clone() for b in bare.buffers()] if self.skip_nonfinite else []
@@ -158,7 +175,11 @@ class TrainStep:
     ) -> Tensor:
         if self.attack is None or not self.objective.needs_attack:
             return x
-        return self.attack(model, x, y, generator=generator)
+        attack: Callable[..., Tensor] = self.attack
+        if isinstance(attack, InputPerturbation):
+            return attack(model, x, y, generator=generator, parts=self.accumulate)
+        parts = slices(len(x), self.accumulate)
+        return torch.cat([attack(model, x[p], y[p], generator=generator) for p in parts])
 
     def _reattacking(
         self,
