@@ -212,6 +212,7 @@ class Trainer:
             weights = self._weights_now(factor)
             if weights.is_off:  # n-SAM's further batches are climbed only
                 batches = batches[:1]
+            share = self._feed.share(self.step)
             step, every = self._step_now(), config.monitor.step_every
             done = self.epoch * self.steps_per_epoch + self.step
             at_edge = self._edge_now(weights)
@@ -226,7 +227,7 @@ class Trainer:
                     weights,
                     generator,
                     of_weights,
-                    self._feed.share(self.step),
+                    share,
                 )
             self.processes.share_buffers(self.model)
             self._objective.after_step(self.model, self.epoch, self.processes.mean)
@@ -237,7 +238,7 @@ class Trainer:
             self._outbox.post(
                 self.epoch,
                 self.step,
-                self._seen(norm) if looks else None,
+                self._seen(norm, share) if looks else None,
                 self._told(weights, step.attack) | (at_edge or {}) if looks else None,
             )
             self.step += 1
@@ -357,9 +358,13 @@ class Trainer:
             return no_perturbation()
         return self._weights if when.radius == "constant" else self._weights.scaled(factor)
 
-    def _seen(self, norm: Tensor) -> tuple[tuple[str, ...], Tensor]:
-        """Names and values of what the step showed, each the mean of that of all processes."""
+    def _seen(self, norm: Tensor, share: float) -> tuple[tuple[str, ...], Tensor]:
+        """Names and values of what the step showed, each the mean of that of all processes.
+
+        Losses are parts of the mean over all rows already; what the attack shows is of own rows.
+        """
         found = self._watch.values | {"gradient_norm": norm}
+        found = {n: v * share if n.startswith("attack/") else v for n, v in found.items()}
         together = torch.stack([value.float() for value in found.values()])
         return tuple(found), self.processes.mean(together)
 
