@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class torchvision:  # noqa: N801 - named as in YAML
     """
 
     transforms: tuple[dict[str, Any], ...]
+    _chain: v2.Transform = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_chain", v2.Compose([_made(one) for one in self.transforms]))
@@ -69,7 +70,7 @@ class torchvision:  # noqa: N801 - named as in YAML
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)
         try:
-            found = self._chain(image)  # type: ignore[attr-defined]
+            found = self._chain(image)
         except Exception as error:
             raise UserError(
                 f"data.augment.transforms cannot be applied to an image of {list(image.shape)} "

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from robustflat.errors import UserError
 
 T = TypeVar("T")
+_GRACE = 5  # seconds
 
 
 def usual_workers(processes: int = 1) -> int:
@@ -52,33 +53,35 @@ def in_workers(
     if workers == 0:
         yield from map(make, numbers)
         return
-    loader: DataLoader[Any] = DataLoader(
-        _Made(make),
-        batch_size=None,
-        sampler=numbers,
-        num_workers=min(workers, max(len(numbers), 1)),
-        pin_memory=pinned,
-        worker_init_fn=_begin,
-        generator=torch.Generator(),  # the global one is left alone
-    )
+    with warnings.catch_warnings():
+        # Of more workers than cores, and of threads in a process that forks: the workers touch
+        # nothing that those hold.
+        warnings.simplefilter("ignore")
+        loader: DataLoader[Any] = DataLoader(
+            _Made(make),
+            batch_size=None,
+            sampler=numbers,
+            num_workers=min(workers, max(len(numbers), 1)),
+            pin_memory=pinned,
+            worker_init_fn=_begin,
+            generator=torch.Generator(),  # the global one is left alone
+        )
+        made = iter(loader)
     try:
-        with warnings.catch_warnings():
-            # Of more workers than cores, and of threads in a process that forks: the workers
-            # touch nothing that those hold.
-            warnings.simplefilter("ignore")
-            made = iter(loader)
         for one in made:
             if isinstance(one, UserError):
                 raise one
             yield one
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(
             f"A process that reads images was ended ({str(error).splitlines()[0]}). If memory ran "
             "out, or the shared memory in /dev/shm, set data.workers lower, or 0 to read in the "
             "training process itself. Then go on with --resume."
         ) from None
+    finally:
+        del made  # ends the workers, whoever still holds this frame
 
 
 class _Made(Dataset[Any]):
@@ -95,6 +98,10 @@ class _Made(Dataset[Any]):
 
 
 def _begin(worker: int) -> None:
-    """Signals to the whole group of processes are for the one that trains; it ends its workers."""
-    for which in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(which, signal.SIG_IGN)
+    """Signals to the whole group of processes are for the one that trains; it ends its workers.
+
+    It may be waiting for one of them, so after a SIGTERM they go on for a while.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))

@@ -59,7 +59,8 @@ class Feed:
             extra = replace(extra, images=placed(extra.images, place, device))
         asked = config.data.workers
         self._workers = data.usual_workers(processes.local_world) if asked is None else asked
-        self._augment(torch.zeros(1, *dataset.shape), torch.Generator())  # refuses what cannot fit
+        blank = torch.zeros(1, *dataset.shape, dtype=torch.uint8)
+        self._augment(blank, torch.Generator())  # refuses what cannot fit
         self._classes = len(dataset.classes)
         self._together = weights.batches
         rest = len(self._images) % config.train.batch_size
