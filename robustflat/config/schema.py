@@ -247,6 +247,10 @@ class TrainConfig(Section):
     whole batch, of which there is one optimizer step, one weight perturbation and one loss: without
     BatchNorm, which sees each part by itself, the step is that of ``accumulate: 1``. A perturbation
     for every part is ``weights: {name: msam, chunk: ROWS}``.
+
+    ``compile: attack`` compiles the network for the passes of the attack, by torch.compile: its
+    first step, and the first with a last batch of another size, take up to a minute longer, all
+    others are shorter. It needs a C++ compiler, on a GPU Triton.
     """
 
     moved = {"tensorboard": "Write listeners: [tensorboard], or listeners: []"}  # noqa: RUF012
@@ -257,6 +261,7 @@ class TrainConfig(Section):
     accumulate: Count = 1
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
+    compile: Literal["attack"] | None = None
     sync_batchnorm: bool = False
     deterministic: bool = False
     average: Average | None = None

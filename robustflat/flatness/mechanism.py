@@ -72,17 +72,13 @@ def fisher_trace(subject: Subject, options: Options, loss: LossKind, name: str) 
     def probe(index: int) -> float:
         # Drawn once for all examples, so that the value does not depend on the batch size.
         drawn: list[Tensor] = []
-        start = 0
 
-        def weigh(logits: Tensor) -> Tensor:
-            nonlocal start
+        def weigh(rows: slice, logits: Tensor) -> Tensor:
             if not drawn:
                 every = logits.new_empty(len(closure), logits.shape[1])
                 drawn.extend(subject.draw(signs, [every], "fisher", loss, index))
-            rows = drawn[0][start : start + len(logits)]
-            start += len(logits)
             log_p = logits.log_softmax(1)
-            return (rows * (log_p / 2).exp().detach() * log_p).sum()
+            return (drawn[0][rows] * (log_p / 2).exp().detach() * log_p).sum()
 
         gradient = closure.weighted_gradient(list(named.values()), weigh)
         return sum(float(g.square().sum()) for g in gradient) / len(closure)
@@ -113,7 +109,7 @@ def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     named = subject.parameters(options, PARAMETERS)
     squared = sum(float(p.detach().float().square().sum()) for p in named.values())
     k = sum(p.numel() for p in named.values())
-    n = options.train_size or len(subject)
+    n = options.train_size or subject.images
     delta = 1 - options.confidence
     if options.rho == 0 or n < 2:
         norm_term = count_term = math.inf

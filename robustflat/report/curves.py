@@ -63,6 +63,8 @@ def of_epoch(row: Mapping[str, Any]) -> Curves:
                 found[split + suffix, f"{number}-{kind}/{what}"] = value
         for what, gap in _gaps(measured):
             found[suffix[1:], f"1-robust/{what}"] = gap
+    for name, value in (row.get("batchnorm_drift") or {}).items():
+        found["", f"5-optimisation/batchnorm_drift_of_{name}"] = value
     for name, value in (row.get("flatness") or {}).items():
         if value is not None:
             found["", f"6-flatness/{name}"] = value
