@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustflat.data.images import Images, moved, to_float
+from robustflat.data.images import Images, batch_of, moved, to_float
 from robustflat.data.seeding import generator_for, seed_for
 from robustflat.data.workers import in_workers
 from robustflat.errors import UserError
@@ -267,12 +267,13 @@ class _Plan:
         """Images of batch k, of which this process has `first` already; each by its own seed."""
         if self.of_image is None:
             return images.fetch(indices)
-        made = []
-        for place, index in enumerate(indices.tolist(), first):
+        out = batch_of(len(indices), images.shape)
+        for place, index in enumerate(indices.tolist()):
             # Of its place among all processes, so that their number does not matter.
-            seed = seed_for(_IMAGE, self.seed, k, place * self.world + self.rank)
-            made.append(self.of_image(images.raw(index), seed, images.shape))
-        return torch.stack(made)
+            where = (first + place) * self.world + self.rank
+            seed = seed_for(_IMAGE, self.seed, k, where)
+            out[place] = self.of_image(images.raw(index), seed, images.shape)
+        return out
 
     def finish(self, fetched: Fetched) -> tuple[Tensor, Tensor]:
         """The batch on the device, and augmented there unless image by image."""

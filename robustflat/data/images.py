@@ -121,6 +121,20 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(255)
 
 
+def batch_of(count: int, shape: tuple[int, int, int]) -> Tensor:
+    """Room for a batch; in a worker, where the process that trains finds it without a copy.
+
+    Args:
+        count: Images, N.
+        shape: Channels, height and width of each.
+
+    Returns:
+        uint8, [N, C, H, W], of any values.
+    """
+    room = torch.empty((count, *shape), dtype=torch.uint8)
+    return room if get_worker_info() is None else room.share_memory_()
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, copied there from the host without either waiting for the other.
 
@@ -247,7 +261,7 @@ class FileImages(Images):
     def fetch(self, indices: Tensor) -> Tensor:
         """Images by position, decoded by threads unless in a worker; see `Images.fetch`."""
         chosen = indices.tolist()
-        out = torch.empty((len(chosen), *self.shape), dtype=torch.uint8)
+        out = batch_of(len(chosen), self.shape)
 
         def decode(position: int) -> None:
             out[position] = self._fitted(self.path(chosen[position]))
