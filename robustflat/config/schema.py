@@ -270,6 +270,21 @@ class TrainConfig(Section):
     checkpoint_minutes: Positive = 15
 
 
+class EdgeConfig(Section):
+    """Looks at the edge of stability, by Hessian-vector products on ``samples`` training images.
+
+    Every so many steps or, at their first step, epochs, the largest eigenvalue is told beside
+    2 / lr, the edges of the optimizer and of SAM, and the gradient's alignment to its eigenvector
+    (see ``robustflat.train.edge``). A look costs at most 9 ``max_hvps`` forward passes over the
+    samples and a few more for the attack; mostly half of it or less.
+    """
+
+    every: Count = 1
+    unit: Literal["epochs", "steps"] = "epochs"
+    samples: Count = 256
+    max_hvps: Count = 30
+
+
 class MonitorConfig(Section):
     """What is measured on the validation split and on a fixed part of the training split.
 
@@ -289,6 +304,7 @@ class MonitorConfig(Section):
     flatness_every: Whole = 0
     flatness: tuple[Measure, ...] = ("ascent_robust", "hessian_max")
     flatness_samples: Count = 256
+    edge: EdgeConfig | None = None
 
 
 class EvaluateConfig(Section):

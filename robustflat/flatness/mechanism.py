@@ -49,9 +49,9 @@ def alignment(subject: Subject, options: Options, loss: LossKind, name: str) -> 
         axis = hessian.split(pairs_of(subject, options, loss, "top").vectors[0])
         chance = math.exp(math.lgamma(hessian.size / 2) - math.lgamma((hessian.size + 1) / 2))
         return {
-            "gradient": _cosine(gradient, axis),
-            "sam": _cosine(_perturbation(sam(1.0), dict(named), gradient), axis),
-            "awp": _cosine(_perturbation(awp(1.0), dict(named), gradient), axis),
+            "gradient": cosine(gradient, axis),
+            "sam": cosine(_perturbation(sam(1.0), dict(named), gradient), axis),
+            "awp": cosine(_perturbation(awp(1.0), dict(named), gradient), axis),
             "chance": chance / math.sqrt(math.pi),
         }
 
@@ -177,7 +177,8 @@ def _perturbation(
     return full
 
 
-def _cosine(a: list[Tensor], b: list[Tensor]) -> float:
+def cosine(a: list[Tensor], b: list[Tensor]) -> float:
+    """|cos| of the angle between two lists of tensors; 0 where one is zero."""
     product = sum(float((s * t).sum()) for s, t in zip(a, b, strict=True))
     sizes = math.sqrt(
         sum(float(s.square().sum()) for s in a) * sum(float(t.square().sum()) for t in b)

@@ -43,6 +43,8 @@ def of_step(values: Mapping[str, float]) -> Curves:
         chart = _OF_STEPS.get(name)
         if kind == "attack" and chart is None:
             chart = f"4-attack/{rest.replace('/', '_at_step_')}"
+        elif kind == "edge":
+            chart = f"6-flatness/edge_{rest}"
         elif kind == "layers":
             chart = f"9-layers/{rest}"
         found["", chart or f"7-own/{name}"] = value

@@ -215,7 +215,11 @@ class Trainer:
             share = self._feed.share(self.step)
             step, every = self._step_now(), config.monitor.step_every
             done = self.epoch * self.steps_per_epoch + self.step
-            looks = every > 0 and done % every == 0
+            at_edge = self._edge_now(weights)
+            looks = (every > 0 and done % every == 0) or at_edge is not None
+            if at_edge:  # neither is training
+                began += at_edge["edge/seconds"]
+                self._outbox.restart_clock()
             with self._watch.step(looks=looks, keeps=every > 0 and (done + 1) % every == 0):
                 value, norm = step(
                     self._replica,
@@ -235,7 +239,7 @@ class Trainer:
                 self.epoch,
                 self.step,
                 self._seen(norm, share) if looks else None,
-                self._told(weights, step.attack) if looks else None,
+                self._told(weights, step.attack) | (at_edge or {}) if looks else None,
             )
             self.step += 1
             if self.step % _CHECK_EVERY == 0 or self.step == self.steps_per_epoch:
@@ -363,6 +367,22 @@ class Trainer:
         found = {n: v * share if n.startswith("attack/") else v for n, v in found.items()}
         together = torch.stack([value.float() for value in found.values()])
         return tuple(found), self.processes.mean(together)
+
+    def _edge_now(self, weights: Perturbation) -> dict[str, float] | None:
+        """How this step stands to the edge of stability, if that is looked at now.
+
+        One process looks; the others wait for it in their next step.
+        """
+        asked = self.config.monitor.edge
+        if asked is None:
+            return None
+        steps = asked.unit == "steps"
+        number = self.epoch * self.steps_per_epoch + self.step if steps else self.epoch
+        if number % asked.every or (self.step and not steps):
+            return None
+        if not self.listeners:
+            return {}
+        return self._monitor.at_edge(self.model, self._step.optimizer, weights)
 
     def _told(self, weights: Perturbation, attack: InputPerturbation | None) -> dict[str, float]:
         """The settings of a step that may change from step to step."""
