@@ -12,6 +12,7 @@ from robustflat.data.noise import LabelNoise
 from robustflat.data.seeding import generator_for
 from robustflat.data.shards import ShardImages, StoredArray
 from robustflat.data.split import balanced, mixed, proportional
+from robustflat.data.workers import usual_workers
 
 __all__ = [
     "DESCRIPTIONS",
@@ -37,4 +38,5 @@ __all__ = [
     "proportional",
     "share",
     "statistics",
+    "usual_workers",
 ]
