@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS := runs/quickstart-at runs/quickstart-at-awp
 
-.PHONY: quickstart experiments-small test test-oldest test-gpu docs lint $(RUNS)
+.PHONY: quickstart experiments-small test test-mlflow test-oldest test-gpu docs lint $(RUNS)
 
 # Trains plain adversarial training and the same with AWP on real digits, one core each, attacks
 # both, measures gap and flatness, and puts them side by side.
@@ -26,6 +26,11 @@ experiments-small: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# MLflow's test, which `make test` skips: mlflow and torchattacks want other versions of requests.
+test-mlflow: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --quiet --editable '.[mlflow]'
+	$(BIN)/python -m pytest tests/test_trackers.py
 
 # The oldest torch that is promised, and the tests of what robustflat is for: perturbation, step,
 # training (by several processes too), evaluation, flatness.

@@ -19,8 +19,13 @@ from robustflat.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Write a file (text as UTF-8) aside and put it in place in one step.
+
+    Args:
+        path: of the file.
+        content: all of it.
+        durable: wait until the disk has it, so that it outlasts a power failure.
 
     Raises:
         OSError: if it cannot be written; what stood there before is then intact.
@@ -30,34 +35,38 @@ def write_whole(path: Path, content: str | bytes) -> None:
     try:
         with aside.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write text, whole or not at all.
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write text, whole or not at all; ``durable`` as for :func:`write_whole`.
 
     Raises:
         UserError: if it cannot be written.
     """
     try:
-        write_whole(path, text)
+        write_whole(path, text, durable=durable)
     except OSError as error:
         raise UserError(
             f"{path} could not be written: {error}. Free some space or choose another folder."
         ) from None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
     """Write JSON for programs: whole or not at all, numbers finite or null.
+
+    ``durable`` as for :func:`write_whole`.
 
     Raises:
         UserError: if it cannot be written.
     """
-    write_text(path, json.dumps(json_safe(content), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(json_safe(content), indent=2, allow_nan=False)
+    write_text(path, text + "\n", durable=durable)
 
 
 def read_json(path: Path) -> Any:

@@ -185,6 +185,7 @@ listeners = Kind(
     {
         "tensorboard": "robustflat.report.tensorboard:TensorBoard",
         "mlflow": "robustflat.report.trackers:MLflow",
+        "wandb": "robustflat.report.trackers:WandB",
     },
     offered=("folder",),
     needs=("on_start", "on_step", "on_epoch", "on_pictures", "on_end"),

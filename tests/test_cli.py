@@ -13,8 +13,10 @@ import torch
 import yaml
 from train_support import SMALL_CNN, contents, python, rows, saved, trained, values, write
 
+import robustflat as rf
 from robustflat.cli import main
 from robustflat.runs.records import evaluation_of
+from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
 
 
@@ -436,6 +438,41 @@ def test_flatness_writes_what_it_says(run: Any, evaluated: RunFolder) -> None:
     assert "ascent_clean" in report["measures"]
 
 
+def test_flatness_on_another_split_with_another_attack_at_several_radii(
+    run: Any, evaluated: RunFolder
+) -> None:
+    def measured(*arguments: object) -> list[dict[str, Any]]:
+        ran = run("flatness", evaluated.root, "--measure", "worst_robust", "--measure",
+                  "average_clean", "--samples", 12, *arguments)  # fmt: skip
+        assert ran.code == 0, ran.err
+        found: list[dict[str, Any]] = json.loads(evaluated.flatness.read_text())["measurements"]
+        return found
+
+    measured("--option", "steps=1")
+    found = measured("--split", "test", "--attack", "pgd-3-2:margin", "--option", "steps=1",
+                     "--option", "radius=[0.02, 1/25]")  # fmt: skip
+    plain, other = found[-2:]
+    assert (plain["split"], plain["attack"]) == ("train", None)
+    assert list(plain["measures"]) == ["worst_robust", "average_clean"]
+    assert other["split"] == "test"
+    # Whoever reads the names alone does not take one for the other.
+    assert list(other["measures"]) == [
+        f"{name} with radius={radius}, {more}split=test"
+        for name, more in (("worst_robust", "attack=pgd-3-2:margin, "), ("average_clean", ""))
+        for radius in ("0.02", "0.04")
+    ]
+    subject = open_subject(evaluated.root, device="cpu")
+    attack = rf.pgd(eps=0.1, steps=3, restarts=2, loss="margin")
+    (figure,) = rf.flatness(
+        subject.network("last").model, subject.tensors("test", 12), ["worst_robust"], 0.1,
+        seed=subject.seed, attack=attack, steps=1, radius=0.04,
+    ).values()  # fmt: skip
+    assert figure.value > 0
+    name = "worst_robust with radius=0.04, attack=pgd-3-2:margin, split=test"
+    assert other["measures"][name]["value"] == pytest.approx(figure.value, rel=1e-5)
+    assert other["attack"] == repr(attack)
+
+
 BAD_FLATNESS: dict[str, tuple[list[str], str]] = {
     "measure": (["--measure", "sharpnes"], "sharpnes"),
     "option": (["--option", "radiuss=1"], "radius"),
@@ -444,6 +481,9 @@ BAD_FLATNESS: dict[str, tuple[list[str], str]] = {
     "negative option": (["--option", "radius=-1"], "radius"),
     "both": (["--checkpoint", "both"], "last"),
     "weights": (["--weights", "mean"], "average"),
+    "split": (["--split", "held-out"], "train, validation, test"),
+    "attack": (["--measure", "worst_robust", "--attack", "autoattack"], "pgd-STEPS"),
+    "sweep": (["--option", "radius=[0.1, -1]"], "radius"),
     "samples": (["--samples", "0"], "samples"),
     "negative samples": (["--samples=-3"], "samples"),
 }

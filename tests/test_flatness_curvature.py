@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import builtins
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from flatness_models import Binary, conv_net, examples, flat_gradient, full_hess
 from scipy.sparse.linalg import eigsh
 
 import robustflat as rf
+from robustflat.config import RunConfig
 from robustflat.flatness import flatness
 from robustflat.flatness.spectrum import Krylov, extreme, quadrature
+from robustflat.study import row
 
 torch.set_num_threads(1)
 # The larger net has more weights than are measured by forming the matrix.
@@ -223,6 +227,24 @@ def test_pac_bayes_terms():
     assert figure.details["bound"] == pytest.approx(
         figure.value + figure.details["worst_loss"], rel=1e-12
     )
+
+
+def test_the_bound_is_of_all_images_and_not_of_those_measured(monkeypatch):
+    model, data = mlp(NETS["lanczos"][0]), examples(9, (6,), 4)
+    few = flatness(model, data, ["pac_bayes"], examples=4)["pac_bayes"]
+    assert (few.details["examples"], few.details["train_size"]) == (4, 9)
+    said = flatness(model, data, ["pac_bayes"], examples=4, train_size=9)["pac_bayes"]
+    assert few.value == said.value
+    # A row of a study measures some of the images that its run was trained on.
+    asked = {}
+    monkeypatch.setattr(row, "flatness", lambda *given, **options: asked.update(options))
+    subject = SimpleNamespace(
+        images=lambda: SimpleNamespace(train=range(321)), home=SimpleNamespace(root=Path())
+    )
+    config = RunConfig.model_validate({"name": "run", "flatness": {"options": {"radius": 0.2}}})
+    job = {"threat": {"eps": 0.1, "norm": "linf"}}
+    row._flatness(subject, SimpleNamespace(model=model, epoch=1), job, config, [], data, {})
+    assert (asked["train_size"], asked["radius"]) == (321, 0.2)
 
 
 def test_input_side_of_a_linear_model():

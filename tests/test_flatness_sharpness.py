@@ -216,7 +216,7 @@ def test_no_value_depends_on_the_batch_size(name):
 
 def test_m_sharpness_is_the_mean_over_chunks_weighted_by_their_examples():
     model, data = mlp(), examples(11, (6,), 4)
-    x, y = read_examples(data)
+    x, y, _ = read_examples(data)
     whole = flatness(model, data, ["ascent_clean"], m=4, batch_size=3)["ascent_clean"]
     parts = [
         flatness(model, (x[i : i + 4], y[i : i + 4]), ["ascent_clean"])["ascent_clean"].value
@@ -324,7 +324,7 @@ def test_a_changed_preset_has_another_name_and_figures_tell_their_settings():
     assert list(names) == ["wu2020 with radius=0.1, steps=2", "worst_clean"]
     assert list(flatness(model, data, ["wu2020"], radius=5e-3, k=2)) == ["wu2020"]
     assert list(cost(["stutz2021_average"], 1000, attack=rf.fgsm(eps=0.1)).measures) == [
-        "stutz2021_average with another attack"
+        "stutz2021_average with attack=fgsm"
     ]
     settings = names["worst_clean"].details["settings"]
     assert (settings["steps"], settings["radius"], settings["seed"]) == (2, 0.1, 0)
@@ -402,7 +402,7 @@ def reference_stutz(model, x, y, eps, attack, displacements):
 def test_published_averages_are_their_formulas_over_the_directions_drawn():
     model = mlp((6, 8, 4))
     data = examples(20, (6,), 4)
-    x, y = read_examples(data)
+    x, y, _ = read_examples(data)
     subject = Subject(model, x, y, batch_size=20, seed=0)
     named = dict(model.named_parameters())
     like = [p.detach().clone() for p in named.values()]
@@ -504,3 +504,13 @@ def test_the_strongest_restart_of_the_attack_counts():
     ]
     assert whole.numpy() == pytest.approx(torch.stack(each).amax(0).numpy(), rel=1e-12)
     assert not torch.equal(torch.stack(each).amax(0), torch.stack(each).amin(0))
+
+
+def test_a_robust_loss_is_attacked_from_five_starts_unless_another_attack_is_said():
+    net, data = mlp(relu=True), examples(12, (6,), 4)
+
+    def of(**said):
+        return only(flatness(net, data, ["worst_robust"], eps=0.4, steps=1, **said))
+
+    assert of().details == of(attack="pgd-10-5").details
+    assert of().details["reference_loss"] > of(attack="pgd-10").details["reference_loss"]

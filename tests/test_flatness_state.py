@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
 import random
 import re
+import socket
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from flatness_models import conv_net, examples, mlp
 from torch.utils.data import DataLoader, TensorDataset
 
 import robustflat as rf
+from robustflat.evaluate import Team
 from robustflat.flatness import MEASURES, flatness
+from robustflat.flatness.closure import Closure
 from robustflat.landscapes import between, landscape
 
 torch.set_num_threads(1)
@@ -297,3 +302,63 @@ def test_figures_are_json_without_nan():
     assert set(read["worst_robust"]) == {"value", "standard_error", "details"}
     assert read["pac_bayes"]["value"] is None  # a radius of 0 bounds nothing
     assert read["hessian_max"]["details"]["eigenvalues"] == [read["hessian_max"]["value"]]
+
+
+# --- processes
+
+SHARED = [
+    "worst_robust", "average_clean with m=3", "ascent_robust_fixed with m=2", "hessian_max",
+    "hessian_trace", "gradient_norm_robust", "fisher_trace", "input_gradient_norm",
+    "local_linearity", "logit_margin_robust", "boundary_thickness", "local_lipschitz",
+    "fisher_rao_robust", "relative_flatness", "kl_robust",
+]  # fmt: skip
+
+
+def _measured(store, seen=None, **more):
+    return flatness(
+        conv_net(), examples(7, (1, 4, 4), 3), SHARED, 0.1, batch_size=2, attack="pgd-2-2",
+        store=store, on_progress=seen, **QUICK, **more,
+    )  # fmt: skip
+
+
+def _as_one_of_two(rank, port, store, found):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    team, made = Team.of_torchrun(), 0
+    look = Closure._losses
+
+    def counted(self, logits, y):
+        nonlocal made
+        made += len(y)
+        return look(self, logits, y)
+
+    Closure._losses = counted
+    figures = {n: f.to_dict() for n, f in _measured(store, team=team).items()}
+    found.put((rank, made, json.dumps(figures)))
+
+
+def test_processes_share_the_passes_and_find_what_one_finds(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+    team = [
+        context.Process(target=_as_one_of_two, args=(rank, port, tmp_path / "parts", found))
+        for rank in (0, 1)
+    ]
+    for process in team:
+        process.start()
+    results = [found.get() for _ in team]
+    for process in team:
+        process.join(60)
+    assert [process.exitcode for process in team] == [0, 0]
+    alone = {n: f.to_dict() for n, f in _measured(tmp_path / "alone").items()}
+    for _, _, figures in results:  # passes included
+        assert json.loads(figures) == json.loads(json.dumps(alone))
+    # Neither did all of it: of 4 batches each has 2, of 3 or 4 chunks one at most one more.
+    made = {rank: number for rank, number, _ in results}
+    assert 0.3 < made[1] / (made[0] + made[1]) < 0.5
+    # The file has what a single process writes, each part once.
+    kept = [sorted((tmp_path / name).read_text().splitlines()) for name in ("parts", "alone")]
+    assert kept[0] == kept[1]

@@ -836,7 +836,7 @@ def test_pictures_are_written_and_what_cannot_be_is_a_sentence(tmp_path):
         ("batchnorm must be one of keep, refresh here", {"batchnorm": "interpolate"}),
         ("batch_size must be at least 1", {"batch_size": 0}),
         ("no setting 'recompute_batchnorm'. Did you mean 'batchnorm'", {"recompute_batchnorm": 1}),
-        ("Unknown attack 'square' for a landscape", {"attack": "square"}),
+        ("Unknown attack 'square' of a robust loss", {"attack": "square"}),
         ("norm must be", {"norm": "l7"}),
         ("eps must be", {"eps": -1.0}),
         ("losses must be some of", {"losses": []}),

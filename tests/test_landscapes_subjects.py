@@ -166,7 +166,7 @@ def test_a_model_from_elsewhere_is_drawn_as_the_run_that_it_came_from(
     [
         (["a", "--split", "all"], "The split must be one of train, validation, test, got 'all'"),
         (["a", "--batchnorm", "interpolate"], "batchnorm must be one of keep, refresh here"),
-        (["a", "--attack", "square"], "Unknown attack 'square' for a landscape"),
+        (["a", "--attack", "square"], "Unknown attack 'square' of a robust loss"),
         (["a", "b", "--between", "--dimensions", "2"], "leave --dimensions"),
         (["net.pt", *SAID, "--between"], "two or three of them"),
         (["a", "--between", "--checkpoint", "best"], "without --checkpoint"),

@@ -233,11 +233,28 @@ def test_pictures_show_the_numbers_they_are_made_of() -> None:
     assert ((2, 0), "1") in texts
     assert ((0, 2), "1") not in texts
     assert axes.images[0].get_array()[0].tolist() == [0.5, 0.0, 0.5]
-    grid = examples(shown).axes
-    assert [a.get_title() for a in grid[:4]] == ["cat", "dog", "owl", "cat"]
-    assert [a.get_title() for a in grid[4:8]] == ["✗ owl", "dog", "owl", "cat"]
-    difference = [float(a.images[0].get_array()[0, 0]) for a in grid[8:]]
-    assert difference == pytest.approx([0.75, 0.0, 0.5, 0.75])
+    (grid,) = examples(shown).axes
+    # Over each image what it is taken for, at its column and above its row; y grows downwards.
+    said = {(t.get_position()[0], round(t.get_position()[1] + 0.45)): t for t in grid.texts}
+    assert [said[i, 0].get_text() for i in range(4)] == ["cat", "dog", "owl", "cat"]
+    assert [said[i, 1].get_text() for i in range(4)] == ["✗ owl", "dog", "owl", "cat"]
+    assert len(said) == 8
+    assert said[0, 1].get_color() != said[1, 1].get_color()
+    assert [t.get_text().partition("\n")[0] for t in grid.get_yticklabels()] == [
+        "clean", "attacked", "difference",
+    ]  # fmt: skip
+    assert "±0.2)" in grid.get_yticklabels()[2].get_text()
+    places = {(i, k): grid.images[4 * k + i] for k in range(3) for i in range(4)}
+    for (i, k), image in places.items():
+        left, right, low, high = image.get_extent()
+        assert (left + right) / 2 == pytest.approx(i)
+        assert (low + high) / 2 == pytest.approx(k)
+        assert high < low  # upright where y grows downwards
+    assert grid.get_ylim()[0] > grid.get_ylim()[1]
+    pixel = {place: float(image.get_array()[0, 0]) for place, image in places.items()}
+    assert [pixel[i, 0] for i in range(4)] == [0.5] * 4
+    assert [pixel[i, 1] for i in range(4)] == pytest.approx([0.6, 0.3, 0.5, 0.6])
+    assert [pixel[i, 2] for i in range(4)] == pytest.approx([0.75, 0.0, 0.5, 0.75])
     curves = {c.get_label(): list(c.get_ydata()) for c in line(shown).axes[0].lines[:2]}
     assert curves == {"clean": [3.0, 1.0, 2.0], "attacked at the centre": [5.0, 4.0, 6.0]}
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from train_support import differences, python, rows, saved, trained, write
+from test_tensorboard import read
+from train_support import config, differences, python, rows, saved, trained, write
 
+from robustflat.report.tensorboard import TensorBoard
+from robustflat.train import train
 from robustflat.train.folder import RunFolder
 
 WORLD = 2
@@ -51,6 +54,15 @@ OTHERS: dict[str, dict[str, Any]] = {
         "objective": {"name": "ikl"},
         "attack": {"name": "pgd", "eps": 0.1, "steps": 2, "start": "zero", "loss": "ce"},
     },
+    # Compared with one process; its last batch has 7 rows for one and 6 for the other.
+    "watched": PLAIN
+    | {
+        "weights": {"name": "awp", "gamma": 0.05, "step": {"sync": "global"}},
+        "data__train_samples": 45,
+        "train__batch_size": 16,
+        "monitor__step_every": 1,
+        "listeners": ["tensorboard"],
+    },
     "rebat": {
         "objective": {"name": "rebat", "decay": 0.8, "start_epoch": 1},
         "weights": {"name": "sam", "rho": 0.1},
@@ -78,7 +90,8 @@ def run(self):
 
 Trainer.run = run
 for name in names:
-    train(read_config(folder / f"{name}.yaml"))
+    config = read_config(folder / f"{name}.yaml")
+    train(config, listeners=lambda f: [said.build(folder=f.root) for said in config.listeners])
 """
 
 
@@ -166,6 +179,32 @@ def test_both_processes_end_with_the_same_parameters(others: Path, name: str) ->
         others / "begun" / name, **{**OTHERS[name], "optimizer": {"name": "sgd", "lr": 1e-20}}
     )
     assert differences(saved(begun.last)["model"], state["model"])
+
+
+def test_what_is_told_of_two_processes_is_that_of_the_whole_batch(
+    others: Path, tmp_path: Path
+) -> None:
+    alone, _ = train(
+        config(tmp_path, **OTHERS["watched"]), listeners=lambda f: [TensorBoard(f.root)]
+    )
+    together = RunFolder(others / "watched")
+    # Only the first process writes: one file for the run and one for each split.
+    places = [path.parent.name for path in together.event_files()]
+    assert sorted(places) == ["train", "validation", "watched"]
+    one, two = read(alone.root), read(together.root)
+    tags = [t for t in one.Tags()["scalars"] if not t.startswith(("8-machine", "1-robust/acc"))]
+    assert two.Tags()["scalars"] == one.Tags()["scalars"]
+    for name in (
+        "1-robust/rise_under_weights", "2-weights/cosine_of_gradients", "4-attack/share_broken",
+        "2-weights/gradient_norm_of_ascent", "4-attack/loss_at_step_3",
+    ):  # fmt: skip
+        assert name in tags
+        assert len(one.Scalars(name)) == 6
+    for tag in tags:
+        found = [[(e.step, e.value) for e in run.Scalars(tag)] for run in (one, two)]
+        assert [at for at, _ in found[0]] == [at for at, _ in found[1]]
+        expected = pytest.approx([v for _, v in found[0]], rel=2e-3, abs=1e-4)
+        assert [v for _, v in found[1]] == expected, tag
 
 
 def test_priors_are_counted_over_all_processes(others: Path, tmp_path: Path) -> None:

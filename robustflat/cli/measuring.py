@@ -99,28 +99,54 @@ def flatness(
     ] = None,
     checkpoint: Checkpoint = None,
     weights: Weights = None,
-    samples: Annotated[int | None, typer.Option(help="Training images to measure on.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Whose images: train, validation or test; else train, or a preset's."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Images to measure on.")] = None,
+    attack: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the robust loss: pgd-STEPS, pgd-STEPS-RESTARTS, fgsm; else pgd-10-5, or a "
+            "preset's."
+        ),
+    ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="name=value, such as radius=0.01 or ball=adaptive.")
+        list[str] | None,
+        typer.Option(
+            help="name=value, such as ball=adaptive; of several values a sweep, such as "
+            "radius=[0.01,0.02]."
+        ),
     ] = None,
 ) -> None:
-    """Measure how flat the loss is around the weights of runs or models."""
+    """Measure how flat the loss is around the weights of runs or models.
+
+    With several processes: torchrun -m robustflat flatness ...
+    """
+    from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
     from robustflat.runs.flatness import measure_subject
 
     opened = subjects()
-    out.speak()
+    team = Team.of_torchrun()
+    if team.is_first:
+        out.speak()
     for subject in opened:
-        with Counter(out.console(), subject.name) as counter:
+        with Counter(out.console(quiet=not team.is_first), subject.name) as counter:
             report = measure_subject(
                 subject,
                 measure,
                 checkpoint=checkpoint,
                 weights=weights,
+                split=split,
                 samples=samples,
+                attack=attack,
                 options=named("--option", option),
                 on_progress=counter.on_measure,
+                team=team,
             )
+        if not team.is_first:
+            continue
         for key, figure in report["measures"].items():
             error = figure["standard_error"]
             spread = "" if error is None else f" +- {error:.2g}"

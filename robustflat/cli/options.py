@@ -133,22 +133,15 @@ def number(option: str, text: str | None) -> float | None:
 
 def named(option: str, pairs: list[str] | None) -> dict[str, Any]:
     """The values of name=value; lists and mappings are written as in YAML."""
-    from robustflat.config.values import read_number
+    from robustflat.config.values import read_word
 
     found: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")
         if not equals:
             raise UserError(f"{option} must be name=value, got {pair!r}.")
-        try:
-            value: Any = int(text)
-        except ValueError:
-            try:
-                value = read_number(text)
-            except ValueError:
-                plain = {"true": True, "false": False}.get(text.lower(), text)
-                value = _yaml(option, text) if text[:1] in ("[", "{") else plain
-        found[name] = value
+        value = _yaml(option, text) if text[:1] in ("[", "{") else read_word(text)
+        found[name] = [read_word(one) for one in value] if isinstance(value, list) else value
     return found
 
 

@@ -240,6 +240,10 @@ class TrainConfig(Section):
     whole batch, of which there is one optimizer step, one weight perturbation and one loss: without
     BatchNorm, which sees each part by itself, the step is that of ``accumulate: 1``. A perturbation
     for every part is ``weights: {name: msam, chunk: ROWS}``.
+
+    ``compile: attack`` compiles the network for the passes of the attack, by torch.compile: its
+    first step, and the first with a last batch of another size, take up to a minute longer, all
+    others are shorter. It needs a C++ compiler, on a GPU Triton.
     """
 
     moved = {"tensorboard": "Write listeners: [tensorboard], or listeners: []"}  # noqa: RUF012
@@ -250,12 +254,28 @@ class TrainConfig(Section):
     accumulate: Count = 1
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
+    compile: Literal["attack"] | None = None
     sync_batchnorm: bool = False
     deterministic: bool = False
     average: Average | None = None
     alarm: AlarmConfig | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     checkpoint_minutes: Positive = 15
+
+
+class EdgeConfig(Section):
+    """Looks at the edge of stability, by Hessian-vector products on ``samples`` training images.
+
+    Every so many steps or, at their first step, epochs, the largest eigenvalue is told beside
+    2 / lr, the edges of the optimizer and of SAM, and the gradient's alignment to its eigenvector
+    (see ``robustflat.train.edge``). A look costs at most 9 ``max_hvps`` forward passes over the
+    samples and a few more for the attack; mostly half of it or less.
+    """
+
+    every: Count = 1
+    unit: Literal["epochs", "steps"] = "epochs"
+    samples: Count = 256
+    max_hvps: Count = 30
 
 
 class MonitorConfig(Section):
@@ -277,6 +297,7 @@ class MonitorConfig(Section):
     flatness_every: Whole = 0
     flatness: tuple[Measure, ...] = ("ascent_robust", "hessian_max")
     flatness_samples: Count = 256
+    edge: EdgeConfig | None = None
 
 
 class EvaluateConfig(Section):

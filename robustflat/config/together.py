@@ -36,6 +36,12 @@ def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
             f"objective {objective.name} trains on adversarial images but attack is none. "
             "Configure an attack, or use objective standard",
         )
+    if not needed and config.train.compile is not None:
+        yield _told(
+            "train.compile",
+            f"train.compile is {config.train.compile}, but objective {objective.name} trains on "
+            "the images as they are. Leave train.compile out",
+        )
     if config.threat is not None:
         try:
             pgd(*config.threat)  # what monitors and evaluates the run

@@ -38,6 +38,16 @@ def read_number(value: Any) -> Any:
     return value
 
 
+def read_word(text: Any) -> Any:
+    """The whole number, number, fraction or truth value that a word is; else the word itself."""
+    for read in (int, read_number):
+        try:
+            return read(text) if isinstance(text, str) else text
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 def read_norm(value: Any) -> Any:
     """The name of a norm, or its exponent p as a number."""
     if isinstance(value, str) and value.lower() in ("linf", "l2", "l1"):

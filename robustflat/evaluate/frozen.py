@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustflat.errors import UserError
 from robustflat.numerics import float32
 from robustflat.perturb import buffers_kept, evaluating
+from robustflat.perturb.modes import frozen
 
 
 class Plain(nn.Module):
@@ -91,18 +92,5 @@ def held(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(float32())
         stack.enter_context(evaluating(model))
         stack.enter_context(buffers_kept(model))
-        stack.enter_context(_frozen(model))
+        stack.enter_context(frozen(model))  # FAB would leave a gradient on each
         yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient (FAB would leave one on each)."""
-    thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in thawed:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in thawed:
-            parameter.requires_grad_(True)

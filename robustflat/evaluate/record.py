@@ -281,7 +281,7 @@ def merged(records: Sequence[Record]) -> Record:
         missing = [shard for shard in wanted if shard not in shards]
         what = f"missing: {', '.join(missing)}" if missing else f"got {', '.join(shards)}"
         raise UserError(
-            f"To merge {parts} shards there must be 1/{parts} to {parts}/{parts}, each once; {what}."
+            f"To merge {parts} shards each of 1/{parts} to {parts}/{parts} must be there; {what}."
         )
     attacks = [[(e.name, e.identity, e.after) for e in r.entries] for r in records]
     if any(found != attacks[0] for found in attacks) or not all(

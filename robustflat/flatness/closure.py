@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.evaluate.attacks.ascent import pgd_by_name
+from robustflat.evaluate.team import Team
+from robustflat.evaluate.threat import Threat
 from robustflat.perturb import InputPerturbation, attack_losses, maximise
 
 Kind = Literal["forward", "input_gradient", "gradient", "hvp"]
 # Told how many examples a pass of some kind went over.
 Count = Callable[[Kind, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Closure:
         starts: where each restart of the attack begins, each of the shape of ``x``; empty for an
             attack that starts at the image.
         normalise_logits: take the loss of the centred logits divided by their norm.
+        team: processes that share the batches. What each found is joined in the order of the
+            batches, so that every one has, to the last bit, what one process alone would have.
     """
 
     model: nn.Module
@@ -46,6 +52,7 @@ class Closure:
     attack: InputPerturbation | None = None
     starts: tuple[Tensor, ...] = ()
     normalise_logits: bool = False
+    team: Team = field(default_factory=Team)
 
     def __post_init__(self) -> None:
         if any(module.training for module in self.model.modules()):
@@ -66,7 +73,7 @@ class Closure:
 
     def attacked(self) -> Tensor:
         """The adversarial examples at the present weights, ``[N, ...]``, where ``x`` lies."""
-        return torch.cat([x.to(self.x.device) for x, _ in self._batches()])
+        return torch.cat([x.to(self.x.device) for x in self._attacked(lambda rows, x, y: x)])
 
     def losses(self) -> Tensor:
         """The loss of every example, ``[N]``, float64 on the host."""
@@ -75,14 +82,13 @@ class Closure:
     @torch.no_grad()
     def outcomes(self) -> tuple[Tensor, Tensor]:
         """The loss of every example and whether it is classified rightly, ``[N]`` each."""
-        losses: list[Tensor] = []
-        right: list[Tensor] = []
-        for x, y in self._batches():
-            self.count("forward", len(x))
+
+        def look(rows: slice, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.model(x)
-            losses.append(self._losses(logits, y))
             labels = y.argmax(1) if y.is_floating_point() else y
-            right.append(logits.argmax(1) == labels)
+            return self._losses(logits, y), logits.argmax(1) == labels
+
+        losses, right = zip(*self._attacked(look, forward=1), strict=True)
         return _to_host(losses), torch.cat(right).cpu()
 
     def value_and_grad(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -95,79 +101,120 @@ class Closure:
         """
         found: list[Tensor] = []
         total = [torch.zeros_like(p) for p in parameters]
-        for x, y in self._batches():
-            self.count("gradient", len(x))
+
+        def climb(rows: slice, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
             with torch.enable_grad():
                 losses = self._losses(self.model(x), y)
-                gradient = _gradient(losses.sum() / len(self), parameters)
+                return losses.detach(), _gradient(losses.sum() / len(self), parameters)
+
+        for losses, gradient in self._attacked(climb, gradient=1):
             torch._foreach_add_(total, gradient)
-            found.append(losses.detach())
+            found.append(losses)
         return _to_host(found), total
 
     def hvps(self, parameters: Sequence[Tensor], vectors: list[list[Tensor]]) -> list[list[Tensor]]:
         """The Hessian of the mean loss times each of ``vectors`` (differentiating the gradient)."""
         assert self.attack is None, "the Hessian is taken at fixed adversarial examples"
         totals = [[torch.zeros_like(v) for v in vector] for vector in vectors]
-        for x, y in self._batches():
-            self.count("gradient", len(x))
+
+        def multiply(rows: slice, x: Tensor, y: Tensor) -> list[list[Tensor]]:
             with torch.enable_grad():
                 loss = self._losses(self.model(x), y).sum() / len(self)
                 slopes = torch.autograd.grad(
                     loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True
                 )
+                products = []
                 for index, vector in enumerate(vectors):
-                    self.count("hvp", len(x))
                     along = sum(
                         ((s * v).sum() for s, v in zip(slopes, vector, strict=True)),
                         loss.new_zeros(()),
                     )
                     last = index == len(vectors) - 1
-                    product = _gradient(along, parameters, keep_graph=not last)
-                    torch._foreach_add_(totals[index], product)
+                    products.append(_gradient(along, parameters, keep_graph=not last))
+                return products
+
+        for products in self.each(multiply, gradient=1, hvp=len(vectors)):
+            for total, product in zip(totals, products, strict=True):
+                torch._foreach_add_(total, product)
         return totals
 
     def weighted_gradient(
-        self, parameters: Sequence[Tensor], weigh: Callable[[Tensor], Tensor]
+        self, parameters: Sequence[Tensor], weigh: Callable[[slice, Tensor], Tensor]
     ) -> list[Tensor]:
-        """The gradient of the sum over all batches of ``weigh(logits)``, a scalar."""
+        """The gradient of the sum over all batches of ``weigh(rows, logits)``, a scalar."""
         total = [torch.zeros_like(p) for p in parameters]
-        for x, _ in self._batches():
-            self.count("gradient", len(x))
+
+        def climb(rows: slice, x: Tensor, y: Tensor) -> list[Tensor]:
             with torch.enable_grad():
-                gradient = _gradient(weigh(self.model(x)), parameters)
+                return _gradient(weigh(rows, self.model(x)), parameters)
+
+        for gradient in self._attacked(climb, gradient=1):
             torch._foreach_add_(total, gradient)
         return total
 
-    def input_batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, images and labels of each batch, on the model's device."""
+    def each(self, work: Callable[[slice, Tensor, Tensor], T], **passes: int) -> Iterator[T]:
+        """Do ``work`` for every batch, some of them in each process of the team.
+
+        Args:
+            work: from the rows, images and labels of a batch, on the model's device, to tensors,
+                or tuples or lists of them.
+            **passes: what it costs, by kind.
+
+        Yields:
+            The results for all batches, in their order, in every process, on the model's device.
+        """
         device, dtype = _place(self.model)
-        for start in range(0, len(self), self.batch_size):
-            rows = slice(start, min(start + self.batch_size, len(self)))
-            yield rows, self.x[rows].to(device, dtype), self.y[rows].to(device)
+        starts = range(0, len(self), self.batch_size)
+        shared = self.team.size > 1
+
+        def at(number: int) -> Any:
+            rows = slice(starts[number], min(starts[number] + self.batch_size, len(self)))
+            found = work(rows, self.x[rows].to(device, dtype), self.y[rows].to(device))
+            return _moved(found, torch.device("cpu")) if shared else found
+
+        done = 0
+        for results in self.team.each(at, range(len(starts))):
+            for result in results:
+                rows = min(self.batch_size, len(self) - done)
+                done += rows
+                for kind, number in passes.items():
+                    if number:
+                        self.count(kind, number * rows)  # type: ignore[arg-type]
+                yield _moved(result, device) if shared else result
+
+    def per_example(
+        self, work: Callable[[slice, Tensor, Tensor], Tensor], **passes: int
+    ) -> list[float]:
+        """A number of every example, where ``work`` gives those of a batch, as :meth:`each`."""
+        values: list[float] = _to_host(list(self.each(work, **passes))).tolist()
+        return values
 
     def example_losses(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of every row of one batch, with gradient."""
         return self._losses(self.model(x), y)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows, x, y in self.input_batches():
-            yield (x if self.attack is None else self._attack(rows, x, y)), y
+    def _attacked(self, work: Callable[[slice, Tensor, Tensor], T], **passes: int) -> Iterator[T]:
+        """:meth:`each`, of adversarial examples if there is an attack."""
+        attack = self.attack
+        if attack is None:
+            return self.each(work, **passes)
+        cost = attack_cost(attack)
+        return self.each(
+            lambda rows, x, y: work(rows, self._attack(attack, rows, x, y), y),
+            **{k: passes.get(k, 0) + cost.get(k, 0) for k in {**passes, **cost}},  # type: ignore
+        )
 
-    def _attack(self, rows: slice, x: Tensor, y: Tensor) -> Tensor:
+    def _attack(self, attack: InputPerturbation, rows: slice, x: Tensor, y: Tensor) -> Tensor:
         """The worst of the attack's restarts for each image, each from its own fixed start."""
-        assert self.attack is not None
-        cost = attack_cost(self.attack)
-        self.count("input_gradient", cost["input_gradient"] * len(x))
-        self.count("forward", cost["forward"] * len(x))
-        once = replace(self.attack, restarts=1)
+        once = replace(attack, restarts=1)
         if not self.starts:
             return once(self.model, x, y)
         found = [once(self.model, x, y, start=start[rows].to(x)) for start in self.starts]
         if len(found) == 1:
             return found[0]
-        climb = attack_losses[self.attack.loss]
+        climb = attack_losses[attack.loss]
         with torch.no_grad():
-            target = self.model(x) if self.attack.loss == "kl" else y
+            target = self.model(x) if attack.loss == "kl" else y
             values = torch.stack([climb(self.model(x_adv), target) for x_adv in found])
         return torch.stack(found)[values.argmax(0), torch.arange(len(x), device=x.device)]
 
@@ -176,6 +223,22 @@ class Closure:
             centred = logits - logits.mean(1, keepdim=True)
             logits = centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-10)
         return F.cross_entropy(logits, y, reduction="none")
+
+
+def attack_of(said: InputPerturbation | str, threat: Threat) -> InputPerturbation:
+    """The attack of a robust loss, by name or as it is made.
+
+    Raises:
+        UserError: if it is none whose images have a loss as high as was found.
+    """
+    attack = pgd_by_name(said, threat) if isinstance(said, str) else said
+    if not isinstance(attack, InputPerturbation):
+        raise UserError(
+            f"Unknown attack {said!r} of a robust loss: there are fgsm, pgd-STEPS and "
+            "pgd-STEPS-RESTARTS, each also with :LOSS, and what rf.pgd returns. A robust loss is "
+            "a loss at its highest, and other attacks stop where an image is misclassified."
+        )
+    return attack
 
 
 def attack_starts(
@@ -213,15 +276,22 @@ def attack_cost(attack: InputPerturbation) -> dict[Kind, int]:
 
 def _gradient(
     value: Tensor, parameters: Sequence[Tensor], *, keep_graph: bool = False
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     # Not .backward(): the user's .grad is none of our business.
-    return torch.autograd.grad(
+    found = torch.autograd.grad(
         value, parameters, retain_graph=keep_graph, allow_unused=True, materialize_grads=True
     )
+    return list(found)
 
 
-def _to_host(losses: list[Tensor]) -> Tensor:
-    return torch.cat(losses).to("cpu", torch.float64)
+def _to_host(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(values)).to("cpu", torch.float64)
+
+
+def _moved(found: Any, device: torch.device) -> Any:
+    if isinstance(found, Tensor):
+        return found.to(device)
+    return [_moved(part, device) for part in found]
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:

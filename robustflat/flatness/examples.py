@@ -14,7 +14,7 @@ from robustflat.errors import UserError
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 
-def read_examples(data: Data, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def read_examples(data: Data, limit: int | None = None) -> tuple[Tensor, Tensor, int]:
     """The images and labels of ``data`` in a fixed order that depends on the labels alone.
 
     In it every class keeps its share of the first so many examples and of every chunk, whatever
@@ -26,7 +26,8 @@ def read_examples(data: Data, limit: int | None = None) -> tuple[Tensor, Tensor]
         limit: take only so many.
 
     Returns:
-        Images, floating; labels, int64 ``[N]`` or soft ``[N, C]``.
+        Images, floating; labels, int64 ``[N]`` or soft ``[N, C]``; and how many images ``data``
+        has in all.
 
     Raises:
         UserError: if there are no examples, they do not fit together, or the loader shuffles,
@@ -50,7 +51,7 @@ def read_examples(data: Data, limit: int | None = None) -> tuple[Tensor, Tensor]
             f"Images must be floating-point numbers in [0, 1], got {x.dtype}. Convert them, for "
             "bytes by x.float() / 255."
         )
-    return x, y if y.is_floating_point() else y.long()
+    return x, y if y.is_floating_point() else y.long(), images
 
 
 def _pair(data: Any) -> tuple[Tensor, Tensor] | None:

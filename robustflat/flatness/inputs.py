@@ -27,16 +27,16 @@ def input_gradient_norm(subject: Subject, options: Options, loss: LossKind, name
     p = options.attack.ball.norm
     dual = 1.0 if p == math.inf else math.inf if p == 1 else p / (p - 1)
 
+    def norms(rows: slice, x: Tensor, y: Tensor) -> list[Tensor]:
+        slopes = _loss_and_slope(closure, x, y)[1].flatten(1)
+        return [torch.linalg.vector_norm(slopes, q, dim=1) for q in (dual, 1.0, 2.0)]
+
     def compute() -> dict[str, float]:
-        norms: dict[str, list[Tensor]] = {"dual": [], "l1": [], "l2": []}
-        for _, x, y in closure.input_batches():
-            _, gradient = _loss_and_slope(closure, x, y)
-            rows = gradient.flatten(1)
-            for key, exponent in (("dual", dual), ("l1", 1.0), ("l2", 2.0)):
-                norms[key].append(torch.linalg.vector_norm(rows, exponent, dim=1).cpu().double())
-        values = {key: torch.cat(parts) for key, parts in norms.items()}
-        _, error = mean_and_error(values["dual"].tolist())
-        return {**{k: float(v.mean()) for k, v in values.items()}, "error": error or 0.0}
+        batches = zip(*closure.each(norms, input_gradient=1), strict=True)
+        values = [torch.cat(parts).cpu().double() for parts in batches]
+        means = dict(zip(("dual", "l1", "l2"), (float(v.mean()) for v in values), strict=True))
+        _, error = mean_and_error(values[0].tolist())
+        return {**means, "error": error or 0.0}
 
     found = subject.part(name, compute)
     return Figure(
@@ -57,19 +57,15 @@ def local_linearity(subject: Subject, options: Options, loss: LossKind, name: st
 
     def compute() -> dict[str, float]:
         start = subject.draw(options.attack.ball.sample, [closure.x], "linearity")[0]
-        errors: list[Tensor] = []
-        for rows, x, y in closure.input_batches():
-            loss_at, slope = _loss_and_slope(closure, x, y)
-            misfit = partial(_misfit, closure, x, y, loss_at, slope)
-            u = maximise(
-                misfit,
-                options.attack.ball,
-                _ASCENT,
-                [x],
-                initial=[start[rows].to(x)],
-            )
-            errors.append(misfit(u)[0].cpu().double())
-        mean, error = mean_and_error(torch.cat(errors).tolist())
+
+        def misfits(rows: slice, x: Tensor, y: Tensor) -> Tensor:
+            misfit = partial(_misfit, closure, x, y, *_loss_and_slope(closure, x, y))
+            at = [start[rows].to(x)]
+            u = maximise(misfit, options.attack.ball, _ASCENT, [x], initial=at)
+            return misfit(u)[0]
+
+        errors = closure.per_example(misfits, **vars(linearity_passes(options, loss)))
+        mean, error = mean_and_error(errors)
         return {"mean": mean, "error": error or 0.0}
 
     found = subject.part(name, compute)
@@ -92,7 +88,6 @@ def linearity_passes(options: Options, loss: LossKind) -> Passes:
 
 def _loss_and_slope(closure: Closure, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's loss and its gradient by the image."""
-    closure.count("input_gradient", len(x))
     with torch.enable_grad():
         images = x.detach().requires_grad_()
         losses = closure.example_losses(images, y)

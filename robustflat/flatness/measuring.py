@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustflat.config.values import read_number
+from robustflat.config.values import read_word
 from robustflat.errors import UserError
+from robustflat.evaluate.attacks.ascent import title
+from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Threat
-from robustflat.flatness.closure import Kind
+from robustflat.flatness.closure import Kind, attack_of
 from robustflat.flatness.curvature import curvlinops
 from robustflat.flatness.examples import Data, read_examples
 from robustflat.flatness.figure import UNITS, Cost, Figure, Passes, Progress
@@ -25,9 +27,12 @@ from robustflat.flatness.options import Options, with_options
 from robustflat.flatness.store import Store, fingerprint
 from robustflat.flatness.subject import Subject
 from robustflat.flatness.undisturbed import undisturbed
-from robustflat.perturb import InputPerturbation, parse_norm, pgd
+from robustflat.perturb import InputPerturbation, parse_norm
 
 DEFAULT_MEASURES = ("hessian_max", "hessian_trace", "worst_robust")
+# Of the robust loss. One start would be a fifth of the cost, but by it worst-direction sharpness
+# of one net was 0.024 to 0.050 over four seeds, and by five 0.061 to 0.066 (docs/flatness.md).
+ATTACK = "pgd-10-5"
 # Numbers of independent parts: a store may be continued with more of them.
 _CONTINUABLE = ("samples", "probes", "restarts", "lanczos_runs")
 # What a preset is published with.
@@ -47,10 +52,11 @@ def flatness(
     seed: int = 0,
     *,
     batch_size: int = 128,
-    attack: InputPerturbation | None = None,
+    attack: InputPerturbation | str | None = None,
     initial: Mapping[str, Tensor] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     store: str | os.PathLike[str] | None = None,
+    team: Team | None = None,
     **options: Any,
 ) -> dict[str, Figure]:
     """How flat the loss is around the model's weights, clean and robust.
@@ -68,12 +74,15 @@ def flatness(
         norm: of that attack, "linf", "l2" or "l1".
         seed: of all random directions, probes and attack starts.
         batch_size: examples in a pass; only memory and speed depend on it.
-        attack: of the robust loss, ``rf.pgd(norm, eps, steps=10)`` if None.
+        attack: of the robust loss, "pgd-STEPS", "pgd-STEPS-RESTARTS", "fgsm", each also with
+            ":LOSS", or what ``rf.pgd`` returns; "pgd-10-5" if None.
         initial: the state_dict before training, for the measures of the distance from it.
         on_progress: told how far the measurement has come; may raise to stop it.
         store: a file that keeps finished parts (restarts, directions, probes, eigenvalues);
             called again with it, an interrupted measurement goes on and ends with the same values.
             It may serve any number of measurements.
+        team: processes that share the work, as ``robustflat.evaluate.Team.of_torchrun()`` finds
+            them; every one returns what one process alone would, to the last bit.
         **options: fields of :class:`robustflat.flatness.Options`; a list of values is a sweep. An
             option of one measure alone is said in its name: "worst_clean with radius=0.1".
 
@@ -96,8 +105,14 @@ def flatness(
     _refuse_training(model, chosen)
     with undisturbed(model):
         limits = [s.examples for s in settings.values()]
-        x, y = read_examples(data, max(limits) if all(limits) else None)  # type: ignore[type-var]
-        subjects = _Subjects(model, x, y, batch_size, seed, settings, on_progress, store, initial)
+        x, y, images = read_examples(
+            data,
+            max(limits) if all(limits) else None,  # type: ignore[type-var]
+        )
+        subjects = _Subjects(
+            model, x, y, batch_size, seed, settings, on_progress, store, initial, team or Team(),
+            images,
+        )  # fmt: skip
         _log.info("%s", subjects.cost)
         check_model(model, x[:batch_size], y)
         return {
@@ -112,7 +127,7 @@ def cost(
     *,
     eps: float | None = None,
     norm: str | float = "linf",
-    attack: InputPerturbation | None = None,
+    attack: InputPerturbation | str | None = None,
     **options: Any,
 ) -> Cost:
     """What :func:`flatness` would cost, before it starts.
@@ -160,7 +175,7 @@ def _settings(
     measures: Sequence[str],
     eps: float | None,
     norm: str | float,
-    attack: InputPerturbation | None,
+    attack: InputPerturbation | str | None,
     given: Mapping[str, Any],
 ) -> dict[Measure, Options]:
     """Each measure's options: the defaults, a preset's changes, then the user's.
@@ -171,9 +186,13 @@ def _settings(
     if isinstance(measures, str):
         measures = [measures]
     swept = {key: value for key, value in given.items() if isinstance(value, list | tuple)}
-    eps = Threat.said(norm, eps).eps if attack is None else eps or 0.0
+    if isinstance(attack, InputPerturbation):
+        eps, chosen = eps or 0.0, attack
+    else:
+        threat = Threat.said(norm, eps)
+        eps, chosen = threat.eps, attack_of(attack or ATTACK, threat)
     try:
-        base = Options(attack=pgd(norm, eps, 10) if attack is None else attack)
+        base = Options(attack=chosen)
         settings: dict[Measure, Options] = {}
         for spec in dict.fromkeys(measures):
             name, _, own = spec.partition(" with ")
@@ -196,7 +215,7 @@ def _settings(
                     ]  # fmt: skip
                 label = [f"{key}={mine[key]}" for key in sorted(shown)]
                 if measure.attack is not None and attack is not None:
-                    label.append("another attack")
+                    label.append(f"attack={title(chosen)}")
                 ending = f" with {', '.join(label)}" if label else ""
                 settings[replace(measure, name=measure.name + ending)] = settled
     except UserError:
@@ -223,13 +242,7 @@ def _said(text: str) -> dict[str, Any]:
                 f"A measure's own options are written as in 'worst_clean with radius=0.1, steps=5',"
                 f" got {text!r}."
             )
-        try:
-            said[key] = int(value)
-        except ValueError:
-            try:
-                said[key] = float(read_number(value))
-            except ValueError:
-                said[key] = {"true": True, "false": False}.get(value.lower(), value)
+        said[key] = read_word(value)
     return said
 
 
@@ -298,6 +311,8 @@ class _Subjects:
         on_progress: Callable[[Progress], None] | None,
         store: str | os.PathLike[str] | None,
         initial: Mapping[str, Tensor] | None,
+        team: Team,
+        images: int,
     ) -> None:
         self._examples = len(x)
         self._settings = settings
@@ -307,7 +322,8 @@ class _Subjects:
         self._jobs = {m.name: _jobs(m, settings, len(x)) for m in settings}
         self._total = self.cost.total.units
         mark = "" if store is None else fingerprint(model, [x, y], {"seed": seed})
-        shared = Store(store, mark)
+        shared = team.once(lambda: Store(store, mark))
+        shared = shared if team.is_first else shared.in_memory()
         caches: dict[int | None, dict[Any, Any]] = {o.examples: {} for o in settings.values()}
         self._subjects = {
             options: Subject(
@@ -321,6 +337,8 @@ class _Subjects:
                 cache=caches[options.examples],
                 count=self._count,
                 initial=initial,
+                team=team,
+                images=images,
             )
             for options in settings.values()
         }

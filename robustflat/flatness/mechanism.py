@@ -49,9 +49,9 @@ def alignment(subject: Subject, options: Options, loss: LossKind, name: str) -> 
         axis = hessian.split(pairs_of(subject, options, loss, "top").vectors[0])
         chance = math.exp(math.lgamma(hessian.size / 2) - math.lgamma((hessian.size + 1) / 2))
         return {
-            "gradient": _cosine(gradient, axis),
-            "sam": _cosine(_perturbation(sam(1.0), dict(named), gradient), axis),
-            "awp": _cosine(_perturbation(awp(1.0), dict(named), gradient), axis),
+            "gradient": cosine(gradient, axis),
+            "sam": cosine(_perturbation(sam(1.0), dict(named), gradient), axis),
+            "awp": cosine(_perturbation(awp(1.0), dict(named), gradient), axis),
             "chance": chance / math.sqrt(math.pi),
         }
 
@@ -72,17 +72,13 @@ def fisher_trace(subject: Subject, options: Options, loss: LossKind, name: str) 
     def probe(index: int) -> float:
         # Drawn once for all examples, so that the value does not depend on the batch size.
         drawn: list[Tensor] = []
-        start = 0
 
-        def weigh(logits: Tensor) -> Tensor:
-            nonlocal start
+        def weigh(rows: slice, logits: Tensor) -> Tensor:
             if not drawn:
                 every = logits.new_empty(len(closure), logits.shape[1])
                 drawn.extend(subject.draw(signs, [every], "fisher", loss, index))
-            rows = drawn[0][start : start + len(logits)]
-            start += len(logits)
             log_p = logits.log_softmax(1)
-            return (rows * (log_p / 2).exp().detach() * log_p).sum()
+            return (drawn[0][rows] * (log_p / 2).exp().detach() * log_p).sum()
 
         gradient = closure.weighted_gradient(list(named.values()), weigh)
         return sum(float(g.square().sum()) for g in gradient) / len(closure)
@@ -113,7 +109,7 @@ def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     named = subject.parameters(options, PARAMETERS)
     squared = sum(float(p.detach().float().square().sum()) for p in named.values())
     k = sum(p.numel() for p in named.values())
-    n = options.train_size or len(subject)
+    n = options.train_size or subject.images
     delta = 1 - options.confidence
     if options.rho == 0 or n < 2:
         norm_term = count_term = math.inf
@@ -181,7 +177,8 @@ def _perturbation(
     return full
 
 
-def _cosine(a: list[Tensor], b: list[Tensor]) -> float:
+def cosine(a: list[Tensor], b: list[Tensor]) -> float:
+    """|cos| of the angle between two lists of tensors; 0 where one is zero."""
     product = sum(float((s * t).sum()) for s, t in zip(a, b, strict=True))
     sizes = math.sqrt(
         sum(float(s.square().sum()) for s in a) * sum(float(t.square().sum()) for t in b)

@@ -74,7 +74,8 @@ class Options:
         lanczos_runs: how many are averaged.
         rho: radius of the PAC-Bayes bound, in the units of the weights.
         confidence: of the PAC-Bayes bound, 1 - delta.
-        train_size: examples that the model was trained on, for that bound; None: those measured.
+        train_size: examples that the model was trained on, for that bound; None: all images of
+            the data, of which ``examples`` may choose fewer to measure on.
     """
 
     attack: InputPerturbation

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from robustflat.flatness.closure import Closure, attack_cost
+from robustflat.evaluate.team import Team
+from robustflat.flatness.closure import Closure, Kind, attack_cost
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
 from robustflat.flatness.options import AVERAGE_RADIUS, WORST_RADIUS, Options
 from robustflat.flatness.subject import Draw, LossKind, Subject, normal
@@ -200,13 +202,19 @@ def _measure(
     detail: str | None = None,
 ) -> Figure:
     """Repeat a part for every chunk of m examples, and average over the chunks."""
+    closure = subject.closure(options, loss)
     size = options.m or len(subject)
-    summaries: list[Part] = []
-    weights: list[int] = []
-    repeated: list[list[float]] = []
-    for chunk, start in enumerate(range(0, len(subject), size)):
-        rows = slice(start, min(start + size, len(subject)))
-        with _around(subject, options, loss, rows, default_radius) as near:
+    chunks = range(0, len(subject), size)
+    # Of many chunks each process takes whole ones; the passes are told when they are joined.
+    apart = len(chunks) > 1
+
+    def measured(chunk: int) -> tuple[list[Part], list[tuple[Kind, int]]]:
+        rows = slice(chunks[chunk], min(chunks[chunk] + size, len(subject)))
+        told: list[tuple[Kind, int]] = []
+        of_rows = closure.part(rows)
+        if apart:
+            of_rows = replace(of_rows, team=Team(), count=lambda *passes: told.append(passes))
+        with _around(subject, options, of_rows, default_radius) as near:
             parts = [
                 subject.part(
                     f"{name}/{chunk}/{i}",
@@ -219,9 +227,20 @@ def _measure(
                 )
                 for i in range(repeats)
             ]
-        summaries.append(summarise(parts))
-        weights.append(rows.stop - rows.start)
-        repeated.append([part["increase"] for part in parts])
+        return parts, told
+
+    team = subject.team if apart else Team()
+    every: list[list[Part]] = []
+    for results in team.each(measured, range(len(chunks))):
+        for parts, told in results:
+            for i, part in enumerate(parts):  # what another process found is kept, too
+                subject.keep(f"{name}/{len(every)}/{i}", part)
+            for passes in told:
+                closure.count(*passes)
+            every.append(parts)
+    summaries = [summarise(parts) for parts in every]
+    weights = [min(size, len(subject) - start) for start in chunks]
+    repeated = [[part["increase"] for part in parts] for parts in every]
     shares = [weight / len(subject) for weight in weights]
     total = {
         key: sum(share * part[key] for share, part in zip(shares, summaries, strict=True))
@@ -253,10 +272,9 @@ def _measure(
 
 @contextmanager
 def _around(
-    subject: Subject, options: Options, loss: LossKind, rows: slice, default_radius: float
+    subject: Subject, options: Options, closure: Closure, default_radius: float
 ) -> Iterator[Neighbourhood]:
     named = subject.parameters(options, PARAMETERS)
-    closure = subject.closure(options, loss).part(rows)
     ball = options.weight_ball(default_radius)
     with displaced(named.values()) as move:
         yield Neighbourhood(closure, dict(named), ball, options.scale, move)

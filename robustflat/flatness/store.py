@@ -39,6 +39,12 @@ class Store:
         if self._path is not None and self._path.exists():
             self._parts = self._read(self._path)
 
+    def in_memory(self) -> Store:
+        """The same parts, kept in no file."""
+        kept = Store(None, self._fingerprint)
+        kept._parts = dict(self._parts)
+        return kept
+
     def get(self, key: str) -> Any | None:
         """The part of that key, or None."""
         return self._parts.get(key)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.evaluate.team import Team
 from robustflat.flatness.closure import Closure, Kind, attack_starts, starts_of
 from robustflat.flatness.options import Options
 from robustflat.flatness.store import Store
@@ -35,6 +36,8 @@ class Subject:
         cache: what measures share in memory; by keys that tell everything it depends on.
         count: told of every pass.
         initial: the weights before training, by name, where they are known.
+        team: processes that share the passes.
+        images: how many there were before the first so many were chosen.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class Subject:
         cache: dict[Any, Any] | None = None,
         count: Callable[[Kind, int], None] | None = None,
         initial: Mapping[str, Tensor] | None = None,
+        team: Team | None = None,
+        images: int | None = None,
     ) -> None:
         self.model = model
         self.x = x
@@ -57,6 +62,8 @@ class Subject:
         self.batch_size = batch_size
         self.seed = seed
         self.initial = initial
+        self.team = Team() if team is None else team
+        self.images = len(x) if images is None else images
         self._store = Store(None, "") if store is None else store
         self._count = (lambda kind, examples: None) if count is None else count
         self._prefix = prefix
@@ -78,6 +85,7 @@ class Subject:
             batch_size=self.batch_size,
             count=self._count,
             normalise_logits=options.normalise_logits,
+            team=self.team,
         )
         if loss == "clean":
             return clean
@@ -115,13 +123,18 @@ class Subject:
 
     def part(self, key: str, compute: Callable[[], T]) -> T:
         """A part of a measurement that JSON can hold: computed, or read from the store."""
-        key = f"{self._prefix}/{key}"
-        found = self._store.get(key)
+        found = self._store.get(f"{self._prefix}/{key}")
         if found is None:
             found = compute()
-            self._store.put(key, found)
+            self.keep(key, found)
         result: T = found
         return result
+
+    def keep(self, key: str, part: Any) -> None:
+        """Put a part into the store, unless it is there."""
+        key = f"{self._prefix}/{key}"
+        if self._store.get(key) is None:
+            self._store.put(key, part)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """What several measures share, kept in memory."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.evaluate.attacks.ascent import pgd_by_name, title
+from robustflat.evaluate.attacks.ascent import title
 from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Threat
 from robustflat.files import locked
-from robustflat.flatness.closure import Kind, attack_cost
+from robustflat.flatness.closure import Kind, attack_cost, attack_of
 from robustflat.flatness.examples import Data, read_examples
 from robustflat.flatness.figure import UNITS, Passes, Progress
 from robustflat.flatness.measuring import check_model
@@ -119,9 +119,10 @@ class Scene:
             raise UserError(
                 f"batchnorm must be one of {', '.join(batchnorm)} here, got {self.batchnorm!r}."
             )
-        attack = _attack(common)
+        threat = Threat.said(common.get("norm", "linf"), common.get("eps"))
+        attack = attack_of(common.get("attack", "pgd-10"), threat)
         self.options = Options(attack=attack)
-        x, y = read_examples(data, common.get("examples"))
+        x, y, _ = read_examples(data, common.get("examples"))
         check_model(model, x[:size], y)
         self.model = model
         self.team, self._tell = common.get("team", Team()), common.get("on_progress")
@@ -264,19 +265,6 @@ class Scene:
         if self._tell is not None:
             total = max(self._total, self._done)
             self._tell(Progress(measure="landscape", done=self._done, total=total))
-
-
-def _attack(common: Common) -> InputPerturbation:
-    threat = Threat.said(common.get("norm", "linf"), common.get("eps"))
-    said = common.get("attack", "pgd-10")
-    attack = pgd_by_name(said, threat) if isinstance(said, str) else said
-    if attack is None:
-        raise UserError(
-            f"Unknown attack {said!r} for a landscape: there are fgsm, pgd-STEPS and "
-            "pgd-STEPS-RESTARTS, each also with :LOSS. What is drawn is a loss at its highest, and "
-            "other attacks stop where an image is misclassified."
-        )
-    return attack
 
 
 def _begun(path: Path, wanted: Landscape) -> Landscape:

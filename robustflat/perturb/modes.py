@@ -1,4 +1,4 @@
-"""Train and eval mode: switched module by module, and always switched back."""
+"""Train and eval mode, and frozen parameters: switched one by one, and always switched back."""
 
 from __future__ import annotations
 
@@ -58,3 +58,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold every module of ``model`` in eval mode; every module's flag comes back on exit."""
     with attack_mode(model, "eval"):
         yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of ``model`` require a gradient; those that did do so again on exit."""
+    thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)

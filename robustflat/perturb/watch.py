@@ -25,6 +25,9 @@ class Watch:
         watch.values["rise"]
 
     Where values are noted several times in a step (by the chunks of mSAM), their mean is meant.
+    Among processes each sees its own rows and, with ``sync="local"``, its own ascent gradient; the
+    descent gradient is that of all, as DistributedDataParallel leaves it. A run tells the mean over
+    its processes: of losses and of what the attack shows, the figure of the whole batch.
 
     ==========================  ==============================================================
     ``loss/centre``             what is climbed, at the centre weights, if these are visited

@@ -384,14 +384,14 @@ class WeightPerturbation(Perturbation):
             total = list(torch._foreach_add(total, gradient)) if total else gradient
         if len(values) > 1:
             total = list(torch._foreach_div(total, len(values)))
-        watch = watching()
-        if watch is not None:  # of the first batch, the one that is descended
-            of_all = trail.losses[-1].mean() if self.wants_rows else values[0]
-            watch.ascended(of_all, total, at_centre=centre)
         mean = torch.stack(values).mean()
         if self.sync == "global" and isinstance(model, DistributedDataParallel):
             total = [t.clone() for t in total]
             gradients.average([mean, *total])
+        watch = watching()
+        if watch is not None:  # of the first batch, the one that is descended
+            of_all = trail.losses[-1].mean() if self.wants_rows else values[0]
+            watch.ascended(of_all, total, at_centre=centre)
         return mean, total
 
     def _rewritten(

@@ -43,6 +43,8 @@ def of_step(values: Mapping[str, float]) -> Curves:
         chart = _OF_STEPS.get(name)
         if kind == "attack" and chart is None:
             chart = f"4-attack/{rest.replace('/', '_at_step_')}"
+        elif kind == "edge":
+            chart = f"6-flatness/edge_{rest}"
         elif kind == "layers":
             chart = f"9-layers/{rest}"
         found["", chart or f"7-own/{name}"] = value
@@ -63,6 +65,8 @@ def of_epoch(row: Mapping[str, Any]) -> Curves:
                 found[split + suffix, f"{number}-{kind}/{what}"] = value
         for what, gap in _gaps(measured):
             found[suffix[1:], f"1-robust/{what}"] = gap
+    for name, value in (row.get("batchnorm_drift") or {}).items():
+        found["", f"5-optimisation/batchnorm_drift_of_{name}"] = value
     for name, value in (row.get("flatness") or {}).items():
         if value is not None:
             found["", f"6-flatness/{name}"] = value

@@ -55,7 +55,9 @@ class Trace(Listener):
 
     def _write(self, state: str) -> None:
         self._written = time.monotonic()
-        write_json(self._file, {**self._said, "state": state, "time": time.time()})
+        # Waiting for the disk every second would delay the training, for what is old by the next.
+        said = {**self._said, "state": state, "time": time.time()}
+        write_json(self._file, said, durable=False)
 
 
 def follow(folder: RunFolder, console: Console, *, plain: bool = False) -> str:

@@ -46,6 +46,16 @@ _LAYOUT = {
         "Cosines": ["Multiline", ["2-weights/cosine_of_gradients", "2-weights/cosine_of_succ"]],
         "Attack's loss by step": ["Multiline", ["4-attack/loss_at_step_.*"]],
     },
+    "Edge of stability": {
+        "Largest eigenvalue and the edges": [
+            "Multiline",
+            ["6-flatness/edge_(lambda_1|2_over_lr|optimizer|sam)"],
+        ],
+        "Gradient's alignment to the top eigenvector": [
+            "Multiline",
+            ["6-flatness/edge_alignment"],
+        ],
+    },
 }
 
 

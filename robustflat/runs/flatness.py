@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from robustflat.evaluate import Team
+from robustflat.evaluate.attacks.ascent import title
 from robustflat.flatness import Progress, flatness
+from robustflat.flatness.closure import attack_of
 from robustflat.flatness.measures import find
 from robustflat.perturb import InputPerturbation
 from robustflat.runs import records
@@ -22,15 +25,16 @@ def measure_subject(
     weights: str | None = None,
     split: str | None = None,
     samples: int | None = None,
-    attack: InputPerturbation | None = None,
+    attack: InputPerturbation | str | None = None,
     options: dict[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Measure a subject on fixed, un-augmented images; add it to ``flatness.json``.
 
     Unless said otherwise they are training images, as the theory of sharpness speaks of their
     loss, at the last checkpoint, which the training went to; of a preset those that its paper
-    takes. A preset on other images is named so.
+    takes. A measure on another split, or with another attack, is named so.
 
     Args:
         subject: what is measured.
@@ -39,21 +43,28 @@ def measure_subject(
         weights: raw, averaged, or the average if there is one.
         split: "train", "validation" or "test".
         samples: images to use; a preset's own number, or the configuration's, if None.
-        attack: of the robust loss; that of the measures if None.
-        options: of :class:`robustflat.flatness.Options`, over the configuration's.
+        attack: of the robust loss, as :func:`robustflat.flatness.flatness` takes it; that of the
+            measures if None.
+        options: of :class:`robustflat.flatness.Options`, over the configuration's; a list is a
+            sweep of its values.
         on_progress: told how far the measurement has come.
+        team: processes that share the work; the first writes.
 
     Returns:
         What was measured now, the figures of all images together: keys ``run``, ``checkpoint``,
         ``epoch``, ``weights``, ``norm``, ``eps``, ``data``, ``split``, ``samples``, ``attack``,
         ``seed``, ``options``, ``device``, ``torch`` and ``measures``.
     """
-    config = subject.flatness
+    config, team = subject.flatness, team or Team()
     network = subject.network(checkpoint or ("last" if subject.is_run else None), weights)
     chosen = list(measures or config.measures)
     norm, eps = "linf", 0.0  # for the measures that ask for no threat
     if subject.threat is not None or any(_is_attacked(name) for name in chosen):
-        norm, eps = subject.the_threat().norm_name, subject.the_threat().eps
+        threat = subject.the_threat()
+        norm, eps = threat.norm_name, threat.eps
+        attack = None if attack is None else attack_of(attack, threat)
+    else:
+        attack = None
     settings = {**config.options, **(options or {})}
     # On which images each measure is taken, and how many of them.
     places: dict[tuple[str, int], list[str]] = {}
@@ -76,6 +87,7 @@ def measure_subject(
             attack=attack,
             store=subject.home.root / "flatness.parts.jsonl",
             on_progress=on_progress,
+            team=team,
             **{"train_size": len(subject.images().train), **settings},
         )
         reports.append(
@@ -94,21 +106,25 @@ def measure_subject(
                 "device": str(subject.device),
                 "torch": torch.__version__,
                 "measures": {
-                    _placed(name, where): figure.to_dict() for name, figure in found.items()
+                    _called(name, where, attack): figure.to_dict() for name, figure in found.items()
                 },
             }
         )
-    records.add(subject.home.flatness, "flatness", subject.name, reports)
+    if team.is_first:
+        records.add(subject.home.flatness, "flatness", subject.name, reports)
     together = {name: figure for one in reports for name, figure in one["measures"].items()}
     return {"run": subject.name, **reports[-1], "measures": together}
 
 
-def _placed(name: str, split: str) -> str:
-    """As a preset is called on images that its paper does not take."""
-    published = find(name.partition(" with ")[0]).split
-    if published in (None, split):
-        return name
-    return f"{name}{', ' if ' with ' in name else ' with '}split={split}"
+def _called(name: str, split: str, attack: InputPerturbation | None) -> str:
+    """As a measure is called on images, or with an attack, that it is not usually taken with."""
+    measure = find(name.partition(" with ")[0])
+    other = [] if split == (measure.split or "train") else [f"split={split}"]
+    if attack is not None and measure.loss != "clean" and "attack=" not in name:
+        other.insert(0, f"attack={title(attack)}")
+    return (
+        (", " if " with " in name else " with ").join([name, ", ".join(other)]) if other else name
+    )
 
 
 def _is_attacked(measure: str) -> bool:

@@ -14,6 +14,7 @@ from robustflat.train.folder import RunFolder, flattened
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from robustflat.perturb import InputPerturbation
     from robustflat.report.drawing import Drawing
 
 # What every measuring command imports is imported where it is needed: a look at a run is quick.
@@ -121,7 +122,9 @@ class Run:
         *,
         checkpoint: str | None = None,
         weights: str | None = None,
+        split: str | None = None,
         samples: int | None = None,
+        attack: InputPerturbation | str | None = None,
         options: Mapping[str, Any] | None = None,
         norm: str | None = None,
         eps: float | None = None,
@@ -133,8 +136,11 @@ class Run:
             measures: their names; the configuration's if None.
             checkpoint: "last" (also None) or "best".
             weights: "raw", "average", or the average if there is one.
-            samples: training images to use.
-            options: of :class:`robustflat.flatness.Options`.
+            split: whose images, "train", "validation" or "test"; of training if None, or those
+                that a preset is published for.
+            samples: images to use.
+            attack: of the robust loss, such as "pgd-20"; that of the measures if None.
+            options: of :class:`robustflat.flatness.Options`; a list is a sweep of its values.
             norm: of the threat, with ``eps``; that of the training if None.
             eps: radius in image units.
             device: where.
@@ -149,7 +155,7 @@ class Run:
 
         return measure_subject(
             self._subject(norm, eps, device), measures, checkpoint=checkpoint, weights=weights,
-            samples=samples, options=dict(options or {}),
+            split=split, samples=samples, attack=attack, options=dict(options or {}),
         )  # fmt: skip
 
     def figure(self, name: str = "curves") -> Drawing:

@@ -174,7 +174,9 @@ def _flatness(
     data: tuple[Tensor, Tensor],
     initial: dict[str, Any],
 ) -> dict[str, Figure]:
-    options: dict[str, Any] = dict(config.flatness.options)
+    options: dict[str, Any] = {
+        "train_size": len(subject.images().train), **config.flatness.options,
+    }  # fmt: skip
     return flatness(
         network.model,
         data,

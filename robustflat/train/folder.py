@@ -146,6 +146,10 @@ class RunFolder:
         name = "events.out.tfevents.*"
         return [*self.root.glob(name), *self.root.glob(f"*/{name}")]
 
+    def known_as(self, tracker: str) -> Path:
+        """The file that says what a tracker, such as mlflow, calls this run."""
+        return self.root / f"{tracker}.id"
+
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, one for each epoch; a half-written last line is left out."""
         if not self.metrics_file.is_file():
@@ -202,7 +206,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what runs write, and nothing else; config.yaml last, in case this is killed."""
-        for path in (self.last.parent, self.outcomes, self.landscapes):
+        for path in (self.last.parent, self.outcomes, self.landscapes, self.root / "wandb"):
             if path.is_dir():
                 shutil.rmtree(path)
         for path in self.event_files():
@@ -215,6 +219,7 @@ class RunFolder:
             self.progress_file,
             self.evaluation,
             self.flatness,
+            *(self.known_as(tracker) for tracker in ("mlflow", "wandb")),
         ]
         parts = [*self.root.glob("flatness.parts.jsonl")]
         parts += [*self.root.glob("evaluate.log"), *self.root.glob(".*.json.lock")]

@@ -34,8 +34,9 @@ class Listener:
         """Step ``step`` of ``epoch`` (both from 0) was taken.
 
         ``values`` is empty except at every ``monitor.step_every``-th step: those of
-        :class:`robustflat.Watch`, and lr, radius, eps, images_per_second, memory (bytes). A GPU
-        goes on meanwhile, so they may come some steps late, but always in order.
+        :class:`robustflat.Watch`, and lr, radius, eps, images_per_second, memory (bytes); where
+        ``monitor.edge`` looks also those of :class:`robustflat.train.edge.Edge`. A GPU goes on
+        meanwhile, so they may come some steps late, but always in order.
         """
 
     def on_epoch(self, row: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from robustflat.train.around import stop_signals
 from robustflat.train.averaging import Average
 from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
 from robustflat.train.curriculum import Curriculum
+from robustflat.train.drift import Drift
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
 from robustflat.train.listeners import Listener, Outbox
@@ -76,6 +77,7 @@ class Trainer:
         self._curriculum = Curriculum(config)
         alarm = config.train.alarm
         self._alarm = None if alarm is None else Alarm(alarm, len(dataset.classes))
+        self._drift = Drift(self.model)
         self._weights = config.weights.build()
         average = config.train.average
         self.average = None if average is None else Average(average.build(), self.model)
@@ -98,6 +100,7 @@ class Trainer:
             "weights": self._weights,
             "objective": self._objective,
             "alarm": self._alarm,
+            "drift": self._drift,
             "average": self.average,
         }
         self.epoch, self.step = 0, 0
@@ -209,9 +212,14 @@ class Trainer:
             weights = self._weights_now(factor)
             if weights.is_off:  # n-SAM's further batches are climbed only
                 batches = batches[:1]
+            share = self._feed.share(self.step)
             step, every = self._step_now(), config.monitor.step_every
             done = self.epoch * self.steps_per_epoch + self.step
-            looks = every > 0 and done % every == 0
+            at_edge = self._edge_now(weights)
+            looks = (every > 0 and done % every == 0) or at_edge is not None
+            if at_edge:  # neither is training
+                began += at_edge["edge/seconds"]
+                self._outbox.restart_clock()
             with self._watch.step(looks=looks, keeps=every > 0 and (done + 1) % every == 0):
                 value, norm = step(
                     self._replica,
@@ -219,7 +227,7 @@ class Trainer:
                     weights,
                     generator,
                     of_weights,
-                    self._feed.share(self.step),
+                    share,
                 )
             self.processes.share_buffers(self.model)
             self._objective.after_step(self.model, self.epoch, self.processes.mean)
@@ -230,8 +238,8 @@ class Trainer:
             self._outbox.post(
                 self.epoch,
                 self.step,
-                self._seen(norm) if looks else None,
-                self._told(weights, step.attack) if looks else None,
+                self._seen(norm, share) if looks else None,
+                self._told(weights, step.attack) | (at_edge or {}) if looks else None,
             )
             self.step += 1
             if self.step % _CHECK_EVERY == 0 or self.step == self.steps_per_epoch:
@@ -252,7 +260,7 @@ class Trainer:
         self._objective.after_epoch(self.model, self.epoch)
         if self.average is not None:
             self.average.after_epoch(self.model, self.epoch)
-        row = self._row()
+        row = self._row() | {"batchnorm_drift": self._drift()}
         self.epoch, self.step = self.epoch + 1, 0
         self._account.totals.zero_()
         self._seconds = 0.0
@@ -350,11 +358,31 @@ class Trainer:
             return no_perturbation()
         return self._weights if when.radius == "constant" else self._weights.scaled(factor)
 
-    def _seen(self, norm: Tensor) -> tuple[tuple[str, ...], Tensor]:
-        """Names and values of what the step showed, each the mean of that of all processes."""
+    def _seen(self, norm: Tensor, share: float) -> tuple[tuple[str, ...], Tensor]:
+        """Names and values of what the step showed, each the mean of that of all processes.
+
+        Losses are parts of the mean over all rows already; what the attack shows is of own rows.
+        """
         found = self._watch.values | {"gradient_norm": norm}
+        found = {n: v * share if n.startswith("attack/") else v for n, v in found.items()}
         together = torch.stack([value.float() for value in found.values()])
         return tuple(found), self.processes.mean(together)
+
+    def _edge_now(self, weights: Perturbation) -> dict[str, float] | None:
+        """How this step stands to the edge of stability, if that is looked at now.
+
+        One process looks; the others wait for it in their next step.
+        """
+        asked = self.config.monitor.edge
+        if asked is None:
+            return None
+        steps = asked.unit == "steps"
+        number = self.epoch * self.steps_per_epoch + self.step if steps else self.epoch
+        if number % asked.every or (self.step and not steps):
+            return None
+        if not self.listeners:
+            return {}
+        return self._monitor.at_edge(self.model, self._step.optimizer, weights)
 
     def _told(self, weights: Perturbation, attack: InputPerturbation | None) -> dict[str, float]:
         """The settings of a step that may change from step to step."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from robustflat.config import RunConfig
 from robustflat.evaluate.accuracy import Metrics, joined, measure
 from robustflat.flatness import flatness
-from robustflat.perturb import InputPerturbation, evaluating, pgd
+from robustflat.perturb import InputPerturbation, Perturbation, evaluating, pgd
+from robustflat.train.edge import Edge
 from robustflat.train.parallel import Processes
 from robustflat.train.pictures import Pictures, take
 from robustflat.train.randomness import derived_seed
@@ -43,6 +44,7 @@ class Monitor:
         self._config = config.monitor
         self._batch_size = config.evaluate.batch_size
         self.attack = monitoring_attack(config, config.monitor.steps)
+        self._edge: Edge | None = None
 
     def __call__(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Measure every split, always with the same random starts."""
@@ -88,6 +90,19 @@ class Monitor:
         values = {name: figure.value for name, figure in figures.items()}
         found = {name: v for part in self._processes.gather(values) for name, v in part.items()}
         return {name: found[name] for name in self._config.flatness}
+
+    def at_edge(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: Perturbation
+    ) -> dict[str, float]:
+        """How the curvature stands to the edge of stability; this process alone looks."""
+        asked = self._config.edge
+        assert asked is not None
+        if self._edge is None:
+            x, y = self._splits["train"]
+            self._edge = Edge(
+                (x, y), asked.samples, self.attack, self._batch_size, self._seed, asked.max_hvps
+            )
+        return self._edge(model, optimizer, weights)
 
     def pictures(self, model: nn.Module, classes: tuple[str, ...]) -> Pictures:
         """Examples, and the loss along a line; this process alone looks."""

@@ -13,6 +13,7 @@ from robustflat.config import RunConfig
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
 from robustflat.perturb import select
+from robustflat.train.compiled import Compiled, check_compiler
 from robustflat.train.optim import build_optimizer
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import TrainStep
@@ -99,6 +100,8 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
             f"The attack {config.attack.name} must take a random generator by name, as in "
             "attack(model, x, y, *, generator) -> x_adv, so that a resumed run repeats it."
         )
+    if config.train.compile is not None:
+        check_compiler(device)
     half = config.train.precision == "fp16"
     return TrainStep(
         attack=attack,
@@ -110,5 +113,6 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
         step_at=config.weights.step.at,
         reattack=config.weights.step.reattack,
         skip_nonfinite=config.train.on_nonfinite == "skip",
+        attacked=Compiled(model) if config.train.compile == "attack" else None,
         accumulate=config.train.accumulate,
     )

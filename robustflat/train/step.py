@@ -76,6 +76,7 @@ class TrainStep:
             the first; "descent" also before the descent.
         skip_nonfinite: leave weights and buffers alone where loss or gradient is not finite.
             Looking waits for the device.
+        attacked: computes what the model does, in the passes of the attack; the model if None.
         accumulate: how many parts of a batch pass through the network one after the other. Losses
             and perturbations are those of the whole batch; BatchNorm sees each part by itself. The
             objective must be a mean over rows, of which the weight perturbation chooses none.
@@ -90,6 +91,7 @@ class TrainStep:
     step_at: Literal["centre", "perturbed"] = "centre"
     reattack: Reattack = "never"
     skip_nonfinite: bool = False
+    attacked: nn.Module | None = None
     accumulate: int = 1
 
     def __call__(
@@ -117,7 +119,8 @@ class TrainStep:
             clipping, detached scalars on the device.
         """
         bare = model.module if isinstance(model, DistributedDataParallel) else model
-        seen, attacked = Autocast(model, self.precision), Autocast(bare, self.precision)
+        seen = Autocast(model, self.precision)
+        attacked = Autocast(self.attacked or bare, self.precision)
         adversarial = [self._attack(attacked, x, y, generator) for x, y in batches]
         found = self.objective.rows if weights.wants_rows else self.objective
         watch = watching()

@@ -57,23 +57,23 @@ def fisher_rao(subject: Subject, options: Options, loss: LossKind, name: str) ->
     closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
     weights = {key: p.detach() for key, p in named.items()}
 
+    def squares(rows: slice, x: Tensor, y: Tensor) -> list[Tensor]:
+        def logits(w: dict[str, Tensor]) -> Tensor:
+            return functional_call(subject.model, w, (x,))
+
+        z, along = jvp(logits, (weights,), (weights,))[:2]
+        p = z.softmax(1)
+        target = y if y.is_floating_point() else nn.functional.one_hot(y, z.shape[1])
+        mean = (p * along).sum(1, keepdim=True)
+        return [
+            ((p - target) * along).sum(1).square(),
+            (p * (along - mean).square()).sum(1),
+        ]
+
     def compute() -> dict[str, list[float]]:
-        data, model = [], []
-        for _, x, y in closure.input_batches():
-            closure.count("gradient", len(x))
-
-            def logits(w: dict[str, Tensor], x: Tensor = x) -> Tensor:
-                return functional_call(subject.model, w, (x,))
-
-            z, along = jvp(logits, (weights,), (weights,))[:2]
-            p = z.softmax(1)
-            target = y if y.is_floating_point() else nn.functional.one_hot(y, z.shape[1])
-            data.append(((p - target) * along).sum(1).square())
-            mean = (p * along).sum(1, keepdim=True)
-            model.append((p * (along - mean).square()).sum(1))
-        return {
-            k: torch.cat(v).double().cpu().tolist() for k, v in (("data", data), ("model", model))
-        }
+        batches = zip(*closure.each(squares, gradient=1), strict=True)
+        data, model = (torch.cat(parts).double().cpu().tolist() for parts in batches)
+        return {"data": data, "model": model}
 
     found = subject.part(name, compute)
     square, error = mean_and_error(found["data"])
@@ -99,21 +99,21 @@ def relative_flatness(subject: Subject, options: Options, loss: LossKind, name: 
         raise UserError(f"{name} is of the last linear layer, and the model has none.")
 
     def compute() -> list[float]:
-        weight, features = linear[-1].weight.detach().double(), []
+        weight = linear[-1].weight.detach().double()
+        features: list[Tensor] = []
         hook = linear[-1].register_forward_pre_hook(lambda m, given: features.append(given[0]))
-        found = []
+
+        def spread(rows: slice, x: Tensor, y: Tensor) -> Tensor:
+            features.clear()
+            with torch.no_grad():
+                p = closure.model(x).double().softmax(1)
+            size = features[-1].double().flatten(1).square().sum(1)
+            return size * (p @ weight.square().sum(1) - (p @ weight).square().sum(1))
+
         try:
-            for _, x, _ in closure.input_batches():
-                features.clear()
-                closure.count("forward", len(x))
-                with torch.no_grad():
-                    p = closure.model(x).double().softmax(1)
-                size = features[-1].double().flatten(1).square().sum(1)
-                spread = p @ weight.square().sum(1) - (p @ weight).square().sum(1)
-                found.append(size * spread)
+            return closure.per_example(spread, forward=1)
         finally:
             hook.remove()
-        return torch.cat(found).cpu().tolist()
 
     value, error = mean_and_error(subject.part(name, compute))
     return Figure(value=value, standard_error=error, details={"loss": loss})

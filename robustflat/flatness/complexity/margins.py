@@ -49,15 +49,12 @@ def logit_margin_p10(subject: Subject, options: Options, loss: LossKind, name: s
 def kl_robust(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The mean of KL(p(x_adv) || p(x)), which TRADES and MART penalise (Kim et al. 2023)."""
 
-    def divergence(clean: Tensor, moved: Tensor) -> Tensor:
+    def divergences(closure: Closure, x: Tensor, x_adv: Tensor) -> Tensor:
+        clean, moved = _logits(closure, x), _logits(closure, x_adv)
         p, log_p, log_q = moved.softmax(1), moved.log_softmax(1), clean.log_softmax(1)
         return (p * (log_p - log_q)).sum(1)
 
-    def compute() -> list[float]:
-        found = [divergence(a, b) for a, b in _both(subject, options)]
-        return _listed(found)
-
-    return _mean(subject.part(name, compute))
+    return _mean(subject.part(name, lambda: _of_both(subject, options, 2, divergences)))
 
 
 def boundary_thickness(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
@@ -69,22 +66,19 @@ def boundary_thickness(subject: Subject, options: Options, loss: LossKind, name:
     ``changed``. NaN if it changes none. The integral is over 32 midpoints.
     """
 
+    def lengths(closure: Closure, x: Tensor, moved: Tensor) -> Tensor:
+        i, j = (_logits(closure, at).argmax(1) for at in (x, moved))
+        inside = torch.zeros(len(x), device=x.device, dtype=torch.float64)
+        for k in range(SEGMENT):
+            t = (k + 0.5) / SEGMENT
+            p = _logits(closure, (1 - t) * x + t * moved).softmax(1)
+            lead = p.gather(1, i[:, None]) - p.gather(1, j[:, None])
+            inside += ((lead > ALPHA) & (lead < BETA)).squeeze(1)
+        length = (moved - x).flatten(1).double().norm(dim=1) * inside / SEGMENT
+        return torch.where(i == j, -1.0, length)
+
     def compute() -> list[float]:
-        clean, robust = subject.closure(options, "clean"), subject.closure(options, "robust_fixed")
-        found = []
-        for (_, x, _), (_, moved, _) in zip(
-            clean.input_batches(), robust.input_batches(), strict=True
-        ):
-            i, j = (_logits(clean, at).argmax(1) for at in (x, moved))
-            inside = torch.zeros(len(x), device=x.device, dtype=torch.float64)
-            for k in range(SEGMENT):
-                t = (k + 0.5) / SEGMENT
-                p = _logits(clean, (1 - t) * x + t * moved).softmax(1)
-                lead = p.gather(1, i[:, None]) - p.gather(1, j[:, None])
-                inside += ((lead > ALPHA) & (lead < BETA)).squeeze(1)
-            length = (moved - x).flatten(1).double().norm(dim=1) * inside / SEGMENT
-            found.append(torch.where(i == j, torch.nan, length))
-        return [-1.0 if v != v else v for v in torch.cat(found).tolist()]
+        return _of_both(subject, options, 2 + SEGMENT, lengths)
 
     everything = subject.part(name, compute)
     changed = [v for v in everything if v >= 0]
@@ -109,12 +103,13 @@ def local_lipschitz(subject: Subject, options: Options, loss: LossKind, name: st
 
     def compute() -> list[float]:
         start = subject.draw(ball.sample, [closure.x], "lipschitz")[0]
-        found = []
-        for rows, x, _ in closure.input_batches():
+
+        def ratios(rows: slice, x: Tensor, y: Tensor) -> Tensor:
             ratio = partial(_ratio, closure, x, _logits(closure, x), ball.norm)
             u = maximise(ratio, ball, LIPSCHITZ, [x], initial=[start[rows].to(x)])
-            found.append(ratio(u)[0])
-        return _listed(found)
+            return ratio(u)[0]
+
+        return closure.per_example(ratios, forward=1, input_gradient=LIPSCHITZ.steps + 2)
 
     return _mean(subject.part(name, compute))
 
@@ -122,7 +117,6 @@ def local_lipschitz(subject: Subject, options: Options, loss: LossKind, name: st
 def _ratio(
     closure: Closure, x: Tensor, at: Tensor, norm: float, u: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    closure.count("input_gradient", len(x))
     with torch.enable_grad():
         d = u[0].detach().requires_grad_()
         size = torch.linalg.vector_norm(d.flatten(1), norm, dim=1)
@@ -148,39 +142,32 @@ def _margins(
 ) -> list[float]:
     closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
 
-    def compute() -> list[float]:
-        found = []
-        for _, x, y in closure.input_batches():
-            z = outputs(_logits(closure, x))
-            labels = (y.argmax(1) if y.is_floating_point() else y)[:, None]
-            others = z.scatter(1, labels, -torch.inf).amax(1)
-            found.append(z.gather(1, labels).squeeze(1) - others)
-        return _listed(found)
+    def margins(rows: slice, x: Tensor, y: Tensor) -> Tensor:
+        z = outputs(_logits(closure, x))
+        labels = (y.argmax(1) if y.is_floating_point() else y)[:, None]
+        others = z.scatter(1, labels, -torch.inf).amax(1)
+        return z.gather(1, labels).squeeze(1) - others
 
-    return subject.part(name, compute)
+    return subject.part(name, lambda: closure.per_example(margins, forward=1))
 
 
-def _both(subject: Subject, options: Options) -> list[tuple[Tensor, Tensor]]:
-    """Logits of the images and of the attack's, batch by batch."""
+def _of_both(
+    subject: Subject,
+    options: Options,
+    forwards: int,
+    work: Callable[[Closure, Tensor, Tensor], Tensor],
+) -> list[float]:
+    """A number of every example, from its image and the attack's."""
     clean, robust = subject.closure(options, "clean"), subject.closure(options, "robust_fixed")
-    return [
-        (_logits(clean, x), _logits(robust, moved))
-        for (_, x, _), (_, moved, _) in zip(
-            clean.input_batches(), robust.input_batches(), strict=True
-        )
-    ]
+    return clean.per_example(
+        lambda rows, x, y: work(clean, x, robust.x[rows].to(x)), forward=forwards
+    )
 
 
 @torch.no_grad()
 def _logits(closure: Closure, x: Tensor) -> Tensor:
-    closure.count("forward", len(x))
     logits: Tensor = closure.model(x)
     return logits
-
-
-def _listed(found: list[Tensor]) -> list[float]:
-    values: list[float] = torch.cat(found).double().cpu().tolist()
-    return values
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:

@@ -1,0 +1,72 @@
+"""The attacked model, compiled: parameters frozen, storage shared with the trained one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robustflat.errors import UserError
+from robustflat.perturb.modes import frozen
+
+
+class Compiled(nn.Module):
+    """A model whose passes are compiled for the gradient of the images alone.
+
+    Its parameters are frozen while a pass is recorded: compiled code decides what it computes
+    before it is asked for, and else would compute the gradient of the weights too. They are the
+    model's own, so what changes them in place is seen, and nothing is compiled anew. Every shape of
+    a batch is compiled by itself: what is computed does not hang on the batches before, and a
+    resumed run repeats it bit for bit.
+
+    Args:
+        model: the network; it stands in whatever mode the attack puts it.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, model: nn.Module, backend: str = "inductor") -> None:
+        super().__init__()
+        self.model = model
+        # Of a function: a compiled module would be one more module to be walked and switched.
+        self._logits = torch.compile(
+            lambda x: model(x), fullgraph=True, dynamic=False, backend=backend
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ``x``.
+
+        Raises:
+            UserError: if the model cannot be compiled.
+        """
+        try:
+            with frozen(self.model):
+                logits: Tensor = self._logits(x)
+        except (
+            torch._dynamo.exc.TorchDynamoException,
+            torch._dynamo.exc.FailOnRecompileLimitHit,
+        ) as error:
+            raise UserError(
+                "train.compile is attack, but torch.compile cannot compile this model as a whole: "
+                f"{_reason(error)}. Leave train.compile out."
+            ) from None
+        return logits
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile next to nothing.
+
+    Raises:
+        UserError: if torch.compile, or the compiler that it needs, is missing or does not work.
+    """
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False)(torch.ones(2, device=device))
+    except Exception as error:  # of as many types as there are causes
+        raise UserError(
+            f"train.compile is attack, but torch.compile does not work on {device}: "
+            f"{_reason(error)}. It needs a C++ compiler such as g++ and Python's headers, on a GPU "
+            "Triton too. Install them, or leave train.compile out."
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
