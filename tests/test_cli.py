@@ -554,8 +554,8 @@ def test_runs_that_cannot_be_compared(
         (("--json", "x.json"), "--format json --output x.json"),
         (("--output", "x"), "--output needs a --format"),
         (("--format", "xls"), "got 'xls'"),
-        (("--format", "md", "--digits", "0"), "1<=x<=15"),
-        (("--digits", "0"), "1<=x<=15"),
+        (("--format", "md", "--digits", "0"), "--digits"),
+        (("--digits", "0"), "--digits"),
         (("--sort", "speed"), "names no figure"),
     ):
         assert said in refused("compare", evaluated.root, *wrong)
