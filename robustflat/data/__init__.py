@@ -13,6 +13,7 @@ from robustflat.data.seeding import generator_for
 from robustflat.data.shards import ShardImages, StoredArray
 from robustflat.data.sources import PACKAGED
 from robustflat.data.split import balanced, mixed, proportional
+from robustflat.data.workers import usual_workers
 
 __all__ = [
     "DESCRIPTIONS",
@@ -39,4 +40,5 @@ __all__ = [
     "proportional",
     "share",
     "statistics",
+    "usual_workers",
 ]
