@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,15 @@ def test_it_is_found_anew_when_code_changed_or_the_file_is_damaged(
     assert [said(), said()] == ["awp, the 2th time"] * 2
     (package / "new.py").touch()
     assert said() == "awp, the 3th time"
+    source.write_text("two = 22\n")
+    os.utime(source, (1, 1))
+    assert [said(), said()] == ["awp, the 4th time"] * 2  # of another size
+    monkeypatch.setattr(
+        listing, "find_spec", lambda _: ModuleSpec("torch", None, origin=str(source))
+    )
+    assert [said(), said()] == ["awp, the 5th time"] * 2
+    monkeypatch.setattr(listing.sys, "version", "another")
+    assert said() == "awp, the 6th time"
     for damaged in ("{", "[]", "{}", "null"):
         cache.write_text(damaged)
         before = len(calls)
