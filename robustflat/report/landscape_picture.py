@@ -98,7 +98,8 @@ def check_ending(path: Path) -> None:
     formats = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lower().removeprefix(".") not in formats:
         raise UserError(
-            f"{path} cannot be written: it has no ending of a picture. There are {', '.join(formats)}, and html."
+            f"{path} cannot be written: it has no ending of a picture. There are "
+            f"{', '.join(formats)}, and html."
         )
 
 
