@@ -55,6 +55,10 @@ def test_curves_of_splits_share_a_chart(tmp_path: Path) -> None:
     assert curve(tmp_path, GAP) == [(8, 0.25), (24, 0.375)]
     assert curve(tmp_path, "1-robust/loss_gap") == [(8, 0.375), (24, 0.375)]
     assert curve(tmp_path / "average", GAP) == [(24, 0.125)]
+    # The outcome is that of the averaged weights once there are any.
+    assert curve(tmp_path, "9-outcome/robust_accuracy") == [(8, 0.5), (24, 0.75)]
+    assert curve(tmp_path, "9-outcome/accuracy_gap") == [(8, 0.25), (24, 0.125)]
+    assert curve(tmp_path, "9-outcome/robust_loss") == [(8, 0.875), (24, 0.875)]
     assert curve(tmp_path, "5-optimisation/epoch_loss") == [(8, 1.5), (24, 1.5)]
     assert curve(tmp_path, "6-flatness/worst") == [(24, 0.125)]
     assert curve(tmp_path, "1-robust/overfitting_best_minus_last") == [(24, 0.25)]
@@ -217,6 +221,7 @@ def test_a_run_has_pictures_text_settings_and_a_layout(run: RunFolder) -> None:
     assert shown["Robust accuracy"] == [ACCURACY + "$"]
     assert shown["Robust gap, train - validation"] == [GAP]
     assert list(shown).index("Robust gap, train - validation") == 1
+    assert list(shown.values())[2] == ["1-robust/rise_under_weights"]
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     data = plugin_data_pb2.HParamsPluginData.FromString(content)
     said = data.session_start_info.hparams
@@ -236,8 +241,8 @@ def test_a_run_has_pictures_text_settings_and_a_layout(run: RunFolder) -> None:
     for metric in metrics:
         assert curve(run.root / metric.name.group, metric.name.tag)
     assert [(m.display_name, m.name.group, m.name.tag) for m in metrics[:3]] == [
-        ("robust accuracy", "validation", ACCURACY),
-        ("robust gap", "", GAP),
+        ("robust accuracy", "", "9-outcome/robust_accuracy"),
+        ("robust gap", "", "9-outcome/accuracy_gap"),
         ("best - last", "", "1-robust/overfitting_best_minus_last"),
     ]
 
