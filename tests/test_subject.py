@@ -480,9 +480,9 @@ def test_images_on_the_disk_are_decoded_only_where_they_are_needed(
     folder = trained(tmp_path, data=data | {"train_samples": None, "test_samples": None},
                      train__epochs=1)  # fmt: skip
     decoded: list[Path] = []
-    decode = FileImages._decode
+    decode = FileImages._fitted
     monkeypatch.setattr(
-        FileImages, "_decode", lambda self, path: (decoded.append(path), decode(self, path))[1]
+        FileImages, "_fitted", lambda self, path: (decoded.append(path), decode(self, path))[1]
     )
     subject = open_subject(folder.root, device="cpu")
     subject.network("last")

@@ -64,7 +64,8 @@ def evaluate(
         precision=one_of("--precision", precision, ("fp32", "bf16")),
     )
     opened = subjects(output=output)
-    for subject in opened:
+    # One alone is looked at where it is evaluated.
+    for subject in opened if len(opened) > 1 else ():
         check(subject, wanted)
     team = Team.of_torchrun()
     console = out.console(quiet=not team.is_first)
