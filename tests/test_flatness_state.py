@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,6 +20,7 @@ import robustflat as rf
 from robustflat.evaluate import Team
 from robustflat.flatness import MEASURES, flatness
 from robustflat.flatness.closure import Closure
+from robustflat.flatness.store import fingerprint
 from robustflat.landscapes import between, landscape
 
 torch.set_num_threads(1)
@@ -60,6 +63,9 @@ def model():
 
 
 DATA = (examples(7, (1, 4, 4), 3)[0].float(), examples(7, (1, 4, 4), 3)[1])
+
+HOLED = DATA[0].clone()
+HOLED[6, 0, 0, 0] = torch.nan
 
 
 class Stop(BaseException):
@@ -184,7 +190,18 @@ def test_a_loader_equals_its_tensors_and_shuffling_is_refused(model):
         ("as many labels as images", {"data": (DATA[0], DATA[1][:3])}),
         ("at least one of each", {"data": (DATA[0][:0], DATA[1][:0])}),
         ("floating-point numbers", {"data": ((DATA[0] * 255).byte(), DATA[1])}),
-        ("wrong type", {"radius": "much"}),
+        ("radius must be a number", {"radius": "much"}),
+        ("radius must be a number", {"radius": True}),
+        ("step_size must be a number", {"step_size": "x"}),
+        ("normalise_logits must be true or false", {"normalise_logits": "no"}),
+        ("parameters must be all, matrices", {"parameters": 3}),
+        ("max_hvps must be at least k", {"k": 5, "max_hvps": 4}),
+        ("swept over no value", {"radius": []}),
+        ("No flatness measure was asked for", {"measures": []}),
+        (
+            "pixels of the images are not finite",
+            {"data": (HOLED, DATA[1]), "batch_size": 2},
+        ),
     ],
 )
 def test_bad_input_is_a_sentence(model, message, arguments):
@@ -260,12 +277,45 @@ def test_a_store_serves_several_measurements_and_never_one_anothers_values(tmp_p
         assert store.read_text() == other
 
 
+def test_parts_of_one_setting_or_one_network_are_not_another_s(tmp_path):
+    data = examples(20, (6,), 4)
+    ask = {"store": tmp_path / "parts", "measures": ["pac_bayes_sigma", "average_clean"]}
+    for samples in (1, 7):
+        kept = flatness(mlp(), data, samples=samples, **ask)
+        alone = flatness(mlp(), data, ask["measures"], samples=samples)
+        assert {n: f.value for n, f in kept.items()} == {n: f.value for n, f in alone.items()}
+    # Equal weights, another activation.
+    kept = flatness(mlp(relu=True), data, samples=7, **ask)
+    assert kept["average_clean"].value != alone["average_clean"].value
+
+
+def test_a_forward_pass_that_was_edited_is_another_network(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(2, 6))
+    def forward(self, x):
+        return x @ self.w.T{edit}
+"""
+    found = []
+    for edit in ("", " * 2", ""):
+        (tmp_path / "edited_net.py").write_text(text.format(edit=edit))
+        module = importlib.import_module("edited_net")
+        found.append(fingerprint(importlib.reload(module).Net(), [], {}))
+    assert found[0] != found[1]
+    assert found[0] == found[2]
+
+
 def test_a_sharpness_that_is_not_finite_is_a_figure_and_is_resumed(tmp_path):
     model, data = mlp(), examples(7, (6,), 4)
-    ask = {"measures": ["average_clean"], "radius": 1e308, "ball": "global", "samples": 2}
+    deep = mlp((6, 8, 8, 8, 8, 4), relu=True).float()
+    ask = {"measures": ["average_clean"], "radius": 1e12, "samples": 2}
     for _ in range(2):
-        figure = flatness(model, data, **ask, store=tmp_path / "parts.jsonl")["average_clean"]
-        assert figure.standard_error == float("inf")
+        figure = flatness(deep, data, **ask, store=tmp_path / "parts.jsonl")["average_clean"]
+        assert not math.isfinite(figure.standard_error)
         assert figure.to_dict()["standard_error"] is None
     store = tmp_path / "other.jsonl"
     flatness(model, data, ["average_clean"], store=store, samples=2)

@@ -251,7 +251,8 @@ def flat(name: str = "worst_robust", value: float = 0.25, about: Any = None, **d
     details = {"loss": name.split("_")[1], "ball": "tensor", "radius": 0.1, **details}
     measure = {"value": value, "standard_error": 0.05, "details": details}
     measures = {name: measure, "none": {"value": None, "standard_error": None}}
-    return {"kind": "flatness", **COMMON, "samples": 100, **(about or {}), "measures": measures}
+    return {"kind": "flatness", **COMMON, "samples": 100, "split": "train", **(about or {}),
+            "measures": measures}  # fmt: skip
 
 
 def test_rows_say_what_the_files_say(tmp_path: Path) -> None:
@@ -297,7 +298,14 @@ DIFFERENT: list[tuple[Any, Any, str]] = [
     (gauged(), gauged(attack="pgd-50"), "robust gap [{}];pgd-20;pgd-50"),
     (overfitted(), overfitted(eps=0.1), "best - last [{}];linf 8/255;linf 0.1"),
     (flat(), flat(radius=0.2), "worst_robust [{}];radius 0.1;radius 0.2"),
-    (flat(), flat(about={"samples": 7}), "worst_robust [{}];100 images;7 images"),
+    (flat(), flat(about={"samples": 7}),
+     "worst_robust [{}];100 train images of digits;7 train images of digits"),
+    (flat(), flat(about={"split": "test"}),
+     "worst_robust [{}];100 train images of digits;100 test images of digits"),
+    (flat(settings={"normalise_logits": False}), flat(settings={"normalise_logits": True}),
+     "worst_robust [{}];normalise logits False;normalise logits True"),
+    (flat(settings={"distribution": "normal"}), flat(settings={"distribution": "sphere"}),
+     "worst_robust [{}];distribution normal;distribution sphere"),
     (flat(), flat(about={"eps": 0.1}), "worst_robust [{}];linf 8/255;linf 0.1"),
     (flat(), flat(about={"checkpoint": "best"}), "worst_robust [{}];last;best"),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -90,8 +91,15 @@ class Store:
 
 
 def fingerprint(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any]) -> str:
-    """A hash of a model's weights and buffers, some tensors and settings."""
+    """A hash of a model (weights, buffers, modules and their source), tensors and settings."""
     digest = hashlib.sha256(tensors_digest(model.state_dict()).encode())
+    # Equal weights in another network, or in one whose forward pass was edited, are another model.
+    digest.update(repr(model).encode())
+    for kind in sorted({type(module) for module in model.modules()}, key=repr):
+        try:
+            digest.update(inspect.getsource(kind).encode())
+        except (OSError, TypeError):  # made by a program, such as a compiled one
+            continue
     for tensor in tensors:
         digest.update(_bytes(tensor))
     digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())

@@ -313,11 +313,15 @@ def _flat(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
             continue
         details = figure.get("details") or {}
         about = {"checkpoint": one["checkpoint"], "weights": one["weights"]}
-        about["images"] = f"{one['samples']} images"
-        if details.get("loss") != "clean":
+        place = f"{one.get('split', 'train')} images of {one.get('data', 'unknown data')}"
+        about["images"] = f"{one['samples']} {place}"
+        settings = details.get("settings") or {}
+        if details.get("loss") != "clean" or "attack" in settings:
             about["threat"] = _threat(one)
         keys = ("ball", "weight_norm", "radius", "parameters", "m")
-        about |= {key: details[key] for key in keys if key in details}
+        about |= settings | {key: details[key] for key in keys if key in details}
+        if details.get("converged") is False:
+            about["found"] = "not converged"
         spread = figure["standard_error"]
         low = None if spread is None else figure["value"] - spread
         high = None if spread is None else figure["value"] + spread

@@ -96,10 +96,10 @@ def flatness_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
     """The newest flatness: of each measure the last figure on the same images and weights."""
     if not found:
         return None
-    keys = ("checkpoint", "epoch", "weights", "samples")
-    same = [one for one in found if all(one[key] == found[-1][key] for key in keys)]
+    keys = ("checkpoint", "epoch", "weights", "norm", "eps", "data", "samples")
+    same = [one for one in found if all(one.get(key) == found[-1].get(key) for key in keys)]
     measures = {name: figure for one in same for name, figure in one["measures"].items()}
-    return {**{key: found[-1][key] for key in keys}, "measures": measures}
+    return {**{key: found[-1].get(key) for key in keys}, "measures": measures}
 
 
 def _measurements(content: Any, path: Path, command: str) -> list[Measurement]:
