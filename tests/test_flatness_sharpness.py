@@ -561,3 +561,13 @@ def test_the_strongest_restart_of_the_attack_counts():
     ]
     assert whole.numpy() == pytest.approx(torch.stack(each).amax(0).numpy(), rel=1e-12)
     assert not torch.equal(torch.stack(each).amax(0), torch.stack(each).amin(0))
+
+
+def test_a_robust_loss_is_attacked_from_five_starts_unless_another_attack_is_said():
+    net, data = mlp(relu=True), examples(12, (6,), 4)
+
+    def of(**said):
+        return only(flatness(net, data, ["worst_robust"], eps=0.4, steps=1, **said))
+
+    assert of().details == of(attack="pgd-10-5").details
+    assert of().details["reference_loss"] > of(attack="pgd-10").details["reference_loss"]

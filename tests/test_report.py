@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -13,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from train_support import config, measurements
 
 from robustflat.config import write_config
 from robustflat.errors import UserError
+from robustflat.evaluate.shown import Shown
 from robustflat.files import write_json
 from robustflat.landscapes import Landscape
-from robustflat.report import figures, interactive
+from robustflat.report import figures, interactive, page_pictures
 from robustflat.report.chart import Axis, Chart, Plane, Series, is_empty
 from robustflat.report.page import write_landscapes, write_page
 from robustflat.report.palette import themes
@@ -521,6 +526,61 @@ def test_accuracy_by_class(tmp_path: Path) -> None:
     assert traces(spec)["a, best, robust"]["y"] == spec["layout"]["yaxis"]["tickvals"]
 
 
+def pixels(source: str) -> np.ndarray[Any, Any]:
+    head, _, content = source.partition(",")
+    assert head == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+
+
+def test_examples_are_shown_with_what_they_are_taken_for(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    x = torch.tensor([[0.0, 1.0], [0.4, 0.6]]).view(2, 1, 1, 2)
+    moved = torch.tensor([[0.2, 0.9], [0.3, 0.6]]).view(2, 1, 1, 2)
+    shown = {"x": x, "x_adv": moved, "y": torch.tensor([0, 1])}
+    Shown(**shown, clean=torch.tensor([0, 0]), attacked=torch.tensor([1, 1])).save(
+        folder.outcomes / "some.pt"
+    )
+    found = evaluation(0.5)
+    found["checkpoints"]["best"]["test"]["examples"] = {
+        "attack": "pgd-7", "file": "some.pt",
+        "images": [
+            {"label": "cat", "clean": "cat", "attacked": "dog"},
+            {"label": "dog", "clean": "cat", "attacked": "dog"},
+        ],
+    }  # fmt: skip
+    write_json(folder.evaluation, measurements(found))
+    (table,) = re.findall(r'<table class="pictures">.*?</table>', written(tmp_path, folder), re.S)
+    page = Page(table)
+    assert [t for _, t in page.find("th")] == [
+        "clean", "attacked by pgd-7", "difference, full scale ±0.2",
+    ]  # fmt: skip
+    rows = [Page("<table><tr" + row + "</table>") for row in table.split("<tr")[1:-1]]
+    rows.append(Page("<table><tr" + table.split("<tr")[-1].replace("</tbody>", "")))
+    said = [[(t, "wrong" in (a.get("class") or "")) for a, t in r.find("small")] for r in rows]
+    assert said == [[("cat", False), ("✗ cat", True)], [("✗ dog", True), ("dog", False)], []]
+    alts = [[a["alt"] for a, _ in row.find("img")] for row in rows]
+    assert alts[:2] == [
+        ["cat, clean", "dog, clean"],
+        ["cat, attacked by pgd-7", "dog, attacked by pgd-7"],
+    ]
+    seen = [[pixels(a["src"] or "").tolist() for a, _ in row.find("img")] for row in rows]
+    assert seen[0] == [[[0, 255]], [[102, 153]]]
+    assert seen[1] == [[[51, 230]], [[76, 153]]]
+    # 0.2 is white, -0.1 half way to black, 0 grey.
+    assert seen[2] == [[[255, 64]], [[64, 128]]]
+    # Another file, and none at all.
+    (folder.outcomes / "some.pt").unlink()
+    assert '<table class="pictures' not in written(tmp_path, folder)
+
+
+def test_large_examples_in_colour_are_made_smaller() -> None:
+    image = torch.zeros(3, 120, 240)
+    image[0] = 1.0
+    found = pixels(page_pictures._source(image))
+    assert found.shape == (48, 96, 3)
+    assert found[10, 10].tolist() == [255, 0, 0]
+
+
 def test_landscapes_of_several_directions_have_bands(tmp_path: Path) -> None:
     folder = make(tmp_path / "a")
     landscape().save(folder.landscapes / "line.json")
@@ -725,7 +785,7 @@ def test_averaged_weights_are_said_where_they_are_shown(tmp_path: Path) -> None:
     page = Page(written(tmp_path, folder, make(tmp_path / "b")))
     heads = [t for a, t in page.find("th") if a.get("scope") == "col"]
     assert "average" in heads[0]
-    assert "average" not in heads[1]
+    assert "weights" not in heads[1]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

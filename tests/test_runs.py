@@ -16,6 +16,7 @@ from train_support import SMALL_CNN, config, saved, trained
 import robustflat as rf
 from robustflat.config import write_config
 from robustflat.errors import UserError
+from robustflat.evaluate.shown import Shown
 from robustflat.report.tables import Comparison
 from robustflat.runs import records
 from robustflat.runs.comparison import Cell, columns, compare, method_of
@@ -37,6 +38,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         train__channels_last=True,
         evaluate={"attacks": ["pgd-3"], "gap_samples": 20, "batch_size": 17},
     )
+
+
+def test_an_evaluation_keeps_a_few_images_and_what_they_are_taken_for(folder: RunFolder) -> None:
+    said = evaluate_subject(open_subject(folder.root), Wanted(gap_samples=0, samples=20))
+    said = said["checkpoints"]["best"]["test"]["examples"]
+    shown = Shown.load(folder.outcomes / said["file"])
+    assert shown is not None
+    assert said["attack"] == "pgd-20"
+    assert len(shown.x) == len(said["images"]) == 8
+    assert len(set(shown.y.tolist())) == 8  # of as many classes
+    x, y = load_data(folder.read_config()).test.tensors()
+    places = [int((x == image).flatten(1).all(1).nonzero()[0]) for image in shown.x]
+    assert y[places].tolist() == shown.y.tolist()
+    difference = shown.x_adv - shown.x
+    assert 0.09 < float(difference.abs().max()) <= 0.1 + 1e-6
+    assert float(shown.x_adv.min()) >= 0
+    assert float(shown.x_adv.max()) <= 1
+    model = open_subject(folder.root, device="cpu").network("best", None).model
+    with torch.no_grad():
+        for key, images in (("clean", shown.x), ("attacked", shown.x_adv)):
+            predicted = model(images).argmax(1)
+            assert [str(int(c)) for c in predicted] == [image[key] for image in said["images"]]
+            assert torch.equal(predicted, getattr(shown, key))
+    assert [image["label"] for image in said["images"]] == [str(int(c)) for c in shown.y]
 
 
 # --- restoring

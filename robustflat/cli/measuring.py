@@ -107,7 +107,7 @@ def flatness(
     attack: Annotated[
         str | None,
         typer.Option(
-            help="Of the robust loss: pgd-STEPS, pgd-STEPS-RESTARTS, fgsm; else pgd-10, or a "
+            help="Of the robust loss: pgd-STEPS, pgd-STEPS-RESTARTS, fgsm; else pgd-10-5, or a "
             "preset's."
         ),
     ] = None,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +15,7 @@ from robustflat.evaluate.accuracy import Metrics, measure
 from robustflat.evaluate.examples import Data, examples
 from robustflat.evaluate.frozen import device_of, held
 from robustflat.evaluate.intervals import LEVEL, bootstrap_means, percentiles
-from robustflat.files import write_whole
-from robustflat.models.files import read_tensors
+from robustflat.evaluate.kept import Kept
 from robustflat.perturb import InputPerturbation
 
 FIGURES = ("clean_accuracy", "robust_accuracy", "clean_loss", "robust_loss")
@@ -26,7 +23,7 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Scores:
+class Scores(Kept):
     """How a model does on each example of a split.
 
     Attributes:
@@ -40,34 +37,6 @@ class Scores:
     robust_correct: Tensor
     clean_loss: Tensor
     robust_loss: Tensor
-
-    def save(self, path: Path) -> None:
-        """Write them to a file, whole or not at all.
-
-        Raises:
-            UserError: If it cannot be written.
-        """
-        content = io.BytesIO()
-        torch.save({f.name: getattr(self, f.name) for f in fields(self)}, content)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content.getvalue())
-        except OSError as error:
-            raise UserError(f"The scores cannot be saved to {path}: {error.strerror}.") from error
-
-    @classmethod
-    def load(cls, path: Path) -> Scores | None:
-        """Those that were saved to a file; None if there is none.
-
-        Raises:
-            UserError: If it is damaged.
-        """
-        if not path.is_file():
-            return None
-        try:
-            return cls(**read_tensors(path))
-        except TypeError as error:
-            raise UserError(f"{path} holds no scores ({error}). Remove it.") from error
 
     def rows(self) -> Tensor:
         """The four figures of `FIGURES`, float64 [4, N]."""

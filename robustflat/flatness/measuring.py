@@ -64,7 +64,7 @@ def flatness(
         seed: of all random directions, probes and attack starts.
         batch_size: examples in a pass; only memory and speed depend on it.
         attack: of the robust loss, "pgd-STEPS", "pgd-STEPS-RESTARTS", "fgsm", each also with
-            ":LOSS", or what ``rf.pgd`` returns; ``rf.pgd(norm, eps, steps=10)`` if None.
+            ":LOSS", or what ``rf.pgd`` returns; "pgd-10-5" if None.
         initial: the state_dict before training, for the measures of the distance from it.
         on_progress: told how far the measurement has come; may raise to stop it.
         store: a file that keeps finished parts (restarts, directions, probes, eigenvalues);

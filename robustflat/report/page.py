@@ -21,6 +21,7 @@ from robustflat.report import page_tables as tables
 from robustflat.report import page_text as text
 from robustflat.report.chart import Chart, Figure, Plane, is_empty
 from robustflat.report.landscape_picture import circumstances
+from robustflat.report.page_pictures import Pictures, pictures
 from robustflat.report.page_tables import Table
 from robustflat.report.record import Record, read_records
 from robustflat.runs.comparison import limits, whole
@@ -48,6 +49,7 @@ class Section:
         key: the marks that are used, by their class in page.css, and what they stand for.
         tables: in sight, before the figures.
         figures: that are drawn.
+        pictures: example images.
         details: tables to unfold, and their summaries.
         missing: runs that are not shown, why, and the command that mends it.
     """
@@ -57,6 +59,7 @@ class Section:
     key: Sequence[tuple[str, str]] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[Drawn] = ()
+    pictures: Sequence[Pictures] = ()
     details: Sequence[tuple[str, Table]] = ()
     missing: Sequence[tuple[Record, str, str]] = ()
 
@@ -186,6 +189,10 @@ def _sections(records: Sequence[Record]) -> list[Section]:
                      key=[("dot", "worst case"), ("hollow", "clean")])]
             if (found := figures.by_class(tested)) else []
         ),
+        *(
+            [Section(title="Examples", about=_EXAMPLES, pictures=seen)]
+            if (seen := pictures(tested)) else []
+        ),
         part(
             "Robust-generalization gap", gauged, "evaluate", text.about_gaps, figures.gaps,
             key=[("square", "train"), ("hollow", "validation"), ("dot", "test")],
@@ -222,6 +229,11 @@ _SEEDS = (
 _CLASSES = (
     "The share of each class's test images that are classified correctly without an attack, and "
     "that none of the attacks broke. Classes have few images each, so their figures are less sure."
+)
+_EXAMPLES = (
+    "A few test images, the same attacked from one random start, and the difference, magnified so "
+    "that the largest change of a pixel is black or white. Beneath each what the model takes it "
+    "for. Eight images measure nothing: they show what the threat looks like."
 )
 
 

@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from robustflat.data import Images
+from robustflat.data import Images, balanced
 from robustflat.errors import UserError
 from robustflat.evaluate import Evaluation, Scores, Team, evaluate, gap, merge, overfitting, scores
 from robustflat.evaluate.attacks import plan
 from robustflat.evaluate.examples import examples
+from robustflat.evaluate.frozen import held
 from robustflat.evaluate.record import fingerprint_of
+from robustflat.evaluate.shown import show
 from robustflat.evaluate.threat import Task
 from robustflat.perturb import pgd
 from robustflat.runs import records
@@ -24,6 +27,7 @@ from robustflat.subject import Network, Subject
 from robustflat.train.folder import environment
 
 GAP_STEPS = 20
+_SHOWN = 8  # images that are kept to be looked at
 Progress = Callable[[str, int, int, int], None]
 
 _UNLIKE = (
@@ -159,6 +163,8 @@ def _measured(
         result = _attacked(subject, networks[name], wanted, samples, on_progress, team)
         about = {**_state(networks[name]), "samples": samples, "seed": wanted.seed}
         found = {**result.to_dict(), "classes": _by_class(subject, samples, result)}
+        if wanted.shard is None:
+            found["examples"] = team.once(partial(_shown, subject, networks[name], samples))
         measured.append({"kind": "test", **about, **common, "result": found})
     if not gap_samples:
         return measured, []
@@ -192,6 +198,37 @@ def _by_class(
         str(name): {kind: int((which & (labels == i)).sum()) for kind, which in kinds.items()}
         for i, name in enumerate(subject.images().classes)
         if (labels == i).any()
+    }
+
+
+def _shown(subject: Subject, network: Network, samples: int | None) -> dict[str, Any]:
+    """What a few test images are taken for, clean and under the gap's attack; the images' file."""
+    threat, names = subject.the_threat(), subject.images().classes
+    chosen = examples(subject.images().test, samples)
+    some = balanced(chosen.labels, min(_SHOWN, len(chosen)), seed=0)
+    with held(network.model, subject.device):
+        shown = show(
+            network.model,
+            chosen.images(some).to(subject.device),
+            chosen.labels[some].to(subject.device),
+            pgd(threat.norm, threat.eps, GAP_STEPS),
+            seed=0,
+            batch_size=_SHOWN,
+        )
+    digest = _digest(network, threat, "shown", samples)
+    path = subject.home.outcomes / f"examples-{network.checkpoint}-{digest}.pt"
+    shown.save(path)
+    kinds = {"label": shown.y, "clean": shown.clean, "attacked": shown.attacked}
+
+    def said(i: int) -> str:
+        return str(names[i]) if i < len(names) else f"class {i}"
+
+    return {
+        "attack": f"pgd-{GAP_STEPS}",
+        "file": path.name,
+        "images": [
+            {kind: said(int(found[i])) for kind, found in kinds.items()} for i in range(len(some))
+        ],
     }
 
 

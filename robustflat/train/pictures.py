@@ -8,34 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.data.split import proportional
+from robustflat.evaluate.shown import Shown, show
 from robustflat.landscapes import Landscape, landscape
-from robustflat.perturb import InputPerturbation, buffers_kept, evaluating, pgd
+from robustflat.perturb import InputPerturbation, pgd
 
 _EXAMPLES = 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """Up to 128 images of a split as the model sees them, in eval mode, on the CPU.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pictures(Shown):
+    """Up to 128 images of a split, and the loss around the weights.
 
     Attributes:
         split: which.
         classes: names, in the order of the labels.
-        x: images ``[N, C, H, W]`` in [0, 1].
-        x_adv: the same, attacked.
-        y: labels ``[N]``.
-        clean: predictions of ``x``.
-        attacked: predictions of ``x_adv``.
         line: the loss on as many training images along a random filter-normalised direction.
     """
 
     split: str
     classes: tuple[str, ...]
-    x: Tensor
-    x_adv: Tensor
-    y: Tensor
-    clean: Tensor
-    attacked: Tensor
     line: Landscape
 
     def confusion(self) -> Tensor:
@@ -61,16 +52,7 @@ def take(
     split = "validation" if "validation" in splits else "train"
     x, y = _some(splits[split], device)
     attack = pgd("linf", 0.0) if attack is None else attack
-    generator = torch.Generator(device).manual_seed(seed)
-    with evaluating(model), buffers_kept(model), torch.no_grad():
-        attacked = [
-            attack(model, some, labels, generator=generator)
-            for some, labels in zip(x.split(batch_size), y.split(batch_size), strict=True)
-        ]
-        found = [
-            torch.cat([model(part).argmax(1) for part in parts]).cpu()
-            for parts in (x.split(batch_size), attacked)
-        ]
+    shown = show(model, x, y, attack, seed=seed, batch_size=batch_size)
     line = landscape(
         model,
         _some(splits["train"], device),
@@ -80,16 +62,7 @@ def take(
         seed=seed,
         batch_size=batch_size,
     )
-    return Pictures(
-        split=split,
-        classes=classes,
-        x=x.cpu(),
-        x_adv=torch.cat(attacked).cpu(),
-        y=y.cpu(),
-        clean=found[0],
-        attacked=found[1],
-        line=line,
-    )
+    return Pictures(split=split, classes=classes, line=line, **vars(shown))
 
 
 def _some(images: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
