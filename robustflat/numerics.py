@@ -41,9 +41,18 @@ def _convolutions() -> bool:
 
 @contextmanager
 def deterministic(wanted: bool = True) -> Iterator[None]:
-    """Use deterministic kernels where there are any, and no run-time tuning, if ``wanted``."""
+    """Use deterministic kernels where there are any; if not ``wanted``, the fastest ones.
+
+    cuDNN then tries its convolutions out on the first batch of each shape. What was set before
+    comes back on exit.
+    """
     if not wanted:
-        yield
+        tuned = torch.backends.cudnn.benchmark
+        try:
+            torch.backends.cudnn.benchmark = True
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = tuned
         return
     # cuBLAS reads it when it is first used; without it its sums depend on what else is running.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -166,7 +166,13 @@ optimizers = Kind(
 schedules = Kind("schedule", "schedule", "robustflat.train.optim:SCHEDULES", needs=("__call__",))
 averages = Kind("average", "average", "robustflat.train.averaging:AVERAGES", also=())
 augmentations = Kind(
-    "augment", "augmentation", {"standard": "robustflat.data:Augment"}, needs=("__call__",)
+    "augment",
+    "augmentation",
+    {
+        "standard": "robustflat.data:Augment",
+        "torchvision": "robustflat.data.transforms:torchvision",
+    },
+    needs=("__call__",),
 )
 models = Kind(
     "model",

@@ -237,13 +237,19 @@ def test_beside_ddp(tmp_path: Path) -> None:
     assert all(torch.allclose(end, ends[1][name], rtol=1e-9) for name, end in ends[0].items())
 
 
-def test_what_cannot_be_compiled_is_said() -> None:
+def test_what_cannot_be_compiled_is_said_and_leaves_the_weights_free() -> None:
     class Asks(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.flatten(1) * (2 if x.sum().item() > 0 else 1)
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
 
-    with pytest.raises(UserError, match=r"cannot compile this model as a whole: .*Leave"):
-        traced(Asks())(torch.ones(1, 1, 8, 8))
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) * (2 if self.scale.item() > 0 else 1)
+
+    model = Asks()
+    with pytest.raises(UserError, match=r"cannot compile this model as a whole: \w.*Leave"):
+        traced(model)(torch.ones(1, 1, 8, 8))
+    assert model.scale.requires_grad
 
 
 @needs_compiler
@@ -279,11 +285,38 @@ def test_nothing_is_compiled_unless_asked_and_nothing_that_is_not_attacked() -> 
 
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("Failed to find C++ compiler.\n\nmore")
+    tried: list[Tensor] = []
 
-    monkeypatch.setattr(torch, "compile", missing)
-    with pytest.raises(
-        UserError, match=r"does not work on cpu: Failed to find C\+\+ compiler\. It"
-    ):
-        check_compiler(torch.device("cpu"))
+    def lazy(function: Any, **_: Any) -> Any:
+        def run(x: Tensor) -> Tensor:
+            tried.append(x)
+            raise RuntimeError("\nFailed to find C++ compiler.\n\nmore")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lazy)
+    with pytest.raises(UserError, match=r"not work on meta: Failed to find C\+\+ compiler\. It"):
+        check_compiler(torch.device("meta"))
+    assert [x.device.type for x in tried] == ["meta"]
+
+
+def test_the_step_attacks_in_its_precision() -> None:
+    seen: list[torch.dtype] = []
+
+    class Attacked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(
+                torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            )
+            return x.flatten(1)[:, :3]
+
+    model = network()
+    step = TrainStep(
+        attack=rf.pgd(steps=1),
+        objective=rf.adversarial(),
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        precision=torch.bfloat16,
+        attacked=Attacked(),
+    )
+    step(model, [batch()], rf.no_perturbation(), seed())
+    assert seen == [torch.bfloat16]

@@ -59,6 +59,7 @@ TOGETHER: dict[tuple[str, str], dict[str, Any]] = {
     ("adafactor", "d"): {"d": 2.0},
     ("muon", "adjust_lr_fn"): {"adjust_lr_fn": "match_rms_adamw"},
     ("rprop", "etas"): {"etas": [0.25, 3.0]},
+    ("torchvision", "transforms"): {"transforms": [{"name": "RandomHorizontalFlip"}]},
     ("sgd", "nesterov"): {"nesterov": True, "momentum": 0.5},
 }
 # statistics="perturbed" is all that a method without a pass at the centre can do.

@@ -76,14 +76,15 @@ def list_(
     what: Annotated[str | None, typer.Argument(help="A kind, such as weights or data.")] = None,
 ) -> None:
     """List what a configuration can name; of one kind also defaults and sources."""
+    from robustflat.cli.listing import listed
     from robustflat.registry import KINDS
 
     if what is not None and what not in KINDS:
         raise UserError(f"There is no kind {what!r} to list. Kinds: {', '.join(KINDS)}.")
+    names = listed()
     for kind in [KINDS[what]] if what else list(KINDS.values()):
         typer.echo(f"{kind.name}:")
-        for name in kind:
-            summary, *more = kind.describe(name)
+        for name, (summary, *more) in names[kind.name].items():
             typer.echo(f"  {name:<24} {summary}".rstrip())
             for line in more if what else ():
                 typer.echo(f"    {line}")

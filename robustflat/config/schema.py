@@ -189,6 +189,11 @@ class DataConfig(Section):
 
     ``place`` is where the training images are kept: on the ``device``, on the ``host``, or, by
     default, on the device if they take at most half of its free memory.
+
+    Of an ``image_folder`` the shorter side is brought to ``resize`` (by default ``image_size``) and
+    the centre square of ``image_size`` cut out. ``cache: true`` decodes all its files once, into
+    the folder ``.decoded`` beside them; false reads them as they are needed, in ``workers``
+    processes (by default as many as there are CPU cores, at most 8). Figures do not depend on it.
     """
 
     name: str = "digits"
@@ -198,7 +203,9 @@ class DataConfig(Section):
     test_samples: Count | None = None
     validation_samples: Whole = 200
     image_size: Count | None = None
+    resize: Count | None = None
     cache: bool = True
+    workers: Whole | None = None
     place: Literal["auto", "device", "host"] = "auto"
     augment: Augment = Field(default="standard", validate_default=True)
     label_noise: LabelNoiseConfig | None = None

@@ -22,6 +22,7 @@ def conflicts(config: RunConfig) -> list[Conflict]:
         *_of_the_weights(config),
         *_of_the_parts(config),
         *_of_the_lengths(config),
+        *_of_the_images(config),
         *_of_the_mix(config),
         *_of_the_monitor(config),
     ]
@@ -194,6 +195,16 @@ def _of_the_lengths(config: RunConfig) -> Iterator[Conflict]:
             "schedule.warmup_epochs",
             f"schedule.warmup_epochs is {warmup:g} of train.epochs {epochs}, so the base learning "
             "rate would never be reached. Lower it",
+        )
+
+
+def _of_the_images(config: RunConfig) -> Iterator[Conflict]:
+    data = config.data
+    if data.name == "image_folder" and data.augment.name == "torchvision" and data.cache:
+        yield _told(
+            "data.cache",
+            "data.cache: true keeps images of data.image_size, but data.augment torchvision takes "
+            "the files at their full size. Set data.cache: false",
         )
 
 

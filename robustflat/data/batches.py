@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from robustflat.data.augment import Augment
-from robustflat.data.images import Images, moved, to_float
-from robustflat.data.seeding import generator_for
+from robustflat.data.images import Images, batch_of, moved, to_float
+from robustflat.data.seeding import generator_for, seed_for
+from robustflat.data.workers import in_workers
 from robustflat.errors import UserError
 
-# Keep the streams of the epoch's order and of its batches apart.
-_ORDER, _BATCH = 11, 12
-_AHEAD = 2
+# Of a batch of images, by a generator; one of single images has a method `of_image` as well.
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Fetched = tuple[Tensor, Tensor, Tensor]
+# Keep the streams of the epoch's order, of its batches and of its images apart.
+_ORDER, _BATCH, _IMAGE = 11, 12, 13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +143,13 @@ def batches(
     *,
     device: torch.device | str,
     order: int | None = None,
-    augment: Augment | None = None,
+    augment: Augmentation | None = None,
     drop_last: bool = False,
     rank: int = 0,
     world: int = 1,
     skip: int = 0,
     extra: Extra | None = None,
+    workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of batches.
 
@@ -168,12 +169,14 @@ def batches(
         device: Where the batches shall be.
         order: Seed of the shuffling (and of augmentation and extra images): pass another one each
             epoch. None keeps the images in their order (and draws as seed 0 does).
-        augment: Random changes of the images.
+        augment: Random changes of the images; of single ones if it has a method `of_image`.
         drop_last: Whether an incomplete last batch is left out.
         rank: This process, 0 to world - 1.
         world: Number of processes, which divides the batch size.
         skip: Number of leading batches to leave out.
         extra: Extra images in each batch, which then is shuffled, so that any slice of it is mixed.
+        workers: Processes that decode, and augment single images, ahead; no batch depends on it.
+            For images on a GPU, or that need neither, none is started.
 
     Returns:
         An iterator over float32 [B, C, H, W] in [0, 1] and int64 [B], on the device.
@@ -191,7 +194,10 @@ def batches(
             f"The extra images have shape {extra.images.shape}, the labelled ones {images.shape}."
         )
     plan = _Plan(images, batch_size, torch.device(device), order, augment, rank, world, extra)
-    return _produce(plan, range(skip, count))
+    if not plan.wants_workers:
+        workers = 0
+    fetched = in_workers(plan.fetch, range(skip, count), workers, pinned=plan.device.type == "cuda")
+    return map(plan.finish, fetched)
 
 
 class _Plan:
@@ -203,7 +209,7 @@ class _Plan:
         batch_size: int,
         device: torch.device,
         order: int | None,
-        augment: Augment | None,
+        augment: Augmentation | None,
         rank: int,
         world: int,
         extra: Extra | None,
@@ -214,6 +220,7 @@ class _Plan:
         self.device = device
         self.seed = 0 if order is None else order
         self.augment = augment
+        self.of_image = getattr(augment, "of_image", None)
         self.rank = rank
         self.world = world
         self.extra = extra
@@ -225,9 +232,11 @@ class _Plan:
         self.sequence = moved(self.sequence, images.labels.device)
 
     @property
-    def streamed(self) -> bool:
-        """Whether any of the images are decoded from files."""
-        return self.images.streamed or (self.extra is not None and self.extra.images.streamed)
+    def wants_workers(self) -> bool:
+        """Whether making a batch takes long, and can be done in another process."""
+        parts = [self.images] if self.extra is None else [self.images, self.extra.images]
+        slow = self.of_image is not None or any(images.streamed for images in parts)
+        return slow and all(images.labels.device.type == "cpu" for images in parts)
 
     def indices(self, k: int) -> Tensor:
         """The labelled images of batch k on this process."""
@@ -238,43 +247,40 @@ class _Plan:
             run = torch.cat([run, again[: self.world - len(run)]])
         return run[self.rank :: self.world]
 
-    def fetch(self, k: int) -> tuple[Tensor, Tensor, torch.Generator]:
-        """The uint8 images and labels of batch k, and the generator for what is still random."""
+    def fetch(self, k: int) -> Fetched:
+        """The uint8 images and labels of batch k, and the state of what is still random."""
         generator = generator_for(_BATCH, self.seed, k, self.rank)
         indices = self.indices(k)
-        x = self.images.fetch(indices)
+        x = self._images(self.images, indices, k, 0)
         y = self.images.labels[indices]
         if self.extra is not None:
             other = self.extra.images
             drawn = torch.randint(len(other), (self.own_size - len(indices),), generator=generator)
             mixed = torch.randperm(self.own_size, generator=generator)
             more = other.labels[moved(drawn, other.labels.device)]
-            x = torch.cat([x, moved(other.fetch(drawn), x.device)])[moved(mixed, x.device)]
+            added = self._images(other, drawn, k, len(indices))
+            x = torch.cat([x, moved(added, x.device)])[moved(mixed, x.device)]
             y = torch.cat([y, moved(more, y.device).long()])[moved(mixed, y.device)]
-        return moved(x, self.device), moved(y, self.device), generator
+        return x, y, generator.get_state()
 
-    def finish(self, fetched: tuple[Tensor, Tensor, torch.Generator]) -> tuple[Tensor, Tensor]:
-        """The batch, augmented on the device."""
-        (x, y, generator) = fetched
-        if self.augment is not None:
+    def _images(self, images: Images, indices: Tensor, k: int, first: int) -> Tensor:
+        """Images of batch k, of which this process has `first` already; each by its own seed."""
+        if self.of_image is None:
+            return images.fetch(indices)
+        out = batch_of(len(indices), images.shape)
+        for place, index in enumerate(indices.tolist()):
+            # Of its place among all processes, so that their number does not matter.
+            where = (first + place) * self.world + self.rank
+            seed = seed_for(_IMAGE, self.seed, k, where)
+            out[place] = self.of_image(images.raw(index), seed, images.shape)
+        return out
+
+    def finish(self, fetched: Fetched) -> tuple[Tensor, Tensor]:
+        """The batch on the device, and augmented there unless image by image."""
+        (x, y, state) = fetched
+        x, y = moved(x, self.device), moved(y, self.device)
+        if self.augment is not None and self.of_image is None:
+            generator = torch.Generator()
+            generator.set_state(state)
             x = self.augment(x, generator)
         return to_float(x), y
-
-
-def _produce(plan: _Plan, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches; files are decoded a little ahead, in a thread."""
-    if not plan.streamed:
-        for k in numbers:
-            yield plan.finish(plan.fetch(k))
-        return
-    pool = ThreadPoolExecutor(1)
-    waiting: deque[Future[tuple[Tensor, Tensor, torch.Generator]]] = deque()
-    try:
-        for k in numbers:
-            waiting.append(pool.submit(plan.fetch, k))
-            if len(waiting) > _AHEAD:
-                yield plan.finish(waiting.popleft().result())
-        while waiting:
-            yield plan.finish(waiting.popleft().result())
-    finally:
-        pool.shutdown(cancel_futures=True)

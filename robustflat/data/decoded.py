@@ -44,8 +44,8 @@ def decoded(images: FileImages, folder: Path) -> MemoryImages:
 
 
 def _fingerprint(images: FileImages) -> str:
-    found = hashlib.sha256(repr((images.image_size, images.shape)).encode())
-    for path in images.paths:
+    found = hashlib.sha256(repr((images.image_size, images.resize, images.shape)).encode())
+    for path in map(images.path, range(len(images))):
         status = path.stat()
         found.update(
             f"{path.parent.name}/{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()

@@ -1,7 +1,8 @@
-"""Owns users' own image trees: root/train/CLASS/* and root/test/CLASS/*."""
+"""Owns image trees: root/train/CLASS/* and root/test/CLASS/*, or root/val as ImageNet has it."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,13 +16,15 @@ SUFFIXES = frozenset(
 
 
 def image_folder(
-    root: Path, image_size: int | None
+    root: Path, image_size: int | None, resize: int | None = None
 ) -> tuple[FileImages, FileImages, tuple[str, ...]]:
     """List the files of a tree; nothing but the first of each split is read.
 
     Args:
-        root: The folder that holds `train` and `test`, each with one folder per class.
+        root: The folder that holds `train` and `test` (or, where that is missing, `val`), each with
+            one folder per class.
         image_size: See `FileImages`.
+        resize: See `FileImages`.
 
     Returns:
         Train files, test files, and the names of the classes, sorted.
@@ -31,7 +34,13 @@ def image_folder(
     """
     if image_size is not None and (isinstance(image_size, bool) or image_size < 1):
         raise UserError(f"data.image_size must be a positive number of pixels, got {image_size}.")
-    train, test = _files(root, "train"), _files(root, "test")
+    if resize is not None and (image_size is None or resize < image_size):
+        raise UserError(
+            f"data.resize is what the shorter side of an image has before the square of "
+            f"data.image_size is cut out, so it cannot be {resize} for {image_size}."
+        )
+    test_name = "val" if not (root / "test").exists() and (root / "val").exists() else "test"
+    train, test = _files(root, "train"), _files(root, test_name)
     classes = tuple(train)
     if len(classes) < 2:
         raise UserError(
@@ -41,19 +50,19 @@ def image_folder(
     foreign = [name for name in test if name not in train]
     if foreign:
         raise UserError(
-            f"{root / 'test'} has the class {foreign[0]!r}, which {root / 'train'} has not."
+            f"{root / test_name} has the class {foreign[0]!r}, which {root / 'train'} has not."
         )
 
-    def split(files: dict[str, list[Path]]) -> FileImages:
+    def split(files: dict[str, list[str]]) -> FileImages:
         paths = [path for name in classes for path in files.get(name, [])]
         sizes = torch.tensor([len(files.get(name, [])) for name in classes])
         labels = torch.repeat_interleave(torch.arange(len(classes)), sizes)
-        return FileImages(paths, labels, image_size)
+        return FileImages(paths, labels, image_size, resize)
 
     (train_images, test_images) = (split(train), split(test))
     if train_images.shape != test_images.shape:
         raise UserError(
-            f"The images of {root / 'train'} and {root / 'test'} have different sizes "
+            f"The images of {root / 'train'} and {root / test_name} have different sizes "
             f"({train_images.shape[1]}x{train_images.shape[2]} and "
             f"{test_images.shape[1]}x{test_images.shape[2]}). Set data.image_size, or of "
             "a model --image-size."
@@ -61,7 +70,7 @@ def image_folder(
     return train_images, test_images, classes
 
 
-def _files(root: Path, split: str) -> dict[str, list[Path]]:
+def _files(root: Path, split: str) -> dict[str, list[str]]:
     """The image files of a split, by class, all sorted."""
     folder = root / split
     if not folder.is_dir():
@@ -70,15 +79,18 @@ def _files(root: Path, split: str) -> dict[str, list[Path]]:
             f"{root / 'test'}, each with one folder of images per class (if your test images are "
             "in another folder, rename or link it)."
         )
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[str]] = {}
     for directory in sorted(folder.iterdir()):
         if not directory.is_dir() or directory.name.startswith("."):
             continue
-        files = sorted(
-            path
-            for path in directory.iterdir()
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
+        with os.scandir(directory) as entries:  # of which there may be millions
+            files = sorted(
+                entry.path
+                for entry in entries
+                if os.path.splitext(entry.name)[1].lower() in SUFFIXES
+                and not entry.name.startswith(".")
+                and entry.is_file()
+            )
         if not files:
             raise UserError(
                 f"The class folder {directory} has no images (files that end in "

@@ -7,12 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from robustflat.data.split import proportional
 from robustflat.errors import UserError
@@ -24,7 +27,7 @@ class Images(ABC):
     Attributes:
         labels: Whole numbers, [N]: int64, or a smaller type where there are millions.
         shape: Channels, height, width.
-        streamed: Whether `fetch` reads files, so that fetching ahead in a thread pays.
+        streamed: Whether `fetch` reads files, so that fetching ahead in other processes pays.
     """
 
     labels: Tensor
@@ -44,6 +47,17 @@ class Images(ABC):
         Returns:
             uint8, [B, C, H, W].
         """
+
+    def raw(self, index: int) -> Tensor:
+        """An image as it is kept, of whatever size.
+
+        Args:
+            index: Its position.
+
+        Returns:
+            uint8, [C, H, W].
+        """
+        return self.fetch(torch.tensor([index]))[0]
 
     @abstractmethod
     def subset(self, indices: Tensor) -> Images:
@@ -105,6 +119,20 @@ def to_float(pixels: Tensor) -> Tensor:
         float32, the same shape; exactly `pixels / 255`.
     """
     return pixels.to(torch.float32).div_(255)
+
+
+def batch_of(count: int, shape: tuple[int, int, int]) -> Tensor:
+    """Room for a batch; in a worker, where the process that trains finds it without a copy.
+
+    Args:
+        count: Images, N.
+        shape: Channels, height and width of each.
+
+    Returns:
+        uint8, [N, C, H, W], of any values.
+    """
+    room = torch.empty((count, *shape), dtype=torch.uint8)
+    return room if get_worker_info() is None else room.share_memory_()
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -194,8 +222,10 @@ class FileImages(Images):
     Args:
         paths: The files.
         labels: Whole numbers, [N].
-        image_size: If given, the shorter side is resized to it (bilinear, antialiased) and the
-            centre square cut out. If not, all files must have the size of the first.
+        image_size: If given, the centre square of this side is cut out. If not, all files must have
+            the size of the first.
+        resize: What the shorter side is brought to before (bilinear, antialiased); `image_size` if
+            None.
 
     Raises:
         UserError: If there is no file or the first cannot be read.
@@ -205,71 +235,87 @@ class FileImages(Images):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[str | Path],
         labels: Tensor,
         image_size: int | None = None,
+        resize: int | None = None,
     ) -> None:
         if not paths:
             raise UserError("There are no image files to read.")
-        self.paths = list(paths)
+        # One block of memory: a million objects would be copied into every process that reads.
+        self._names = np.array([os.fsencode(path) for path in paths])
         self.labels = checked_labels(labels, len(paths))
-        self.image_size = image_size
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self.image_size, self.resize = image_size, resize or image_size
         side = image_size
         if side is None:
-            with _opened(self.paths[0]) as image:
+            with _opened(self.path(0)) as image:
                 (width, height) = image.size
             self.shape = (3, height, width)
         else:
             self.shape = (3, side, side)
 
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return Path(os.fsdecode(bytes(self._names[index])))
+
     def fetch(self, indices: Tensor) -> Tensor:
-        """Images by position, decoded by the threads; see `Images.fetch`."""
-        chosen = [self.paths[i] for i in indices.tolist()]
-        out = torch.empty((len(chosen), *self.shape), dtype=torch.uint8)
+        """Images by position, decoded by threads unless in a worker; see `Images.fetch`."""
+        chosen = indices.tolist()
+        out = batch_of(len(chosen), self.shape)
 
         def decode(position: int) -> None:
-            out[position] = self._decode(chosen[position])
+            out[position] = self._fitted(self.path(chosen[position]))
 
-        for _ in self._pool.map(decode, range(len(chosen))):
-            pass
+        if get_worker_info() is not None:
+            for position in range(len(chosen)):
+                decode(position)
+        else:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                for _ in pool.map(decode, range(len(chosen))):
+                    pass
         return out
+
+    def raw(self, index: int) -> Tensor:
+        """An image of the file's own size; see `Images.raw`."""
+        with _opened(self.path(index)) as image:
+            return _pixels(image)
 
     def subset(self, indices: Tensor) -> FileImages:
         """The files at some positions; see `Images.subset`."""
-        paths = [self.paths[i] for i in indices.tolist()]
         # The shape stays the parent's, so that all splits agree on what the right size is.
-        return self._with(paths, self.labels[indices])
+        return self._with(self._names[indices.numpy()], self.labels[indices])
 
     def relabelled(self, labels: Tensor) -> FileImages:
         """The same files with other labels; see `Images.relabelled`."""
-        return self._with(self.paths, checked_labels(labels, len(self)))
+        return self._with(self._names, checked_labels(labels, len(self)))
 
     def to(self, device: torch.device | str) -> FileImages:
         """Itself: files stay with the host; see `Images.to`."""
         return self
 
-    def _with(self, paths: list[Path], labels: Tensor) -> FileImages:
+    def _with(self, names: NDArray[np.bytes_], labels: Tensor) -> FileImages:
         """A copy with other files and labels, without reading anything."""
-        new = object.__new__(FileImages)
-        new.paths, new.labels, new.shape = paths, labels, self.shape
-        new.image_size, new._pool = self.image_size, self._pool
+        new = copy(self)
+        new._names, new.labels = names, labels
         return new
 
-    def _decode(self, path: Path) -> Tensor:
-        """One file as uint8 [3, H, W]."""
+    def _fitted(self, path: Path) -> Tensor:
+        """One file as uint8 [3, H, W] of the right size."""
         with _opened(path) as image:
-            rgb = image.convert("RGB")
-        if self.image_size is not None:
-            rgb = _resized(rgb, self.image_size)
-        (height, width) = self.shape[1:]
-        if rgb.size != (width, height):
-            raise UserError(
-                f"{path} is {rgb.size[1]}x{rgb.size[0]} (height x width) where the data set is "
-                f"{height}x{width}. Bring all images to one size with data.image_size, or of a "
-                "model with --image-size."
-            )
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+            if self.image_size is not None and self.resize is not None:
+                image = _resized(image.convert("RGB"), self.resize, self.image_size)
+            (height, width) = self.shape[1:]
+            if image.size != (width, height):
+                raise UserError(
+                    f"{path} is {image.size[1]}x{image.size[0]} (height x width) where the data "
+                    f"set is {height}x{width}. Bring all images to one size with data.image_size, "
+                    "or of a model with --image-size."
+                )
+            return _pixels(image)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 @contextmanager
@@ -287,13 +333,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         yield image
 
 
-def _resized(image: Image.Image, side: int) -> Image.Image:
-    """The shorter side brought to `side`, then the centre square."""
+def _resized(image: Image.Image, shorter: int, side: int) -> Image.Image:
+    """The shorter side brought to a length, then the centre square."""
     (width, height) = image.size
-    scale = side / min(width, height)
-    (new_width, new_height) = (max(side, round(width * scale)), max(side, round(height * scale)))
-    image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-    (left, top) = ((new_width - side) // 2, (new_height - side) // 2)
+    scale = shorter / min(width, height)
+    (wide, high) = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+    image = image.resize((wide, high), Image.Resampling.BILINEAR)
+    (left, top) = ((wide - side) // 2, (high - side) // 2)
     return image.crop((left, top, left + side, top + side))
 
 

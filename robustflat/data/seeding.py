@@ -23,8 +23,13 @@ def generator_for(*keys: int) -> torch.Generator:
     Raises:
         UserError: If a number is negative.
     """
+    return torch.Generator().manual_seed(seed_for(*keys))
+
+
+def seed_for(*keys: int) -> int:
+    """The seed of such a generator, of 64 bits; see :func:`generator_for`."""
     if any(key < 0 for key in keys):
         raise UserError(f"Seeds must not be negative, got {keys}.")
     # The length goes in first: SeedSequence itself takes (3,) and (3, 0) for the same.
     words = np.random.SeedSequence([len(keys), *keys]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0]))
+    return int(words[0])

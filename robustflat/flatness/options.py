@@ -30,7 +30,6 @@ BALLS: dict[BallName, tuple[Group, str]] = {
 }
 WORST_RADIUS = 5e-3
 AVERAGE_RADIUS = 0.1
-_WIDEST = 1e18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +123,6 @@ class Options:
                 raise UserError(f"{name} must be a number, got {value!r}.")
             if not 0 <= value < math.inf:
                 raise UserError(f"{name} must be finite and >= 0, got {value!r}.")
-        if self.radius is not None and self.radius > _WIDEST:
-            raise UserError(
-                f"radius must be at most {_WIDEST:g}, as the squares of more overflow, got "
-                f"{self.radius!r}."
-            )
         if not 0 < self.confidence < 1:
             raise UserError(f"confidence must be between 0 and 1, got {self.confidence!r}.")
         if not isinstance(self.normalise_logits, bool):

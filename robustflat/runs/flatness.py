@@ -100,12 +100,11 @@ def measure_subject(
         reports.append(
             {
                 "kind": "flatness",
-                "checkpoint": network.checkpoint,
-                "epoch": network.epoch,
-                "weights": network.weights,
+                **network.state(),
                 "norm": norm,
                 "eps": eps,
                 "data": subject.data,
+                "said": dict(subject.said),
                 "split": where,
                 "samples": len(y),
                 "attack": None if attack is None else repr(attack),

@@ -49,14 +49,22 @@ class Feed:
         weights: Perturbation,
     ) -> None:
         self._config, self._device, self._rank = config, device, processes.rank
-        self._images = placed(dataset.train, config.data.place, device)
         self._augment = config.data.augment.build()
-        self._augment(torch.zeros(1, *dataset.shape), torch.Generator())  # refuses what cannot fit
+        extra = _extra_images(config, dataset)
+        # Batches that are made in other processes are made on the host.
+        away = hasattr(self._augment, "of_image") or (extra is not None and extra.images.streamed)
+        place = "host" if away else config.data.place
+        self._images = placed(dataset.train, place, device)
+        if extra is not None:
+            extra = replace(extra, images=placed(extra.images, place, device))
+        asked = config.data.workers
+        self._workers = data.usual_workers(processes.local_world) if asked is None else asked
+        blank = torch.zeros(1, *dataset.shape, dtype=torch.uint8)
+        self._augment(blank, torch.Generator())  # refuses what cannot fit
         self._classes = len(dataset.classes)
         self._together = weights.batches
         rest = len(self._images) % config.train.batch_size
         too_small = 0 < rest < processes.world * max(2, weights.least_rows)
-        extra = _extra_images(config, dataset, device)
         alone = len(self._images) == rest and extra is None
         share = config.train.batch_size // processes.world
         if weights.least_rows > share:
@@ -108,6 +116,7 @@ class Feed:
                 augment=self._augment,
                 skip=step,
                 rank=self._rank,
+                workers=self._workers,
                 **self._cut,
             )
             for order in orders
@@ -159,7 +168,7 @@ def placed(images: data.Images, place: str, device: torch.device) -> data.Images
     return images.to(device)
 
 
-def _extra_images(config: RunConfig, dataset: data.Data, device: torch.device) -> data.Extra | None:
+def _extra_images(config: RunConfig, dataset: data.Data) -> data.Extra | None:
     extra = config.data.extra
     if extra is None:
         return None
@@ -170,4 +179,4 @@ def _extra_images(config: RunConfig, dataset: data.Data, device: torch.device) -
         samples=extra.samples,
         seed=config.seed,
     )
-    return data.Extra(images=placed(images, config.data.place, device), fraction=extra.fraction)
+    return data.Extra(images=images, fraction=extra.fraction)

@@ -25,7 +25,8 @@ from robustflat.plugins import origin
 _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
 # What changes no weight of a run: where it is made, and how it is measured afterwards.
 FREE_TO_CHANGE = (
-    ("device",), ("data", "root"), ("data", "download"), ("data", "place"), ("output",),
+    ("device",), ("data", "root"), ("data", "download"), ("data", "place"), ("data", "workers"),
+    ("output",),
     ("evaluate",), ("flatness",),
     ("listeners",), ("monitor", "step_every"), ("monitor", "pictures_every"),
 )  # fmt: skip

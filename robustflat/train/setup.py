@@ -38,6 +38,7 @@ def load_data(config: RunConfig) -> data.Data:
         validation_samples=c.validation_samples,
         seed=config.seed,
         image_size=c.image_size,
+        resize=c.resize,
         cache=c.cache,
         noise=noise,
     )

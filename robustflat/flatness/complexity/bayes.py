@@ -182,6 +182,7 @@ def _sigma(
         saturated = low == math.log(LOWEST) or high == math.log(HIGHEST)
         return {"sigma": math.exp((low + high) / 2), "error": before, "saturated": saturated}
 
+    # By the number of directions: the bisection's every step is over all of them.
     found = subject.part(f"{name}/{options.samples}", compute)
     return Figure(value=found["sigma"] ** -2, details=found)
 
