@@ -75,6 +75,13 @@ class Landscape:
         """Whether every point is measured."""
         return self.measured == next(iter(self.losses.values())).size
 
+    @property
+    def lost(self) -> str:
+        """How many of its losses are not finite, "4 of 5"; "" if none."""
+        grids = np.concatenate([grid.ravel() for grid in self.losses.values()])
+        count = int(np.isnan(grids).sum())
+        return f"{count} of {len(grids)}" if count else ""
+
     def mean(self, quantity: Quantity = "losses") -> dict[str, Grid]:
         """The mean over the draws, by kind of loss: ``[A]`` or ``[A, B]``."""
         return {kind: grid.mean(axis=0) for kind, grid in getattr(self, quantity).items()}
