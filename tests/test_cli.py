@@ -473,12 +473,41 @@ def test_flatness_on_another_split_with_another_attack_at_several_radii(
     assert other["attack"] == repr(attack)
 
 
+def test_a_measure_of_one_s_own(run: Any, evaluated: RunFolder, monkeypatch: Any) -> None:
+    folder = evaluated.root.parent / "own"
+    folder.mkdir()
+    (folder / "own_measures.py").write_text(
+        "from robustflat.flatness import Passes, measure\n"
+        "@measure(cost=Passes(forward=2), uses=('steps',))\n"
+        "def count(subject, options, loss, name):\n"
+        '    """The number of images, times the steps."""\n'
+        "    return len(subject) * options.steps\n"
+    )
+    monkeypatch.chdir(folder)
+    name = "own_measures:count"
+    ran = run("flatness", evaluated.root, "--measure", name, "--samples", 12,
+              "--option", "steps=[2,5]")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "At most 4 forward-pass equivalents" in ran.err
+    found = json.loads(evaluated.flatness.read_text())["measurements"][-1]["measures"]
+    assert {key: figure["value"] for key, figure in found.items()} == {
+        f"{name} with steps=2": 24, f"{name} with steps=5": 60,
+    }  # fmt: skip
+    x, y = torch.rand(7, 1, 8, 8), torch.zeros(7).long()
+    model = open_subject(evaluated.root, device="cpu").network("last").model
+    assert rf.flatness(model, (x, y), [name], steps=3)[name].value == 21
+
+
 BAD_FLATNESS: dict[str, tuple[list[str], str]] = {
     "measure": (["--measure", "sharpnes"], "sharpnes"),
     "option": (["--option", "radiuss=1"], "radius"),
     "no option": (["--option", "radius"], "name=value"),
-    "bad option": (["--option", "radius=large"], "option"),
+    "bad option": (["--option", "radius=large"], "radius must be a number, got 'large'"),
     "negative option": (["--option", "radius=-1"], "radius"),
+    "attack as option": (["--option", "attack=pgd-20"], "--attack"),
+    "seed as option": (["--option", "seed=3"], "no option 'seed'"),
+    "idle option": (["--measure", "gradient_norm", "--option", "radius=0.3"], "nothing"),
+    "empty sweep": (["--option", "radius=[]"], "at least one"),
     "both": (["--checkpoint", "both"], "last"),
     "weights": (["--weights", "mean"], "average"),
     "split": (["--split", "held-out"], "train, validation, test"),

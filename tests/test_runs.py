@@ -330,6 +330,8 @@ DIFFERENT: list[tuple[Any, Any, str]] = [
     (flat(settings={"steps": 2, "seed": 0}), flat(settings={"steps": 9, "seed": 1}),
      "worst_robust [{}];steps 2;steps 9"),
     (flat(), flat(about={"attack": "pgd-50"}), "worst_robust [{}];of the measure;pgd-50"),
+    (flat(settings={"normalise_logits": False}), flat(settings={"normalise_logits": True}),
+     "worst_robust [{}];normalise logits False;normalise logits True"),
     (flat(), flat(about={"eps": 0.1}), "worst_robust [{}];linf 8/255;linf 0.1"),
     (flat(), flat(about={"checkpoint": "best"}), "worst_robust [{}];last;best"),
 ]  # fmt: skip

@@ -152,6 +152,8 @@ def flatness(
             error = figure["standard_error"]
             spread = "" if error is None else f" +- {error:.2g}"
             value = "not finite" if figure["value"] is None else f"{figure['value']:.4g}"
+            if figure["details"].get("converged") is False:
+                spread += f", not converged: residual {max(figure['details']['residuals']):.2g}"
             typer.echo(f"{subject.name}  {key:<24} {value}{spread}")
         typer.echo(f"written: {subject.home.flatness}")
 
