@@ -12,7 +12,7 @@ from torch import nn
 
 from robustflat import models
 from robustflat.config.values import read_number
-from robustflat.data import Data
+from robustflat.data import PACKAGED, Data
 from robustflat.errors import UserError
 from robustflat.models.loading import Statistics, file_kind
 
@@ -40,6 +40,12 @@ class Elsewhere:
     normalise: str | None = None
     trust: bool = False
 
+    def told(self) -> dict[str, Any]:
+        """What was said that a figure depends on, for its record."""
+        names = ("model", "model_option", "image_size", "normalise")
+        said = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in said.items() if value}
+
 
 def check(target: str, elsewhere: Elsewhere, threat: bool) -> None:
     """Refuse a target that is no model, or of which not enough was said; nothing is loaded.
@@ -53,6 +59,10 @@ def check(target: str, elsewhere: Elsewhere, threat: bool) -> None:
         UserError: Naming what is wrong or missing.
     """
     weights = _is_weights(target)
+    if Path(target).suffix in (".yaml", ".yml") and weights:
+        raise UserError(
+            f"{target} is a configuration, not a model: train it, and name the folder of its run."
+        )
     if weights and elsewhere.model is None:
         raise UserError(
             f"{target} holds weights, which need their model: name it with --model, such as "
@@ -66,6 +76,16 @@ def check(target: str, elsewhere: Elsewhere, threat: bool) -> None:
     if not weights and elsewhere.model is not None:
         raise UserError(
             f"--model names the model of a file of weights, and {target} is none: leave it out."
+        )
+    program = Path(target).is_file() and not weights
+    if program and elsewhere.model_option:
+        raise UserError(f"{target} is a program, which has no options: leave --model-option out.")
+    if elsewhere.trust and not program:
+        raise UserError(f"--trust is for programs, and {target} is none: leave it out.")
+    if elsewhere.root is not None and elsewhere.data in PACKAGED:
+        raise UserError(
+            f"The data set {elsewhere.data} comes with a package, not from a folder: leave --root "
+            "out."
         )
     missing = ["--data"] if elsewhere.data is None else []
     missing += [] if threat else ["--norm", "--eps"]

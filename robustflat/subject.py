@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from robustflat.config.schema import EvaluateConfig, FlatnessConfig
 from robustflat.data import Data, Images
 from robustflat.elsewhere import Elsewhere, check, make
 from robustflat.errors import UserError
+from robustflat.evaluate.record import fingerprint_of
 from robustflat.evaluate.threat import Threat
 from robustflat.train.checkpoint import load_checkpoint
 from robustflat.train.folder import RunFolder
@@ -45,6 +47,15 @@ class Network:
     epoch: int | None
     weights: str
 
+    def state(self) -> dict[str, Any]:
+        """Which network it is, for records; the model as the SHA-256 of its weights."""
+        return {
+            "checkpoint": self.checkpoint,
+            "epoch": self.epoch,
+            "weights": self.weights,
+            "model": fingerprint_of(self.model),
+        }
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
@@ -60,6 +71,7 @@ class Subject:
         flatness: Likewise.
         seed: That of the training.
         data: The name of the data set.
+        said: What was said of a model from elsewhere, and that its figures depend on.
         images: The data set, split; nothing is decoded before it is needed.
         restore: From the name of a checkpoint, and of weights in it, to the network.
     """
@@ -73,6 +85,7 @@ class Subject:
     flatness: FlatnessConfig
     seed: int
     data: str
+    said: Mapping[str, Any]
     images: Callable[[], Data]
     restore: Callable[[str, str], Network]
 
@@ -228,6 +241,7 @@ def _of_run(
         flatness=config.flatness,
         seed=config.seed,
         data=config.data.name,
+        said={},
         images=images,
         restore=lambda checkpoint, weights: _restored(
             files[checkpoint], config, images(), device, checkpoint, weights
@@ -309,6 +323,7 @@ def _of_model(
         flatness=FlatnessConfig(),
         seed=0,
         data=name,
+        said=elsewhere.told(),
         images=images,
         restore=lambda checkpoint, _: Network(
             model=make(target, elsewhere, images(), device),
@@ -320,6 +335,10 @@ def _of_model(
 
 
 def _home(output: Path) -> RunFolder:
+    if output.is_file() and output.suffix != ".json":
+        raise UserError(
+            f"--output {output} is a file: name a folder, or a file that ends in .json."
+        )
     home = RunFolder(output.with_suffix("") if output.suffix == ".json" else output)
     if output.suffix == ".json":
         home.evaluation = output

@@ -38,7 +38,7 @@ from pydantic_core import PydanticUndefined
 import robustflat as rf
 from robustflat import registry
 from robustflat.cli import app
-from robustflat.config.choice import Built, Choice, section
+from robustflat.config.choice import Built, Choice, choice_of, section
 from robustflat.config.schema import (
     AttackSection,
     ObjectiveSection,
@@ -325,7 +325,7 @@ def _sections(schema: type[BaseModel], at: str) -> Iterator[str]:
     yield _keys(schema, {})
     for key, field in schema.model_fields.items():
         path = f"{at}.{key}" if at else key
-        choice = _choice(field.annotation, field.metadata)
+        choice = choice_of(field, in_lists=True)
         if choice is not None:
             yield f"## {path}"
             yield from _choice_section(key, choice)
@@ -409,15 +409,6 @@ def _flow(value: Any) -> str:
         over = round(value * 255)
         return f"{over}/255" if 0 < value < 0.25 and value == over / 255 else f"{value:g}"
     return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
-
-
-def _choice(annotation: Any, metadata: list[Any]) -> Choice | None:
-    return next((m for m in _flat(annotation, metadata) if isinstance(m, Choice)), None)
-
-
-def _flat(annotation: Any, metadata: list[Any]) -> list[Any]:
-    inner = [m for a in get_args(annotation) for m in getattr(a, "__metadata__", ())]
-    return [*metadata, *inner]
 
 
 def _inside(annotation: Any) -> Iterator[type[BaseModel]]:

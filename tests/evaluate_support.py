@@ -28,15 +28,15 @@ def held_out(count: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _state() -> dict[str, Tensor]:
+def _state(steps: int | None) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _net()
         x, y = digits()
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
         attack = rf.pgd(eps=0.15, steps=3)
-        for _ in range(6):
-            for rows in torch.randperm(1500).split(64):
+        for _ in range(6 if steps is None else 1):
+            for rows in torch.randperm(1500).split(64)[:steps]:
                 x_adv = attack(model, x[rows], y[rows])
                 loss = F.cross_entropy(model(x_adv), y[rows])
                 optimizer.zero_grad()
@@ -57,10 +57,13 @@ def _net() -> nn.Sequential:
     )
 
 
-def trained() -> nn.Sequential:
-    """A small network with BatchNorm, adversarially trained on digits; in eval mode."""
+def trained(steps: int | None = None) -> nn.Sequential:
+    """A small network with BatchNorm, adversarially trained on digits; in eval mode.
+
+    For six epochs, or only so many steps.
+    """
     model = _net()
-    model.load_state_dict(_state())
+    model.load_state_dict(_state(steps))
     return model.eval()
 
 

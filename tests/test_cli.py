@@ -358,6 +358,7 @@ BAD_EVALUATE: dict[str, tuple[list[str], str]] = {
     "negative samples": (["--samples=-3"], "samples"),
     "seed": (["--seed=-1"], "eed"),
     "device": (["--device", "cuda:63"], "cuda:63"),
+    "second target": ([".", "--attack", "pgd-1"], "not the folder of a run"),
 }
 
 
@@ -553,7 +554,8 @@ def test_runs_that_cannot_be_compared(
         (("--json", "x.json"), "--format json --output x.json"),
         (("--output", "x"), "--output needs a --format"),
         (("--format", "xls"), "got 'xls'"),
-        (("--format", "md", "--digits", "0"), "--digits must be"),
+        (("--format", "md", "--digits", "0"), "--digits"),
+        (("--digits", "0"), "--digits"),
         (("--sort", "speed"), "names no figure"),
     ):
         assert said in refused("compare", evaluated.root, *wrong)

@@ -19,6 +19,7 @@ import torch
 import typer
 import yaml
 from torch import nn
+from train_support import trained
 
 import robustflat as rf
 from robustflat import registry
@@ -118,7 +119,10 @@ NEEDS = {"lightning": "import lightning", "timm": "import timm", "ddp": "Distrib
     ),
 )
 @pytest.mark.filterwarnings("ignore:::lightning", "ignore:::timm", "ignore:::pytorch_lightning")
-def test_snippets_run(text: str, tmp_path: Path) -> None:
+def test_snippets_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r'load_run\("runs/(\S+)"\)', text):
+        trained(tmp_path / "runs", name=name)
     for package in ("lightning", "timm"):
         if NEEDS[package] in text:
             pytest.importorskip(package, reason=f"the snippet of {package} needs {package}")

@@ -57,7 +57,9 @@ def test_a_factory_of_ones_own_as_robustbench_models_are(tmp_path, monkeypatch):
     (tmp_path / "mymodels.py").write_text(
         "from torch import nn\n"
         "def zoo(num_classes):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+        "    net = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+        "    nn.init.eye_(net[1].weight), nn.init.zeros_(net[1].bias)\n"
+        "    return net\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     model = load_model("mymodels:zoo", num_classes=10, normalise="none")

@@ -401,3 +401,10 @@ def test_a_graph_of_the_gradient_serves_ten_probes():
     passes = flatness(model, data, ["hessian_trace"], probes=25)["hessian_trace"].details["passes"]
     assert (passes["gradient"], passes["hvp"]) == pytest.approx((3, 25))
     assert passes["units"] == pytest.approx(3 * 3 + 25 * 6)
+
+
+def test_the_squared_norm_of_the_bound_is_summed_in_double_precision():
+    model, data = mlp(), examples(5, (6,), 4)
+    exact = sum(float(p.detach().square().sum()) for p in model.parameters())
+    found = flatness(model, data, ["pac_bayes"], steps=1)["pac_bayes"]
+    assert found.details["squared_norm"] == pytest.approx(exact, rel=1e-13)

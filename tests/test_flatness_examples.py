@@ -5,6 +5,7 @@ import torch
 from flatness_models import examples, mlp
 from torch.utils.data import DataLoader, TensorDataset
 
+import robustflat as rf
 from robustflat.data import mixed
 from robustflat.flatness import flatness
 from robustflat.flatness.closure import Closure
@@ -96,3 +97,16 @@ def test_random_tensors_are_drawn_on_the_cpu_whatever_the_device_and_memory_form
         assert {d.type for d in asked} == {"cpu"}
         assert {t.device.type for t in there} == {"meta"}
     assert set(torch.cat([t.flatten() for t in subject.draw(signs, like)]).tolist()) == {-1.0, 1.0}
+
+
+def test_soft_labels_are_probabilities_and_images_outside_of_the_box_are_told(caplog):
+    x, y = torch.rand(6, 3), torch.full((6, 4), 0.25)
+    assert torch.equal(read_examples((x, y))[1], y)
+    assert not caplog.records
+    for wrong in (y * 3, y + torch.tensor([-0.5, 0.5, 0, 0])):
+        with pytest.raises(rf.UserError, match="Soft labels must be probabilities"):
+            read_examples((x, wrong))
+    for outside in (x * 255, x - 1):
+        caplog.clear()
+        read_examples((outside, y))
+        assert "The images are in [" in caplog.text

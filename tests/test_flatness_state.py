@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -258,6 +259,70 @@ def test_a_store_serves_several_measurements_and_never_one_anothers_values(tmp_p
         with pytest.raises(rf.UserError, match="does not hold the parts"):
             flatness(**common, store=store)
         assert store.read_text() == other
+
+
+@pytest.mark.parametrize("name", ["pac_bayes_sigma", "pac_bayes_magnitude"])
+def test_a_store_knows_over_how_many_directions_a_noise_was_sought(tmp_path, name):
+    model, (x, _), store = mlp(), examples(40, (6,), 4), tmp_path / "parts.jsonl"
+    data, values = (x, model(x).argmax(1)), []
+    for samples in (1, 12, 1):
+        kept = flatness(model, data, [name], samples=samples, store=store)[name].value
+        assert kept == flatness(model, data, [name], samples=samples)[name].value
+        values.append(kept)
+    assert values[0] == values[2] != values[1]
+
+
+class Shaped(torch.nn.Module):
+    """Of equal weights, whatever its code."""
+
+    def __init__(self, shape) -> None:
+        super().__init__()
+        self.inner, self.shape = mlp(), shape
+
+    def forward(self, x):
+        return self.inner[3](self.shape(self.inner[1](x)))
+
+
+def test_a_network_is_its_weights_and_its_function(tmp_path):
+    data, store = examples(9, (6,), 4), tmp_path / "parts.jsonl"
+    shapes = [torch.relu, torch.nn.functional.softplus, lambda z: torch.relu(z) * (1 + 1e-12)]
+    found, drawn = [], []
+    for shape in shapes:
+        model = Shaped(shape)
+        figure = flatness(model, data, ["worst_clean"], store=store)["worst_clean"]
+        found.append(figure)
+        ask = {"losses": ["clean"], "points": 3}
+        drawn.append(landscape(model, data, store=tmp_path, **ask))
+        assert drawn[-1].losses["clean"] == pytest.approx(
+            landscape(model, data, **ask).losses["clean"], rel=1e-9
+        )
+    alone = [flatness(Shaped(s), data, ["worst_clean"])["worst_clean"].value for s in shapes]
+    assert found[0].value == alone[0]
+    assert found[1].value == alone[1] != alone[0]
+    # As from another number of threads: the same network, whose parts are there.
+    assert found[2].value == alone[0]
+    assert found[2].details["passes"]["units"] == 0
+    assert (
+        flatness(Shaped(shapes[1]), data, ["worst_clean"], store=store)["worst_clean"].details[
+            "passes"
+        ]["units"]
+        == 0
+    )
+    # The landscape of the other network took the place of the first.
+    assert [len(list(tmp_path.glob("line-*.json"))), drawn[2].measured] == [1, 3]
+
+
+@pytest.mark.parametrize("loss", ["clean", "robust", "robust_fixed"])
+def test_where_the_loss_overflows_the_worst_direction_is_not_finite(tmp_path, loss):
+    model, data = mlp((6, 8, 8, 8, 4), relu=True).float(), examples(7, (6,), 4)
+    ask = {"measures": [f"worst_{loss}"], "radius": 1e14, "m": 3, "store": tmp_path / "parts"}
+    for _ in range(2):
+        figure = flatness(model, data, **ask)[f"worst_{loss}"]
+        assert figure.value == float("inf")
+        assert figure.to_dict()["value"] is None
+    assert math.isfinite(flatness(model, data, **{**ask, "radius": 10.0})[f"worst_{loss}"].value)
+    with pytest.raises(rf.UserError, match=r"lengths overflow torch.float32 .* radius 1e\+38"):
+        flatness(model, data, **{**ask, "radius": 1e38})
 
 
 def test_a_sharpness_that_is_not_finite_is_a_figure_and_is_resumed(tmp_path):

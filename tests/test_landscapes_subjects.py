@@ -180,3 +180,33 @@ def test_a_model_from_elsewhere_is_drawn_as_the_run_that_it_came_from(
 )
 def test_what_cannot_be_drawn_is_a_sentence(draw: Any, arguments: list[str], sentence: str) -> None:
     assert sentence in draw(*arguments, code=2)
+
+
+def test_what_cannot_be_drawn_is_said_first_and_what_is_not_finite_afterwards(
+    draw: Any, place: Path, tmp_path: Path
+) -> None:
+    assert "b is named more than once" in draw("a", "b", "b", "--between", code=2)
+    kept = len(list(RunFolder(place / "a").landscapes.glob("*.json")))
+    ask = ["a", "--loss", "clean", "--output"]
+    said = draw(*ask, tmp_path / "l.foo", "--seed", 77, code=2)
+    assert "no ending of a picture" in said
+    assert len(list(RunFolder(place / "a").landscapes.glob("*.json"))) == kept
+    assert "a: 2 of 3 losses are not finite" in draw(*ask, tmp_path / "l.png", "--span", "1e20")
+    assert "not finite" not in draw(*ask, tmp_path / "m.png")
+
+
+def test_a_record_tells_how_many_images_were_measured(place: Path) -> None:
+    from robustflat.runs.flatness import measure_subject
+
+    subject = open_subject(place / "a", device="cpu")
+    names = ["andriushchenko2023_average", "gradient_norm"]
+    for ask, number, ending in (
+        ({"samples": 40}, 40, " with examples=40, samples=1"),
+        ({"options": {"examples": 20}}, 20, " with examples=20, samples=1"),
+    ):
+        options = {"samples": 1, **ask.pop("options", {})}
+        found = measure_subject(subject, names, **ask, options=options)
+        assert found["samples"] == number
+        assert set(found["measures"]) == {names[0] + ending, names[1]}
+        for figure in found["measures"].values():
+            assert figure["details"]["examples"] == number

@@ -142,7 +142,7 @@ def flatness(scale: float = 1.0) -> dict[str, Any]:
     details = {"loss": "clean", "ball": "tensor", "weight_norm": "l2", "radius": 0.1}
     one = {
         "kind": "flatness", "checkpoint": "last", "epoch": 6, "weights": "raw", "samples": 60,
-        "norm": "linf", "eps": 0.1,
+        "norm": "linf", "eps": 0.1, "data": "digits", "split": "train", "attack": None,
         "measures": {
             "average_clean": {
                 "value": 0.0271 * scale, "standard_error": 0.0011, "details": details,
@@ -770,8 +770,8 @@ def test_warnings_come_before_the_figures_each_once(tmp_path: Path) -> None:
     assert said[0] == "a, best checkpoint; b, best checkpoint: Zero gradients."
     assert sum("Zero gradients" in sentence for sentence in said) == 1
     for words in (
-        "the threat differs (a: linf 8/255; b: linf 0.5): ",
-        "the fingerprint differs (a: fingerprint aa-bb; b: fingerprint cc-bb): clean, ",
+        "Not of the same threat (a: linf 8/255; b: linf 0.5), so not to be compared: ",
+        "Not of the same fingerprint (a: fingerprint aa-bb; b: fingerprint cc-bb), so not to ",
     ):
         assert any(words in sentence for sentence in said), words
 

@@ -19,7 +19,7 @@ from robustflat.errors import UserError
 from robustflat.evaluate.shown import Shown
 from robustflat.report.tables import Comparison
 from robustflat.runs import records
-from robustflat.runs.comparison import Cell, columns, compare, method_of
+from robustflat.runs.comparison import Cell, columns, compare, limits, method_of
 from robustflat.runs.description import describe
 from robustflat.runs.evaluation import Wanted, evaluate_subject
 from robustflat.runs.flatness import measure_subject
@@ -276,7 +276,8 @@ def flat(name: str = "worst_robust", value: float = 0.25, about: Any = None, **d
     details = {"loss": name.split("_")[1], "ball": "tensor", "radius": 0.1, **details}
     measure = {"value": value, "standard_error": 0.05, "details": details}
     measures = {name: measure, "none": {"value": None, "standard_error": None}}
-    return {"kind": "flatness", **COMMON, "samples": 100, **(about or {}), "measures": measures}
+    common = {**COMMON, "split": "train", "samples": 100, "attack": None}
+    return {"kind": "flatness", **common, **(about or {}), "measures": measures}
 
 
 def test_rows_say_what_the_files_say(tmp_path: Path) -> None:
@@ -296,10 +297,10 @@ def test_rows_say_what_the_files_say(tmp_path: Path) -> None:
     assert (cells["loss gap"].value, cells["loss gap"].share) == (0.4, False)
     low, high = pytest.approx(0.2), pytest.approx(0.3)
     assert cells["worst_robust"] == Cell(0.25, low, high, False, "worst_robust")
-    assert "none" not in cells
-    assert set(rows[1].cells) == {"worst_robust"}
+    assert cells["none"].value is None, "it was measured, and is not finite"
+    assert set(rows[1].cells) == {"worst_robust", "none"}
     assert columns(rows) == ["clean", "pgd-20", "AutoAttack", "worst case", "robust gap",
-                             "loss gap", "best - last", "worst_robust"]  # fmt: skip
+                             "loss gap", "best - last", "worst_robust", "none"]  # fmt: skip
     console = Console(width=200, record=True, quiet=False, file=io.StringIO())
     console.print(Comparison(rows))
     text = console.export_text()
@@ -322,7 +323,14 @@ DIFFERENT: list[tuple[Any, Any, str]] = [
     (gauged(), gauged(attack="pgd-50"), "robust gap [{}];pgd-20;pgd-50"),
     (overfitted(), overfitted(eps=0.1), "best - last [{}];linf 8/255;linf 0.1"),
     (flat(), flat(radius=0.2), "worst_robust [{}];radius 0.1;radius 0.2"),
-    (flat(), flat(about={"samples": 7}), "worst_robust [{}];100 images;7 images"),
+    (flat(), flat(about={"samples": 7}), "worst_robust [{} train images of digits];100;7"),
+    (flat(), flat(about={"split": "test"}),
+     "worst_robust [100 {} images of digits];train;test"),
+    (flat(), flat(about={"data": "mnist5k"}),
+     "worst_robust [100 train images of {}];digits;mnist5k"),
+    (flat(settings={"steps": 2, "seed": 0}), flat(settings={"steps": 9, "seed": 1}),
+     "worst_robust [{}];steps 2;steps 9"),
+    (flat(), flat(about={"attack": "pgd-50"}), "worst_robust [{}];of the measure;pgd-50"),
     (flat(), flat(about={"eps": 0.1}), "worst_robust [{}];linf 8/255;linf 0.1"),
     (flat(), flat(about={"checkpoint": "best"}), "worst_robust [{}];last;best"),
 ]  # fmt: skip
@@ -340,6 +348,33 @@ def test_figures_of_different_circumstances_share_no_column(
     # Within one run nothing is lost either.
     (row,) = compare([made(tmp_path / "both", one, two)])
     assert {pattern.format(words) for words in said} <= set(row.cells)
+
+
+def test_limits_are_said_of_what_shares_no_column_and_only_of_that(tmp_path: Path) -> None:
+    both = made(tmp_path / "both", attacked(), attacked(count=100), gauged())
+    few = made(tmp_path / "few", attacked(count=100), gauged())
+    none = made(tmp_path / "none", gauged(), flat())
+    assert limits([both, few]) == [], "they have a column of 100 images each"
+    assert limits([both, none]) == [], "what was not measured is no other circumstance"
+    other = made(tmp_path / "other", attacked(count=7, eps=0.1))
+    said = limits([few, other, both])
+    images = "few: 100 images of digits; other: 7 images of digits; both: 360 images of digits and "
+    images += "100 images of digits"
+    figures = "clean, pgd-20, AutoAttack, worst case"
+    threats = "few: linf 8/255; other: linf 0.1; both: linf 8/255"
+    beside = "so not to be compared"
+    assert said == [
+        f"Not of the same images ({images}), {beside}: {figures}.",
+        f"Not of the same threat ({threats}), {beside}: pgd-20, AutoAttack, worst case.",
+    ]
+
+
+def test_images_of_one_number_are_told_apart_by_a_mark(tmp_path: Path) -> None:
+    one, two = attacked(), attacked()
+    two["result"]["settings"] = {"labels": "ffffff0000"}
+    rows = compare([made(tmp_path / "one", one), made(tmp_path / "two", two)])
+    assert "clean [fingerprint -abcdef]" in rows[0].cells
+    assert "clean [fingerprint -ffffff]" in rows[1].cells
 
 
 def test_what_does_not_concern_a_figure_does_not_part_it(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from robustflat import models
 from robustflat.cli import app, main
 from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
-from robustflat.evaluate import Team
+from robustflat.evaluate import Team, doubts
 from robustflat.files import update_json
+from robustflat.runs.comparison import compare
 from robustflat.runs.evaluation import Wanted, evaluate_subject
 from robustflat.runs.flatness import measure_subject
 from robustflat.runs.records import evaluation_of, read
 from robustflat.subject import open_subject
+from robustflat.train.folder import RunFolder
 
 FACTORY = """
 import torch
@@ -40,6 +43,10 @@ def make(num_classes, file):
     net = models.build("mlp", num_classes=num_classes, in_channels=1, mean=(0.0,), std=(1.0,),
                        image_size=(8, 8), options={"hidden": [16]}).net
     net.load_state_dict(torch.load(file))
+    return net
+def takes_nothing(**options):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity())
+    net.said = options
     return net
 def bare(num_classes):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
@@ -78,11 +85,14 @@ SAID = ["--data", "digits", "--norm", "linf", "--eps", "0.1"]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path) -> Any:
     shorten(monkeypatch)
+    # Checks that have tests of their own, and cost more than all that is tried here.
+    monkeypatch.setattr(doubts, "probes", lambda *a, **k: [])
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(str(place))
 
     def call(kind: str, *arguments: Any) -> tuple[int, str]:
-        given = [*KINDS[kind], *(SAID if kind != "run" else []), "--device", "cpu"]
+        given = KINDS.get(kind, [str(kind)])
+        given = [*given, *(SAID if kind in MODELS else []), "--device", "cpu"]
         given += map(str, arguments)
         monkeypatch.setattr(sys, "argv", ["robustflat", "evaluate", *given])
         with pytest.raises(SystemExit) as ended:
@@ -132,87 +142,198 @@ def test_models_stand_beside_runs(
     assert "program" in said
 
 
-# An option, and for every kind of subject a test of its effect or words of its refusal.
-EFFECTS: dict[str, tuple[list[str], Any]] = {
-    "samples": (["--samples", "12"], lambda one: one["result"]["count"] == 12),
-    "attack": (["--attack", "pgd-1"], lambda one: list(one["result"]["attacks"]) == ["pgd-1"]),
-    "seed": (["--seed", "3"], lambda one: one["seed"] == 3),
-    "precision": (
-        ["--precision", "bf16"],
-        lambda one: list(one["result"]["attacks"]) == ["pgd-2@bf16"],
-    ),
-    "threat": (
-        ["--norm", "l2", "--eps", "1/2"],
-        lambda one: (one["norm"], one["eps"]) == ("l2", 0.5),
-    ),
-    "component": (["--attack", "apgd-ce"], lambda one: "apgd-ce" in one["result"]["suites"]),
-}
-REFUSED_BY_MODELS = {
-    "checkpoint": (["--checkpoint", "best"], "leave --checkpoint and --weights out"),
-    "weights": (["--weights", "raw"], "leave --checkpoint and --weights out"),
-}
-REFUSED_BY_ALL = {
-    "norm alone": (["--norm", "l2"], "both, or neither"),
-    "shard": (["--shard", "3/2"], "i from 1 to n"),
-    "merge": (["--merge"], "no shards"),
-    "samples": (["--samples", "0"], "samples must be at least 1"),
-    "attack": (["--attack", "pdg-20"], "Did you mean pgd-20"),
-    "device": (["--device", "cuda:63"], "cuda:63"),
-}
+# --- every option of evaluate, for every kind of subject: its effect, or words of its refusal
+
+FILES = ("weights", "net")
+MODELS = (*FILES, "program", "factory")
+ALL = ("run", *MODELS)
+Found = Callable[[dict[str, Any]], bool]
+# Of a call the option, the kinds of subject, what is said, and what must hold of the measurement of
+# the test images, or words of the sentence that refuses it.
+TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
+    ("attack", ALL, ["--attack", "fgsm"], lambda one: list(one["result"]["attacks"]) == ["fgsm"]),
+    ("attack", ALL, ["--attack", "apgd-ce"], lambda one: "apgd-ce" in one["result"]["suites"]),
+    ("attack", ALL, ["--attack", "pdg-20"], "Did you mean pgd-20"),
+    ("attack", ALL, ["--attack", "pgd-0"], "no step is no attack"),
+    ("checkpoint", ["run"], ["--checkpoint", "last"], lambda one: one["checkpoint"] == "last"),
+    ("checkpoint", MODELS, ["--checkpoint", "best"], "leave --checkpoint and --weights out"),
+    ("weights", ["run"], ["--weights", "raw"], lambda one: one["weights"] == "raw"),
+    ("weights", MODELS, ["--weights", "raw"], "leave --checkpoint and --weights out"),
+    ("samples", ALL, ["--samples", 12], lambda one: one["result"]["count"] == 12),
+    ("samples", ALL, ["--samples", 0], "samples must be at least 1"),
+    ("samples", ALL, ["--samples", 3000], "Asked for 3000 samples of"),
+    ("no_gap", ALL, [], lambda one: True),
+    ("no_gap", ALL, ["--gap-samples", 3], "contradict each other"),
+    ("precision", ALL, ["--precision", "bf16"],
+     lambda one: list(one["result"]["attacks"]) == ["pgd-2@bf16"]),
+    ("precision", ALL, ["--precision", "fp16"], "fp32, bf16"),
+    ("seed", ALL, ["--seed", 3], lambda one: one["seed"] == 3),
+    ("seed", ALL, ["--seed", 10**30], "below 2^63"),
+    ("norm", ALL, ["--norm", "l2", "--eps", "1/2"],
+     lambda one: (one["norm"], one["eps"]) == ("l2", 0.5)),
+    ("norm", ["run"], ["--norm", "l2"], "both, or neither"),
+    ("eps", ["run"], ["--eps", "1"], "both, or neither"),
+    ("eps", ALL, ["--eps", "nan"], "--eps"),
+    ("device", ALL, ["--device", "cuda:63"], "cuda:63"),
+    ("device", ALL, ["--device", "cpu"], lambda one: one["device"] == "cpu"),
+    ("shard", ALL, ["--shard", "3/2"], "i from 1 to n"),
+    ("merge", ALL, ["--merge"], "There are no shards"),
+    ("merge", ALL, ["--merge", "--shard", "1/2"], "leave --shard out"),
+    ("model", ["run"], ["--model", "mlp"], "leave --model out"),
+    ("model", FILES, ["--model", "small_cnn"], "no option 'hidden'"),
+    ("model", ["program", "factory"], ["--model", "mlp"], "leave it out"),
+    ("model_option", ["run"], ["--model-option", "hidden=[8]"], "leave --model-option out"),
+    ("model_option", ["program"], ["--model-option", "hidden=[8]"], "leave --model-option out"),
+    ("model_option", FILES, ["--model-option", "hidden=[8]"], "do not fit the model"),
+    ("model_option", ["factory"], ["--model-option", "hiden=8"], "no option 'hiden'"),
+    ("model_option", [*FILES, "factory"], ["--model-option", "hidden"], "name=value"),
+    ("model_option", ["factory"], [],
+     lambda one: one["said"]["model_option"] == {"file": "net.pt"}),
+    ("normalise", ["run"], ["--normalise", "none"], "leave --normalise out"),
+    ("normalise", ["weights"], ["--normalise", "none"], "holds its own normalisation"),
+    ("normalise", ["net", "program", "factory"], ["--normalise", "9/0.01"],
+     lambda one: one["result"]["clean_accuracy"] < 0.3 and one["said"]["normalise"] == "9/0.01"),
+    ("normalise", ["net", "program", "factory"], ["--normalise", "much"], "--normalise must be"),
+    ("image_size", ["run"], ["--image-size", 8], "leave --image-size out"),
+    ("image_size", MODELS, ["--image-size", 8], "image_size is for image_folder"),
+    ("data", ["run"], ["--data", "digits"], "leave --data out"),
+    ("data", MODELS, ["--data", "digit"], "Did you mean digits"),
+    ("data", MODELS, ["--data", "digits"], lambda one: one["data"] == "digits"),
+    ("root", ["run"], ["--root", "data"], "leave --root out"),
+    ("root", MODELS, ["--root", "data"], "leave --root out"),
+    ("root", MODELS, ["--data", "mnist", "--root", "nowhere"], "is not in nowhere"),
+    ("trust", ["run"], ["--trust"], "leave --trust out"),
+    ("trust", ["program"], ["--no-trust"], "say so: trust=True, or --trust"),
+    ("trust", ["program"], [], lambda one: one["result"]["count"] == 30),
+    ("trust", [*FILES, "factory"], ["--trust"], "is for programs"),
+]  # fmt: skip
+# What has a test of its own, for every kind: shards joined, the gap, and the home.
+ALONE = {"targets": ALL, "shard": ALL, "merge": ALL, "gap_samples": ALL, "output": ALL}
+ALONE |= {"model": FILES, "model_option": FILES, "image_size": FILES, "root": FILES}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_option_has_its_effect_on_every_kind(run: Any, tmp_path: Path, kind: str) -> None:
-    base = ("--attack", "pgd-2", "--no-gap")
-    for option, (arguments, holds) in EFFECTS.items():
-        output = tmp_path / option
-        more = [] if option in ("attack", "component") else base[:2]
-        code, said = run(kind, *more, "--no-gap", "--output", output, *arguments)
-        assert code == 0, (option, said)
-        (one,) = attacked_in(output)
-        assert holds(one), option
-        assert (output / "evaluate.log").is_file()
-    for part in ("1/2", "2/2"):
-        code, said = run(kind, *base, "--samples", 30, "--output", tmp_path / "s", "--shard", part)
-        assert code == 0, said
-        assert not (tmp_path / "s" / "evaluation.json").exists()
-    assert run(kind, *base, "--samples", 30, "--output", tmp_path / "s", "--merge")[0] == 0
-    assert run(kind, *base, "--samples", 30, "--output", tmp_path / "w.json")[0] == 0
-    (whole,) = read(tmp_path / "w.json", "evaluate")
-    (joined,) = attacked_in(tmp_path / "s")
-    assert joined["result"]["clean_accuracy"] == whole["result"]["clean_accuracy"]
-    assert joined["result"]["count"] == 30
-    if kind != "run":
-        code, said = run(kind, *base[:2], "--gap-samples", 10, "--output", tmp_path / "g")
-        assert code == 0, said
-        assert [one["kind"] for one in read(tmp_path / "g" / "evaluation.json", "")] == [
-            "test",
-            "gap",
-        ]
+def test_the_table_is_complete() -> None:
+    command = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
+    tried = {(option, kind) for option, kinds, *_ in TABLE for kind in kinds}
+    tried |= {(option, kind) for option, kinds in ALONE.items() for kind in kinds}
+    assert tried == {(parameter.name, kind) for parameter in command.params for kind in ALL}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_does_not_fit_is_refused_and_nothing_is_written(
+@pytest.mark.parametrize("kind", ALL)
+def test_every_option_has_its_effect_or_is_refused(run: Any, tmp_path: Path, kind: str) -> None:
+    for i, (option, kinds, said, expected) in enumerate(TABLE):
+        if kind not in kinds:
+            continue
+        home = tmp_path / str(i)
+        attack = [] if option == "attack" else ["--attack", "pgd-2"]
+        code, text = run(kind, "--samples", 30, *attack, "--no-gap", "--output", home, *said)
+        if isinstance(expected, str):
+            assert code == 2, (said, text)
+            assert expected in text, (said, text)
+            assert not home.exists(), said
+        else:
+            assert code == 0, (said, text)
+            (one,) = read(home / "evaluation.json", "evaluate")
+            assert expected(one), said
+            assert one["kind"] == "test"
+            assert (home / "evaluate.log").is_file()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_shards_of_every_kind_are_joined_and_its_gap_is_measured(
     run: Any, tmp_path: Path, kind: str
 ) -> None:
-    refusals = dict(REFUSED_BY_ALL)
-    if kind == "run":
-        for option in ("--data", "--root", "--model", "--model-option", "--normalise"):
-            refusals[option] = ([option, "digits=1"], f"leave {option} out")
-        refusals["--trust"] = (["--trust"], "leave --trust out")
-        refusals.pop("norm alone")
-        refusals["norm alone"] = (["--norm", "l2"], "both, or neither")
-    else:
-        refusals |= REFUSED_BY_MODELS
-        refusals.pop("norm alone")
-        refusals["option"] = (["--model-option", "mean"], "name=value")
-    for option, (arguments, words) in refusals.items():
-        output = tmp_path / option.replace("/", "")
-        more = () if option == "attack" else ("--attack", "pgd-2")
-        code, said = run(kind, *more, "--no-gap", "--output", output, *arguments)
-        assert code == 2, (option, said)
-        assert words in said, option
-        assert not (output / "evaluation.json").exists()
+    base = ("--attack", "pgd-2", "--samples", 30)
+    for part in ("1/2", "2/2"):
+        code, said = run(kind, *base, "--no-gap", "--output", tmp_path / "s", "--shard", part)
+        assert code == 0, said
+        assert not (tmp_path / "s" / "evaluation.json").exists()
+    for attack, code in (("pgd-3", 2), ("pgd-2", 0)):
+        said = run(kind, *base, "--no-gap", "--output", tmp_path / "s", "--merge",
+                   *(("--attack", attack) if code else ()))  # fmt: skip
+        assert said[0] == code, said
+        assert not code or "attacked with pgd-2, not with pgd-3" in said[1]
+        if code:  # what was measured of the whole is not lost by joining
+            whole = run(kind, *base[2:], "--attack", "fgsm", "--no-gap", "--output", tmp_path / "s")
+            assert whole[0] == 0
+    assert run(kind, *base, "--gap-samples", 10, "--output", tmp_path / "w.json")[0] == 0
+    found = read(tmp_path / "w.json", "evaluate")
+    gaps = ["gap", "gap", "overfitting"] if kind == "run" else ["gap"]
+    assert [one["kind"] for one in found] == ["test", *gaps]
+    assert found[1]["result"]["counts"]["train"] == 10
+    (joined,) = read(tmp_path / "s" / "evaluation.json", "evaluate")
+    assert set(joined["result"]["suites"]) == {"pgd-2", "fgsm"}
+    assert joined["result"]["robust_accuracy"] <= joined["result"]["suites"]["pgd-2"]["accuracy"]
+    same = found[0]["result"]["settings"]["data"]
+    assert joined["result"]["settings"]["data"] == same, "they are the same images"
+    assert joined["result"]["clean_accuracy"] == found[0]["result"]["clean_accuracy"]
+    assert joined["result"]["count"] == 30
+    code, said = run(kind, *base, "--shard", "1/2", "--gap-samples", 3, "--output", tmp_path / "x")
+    assert code == 2
+    assert "A shard has no gap" in said
+
+
+def test_images_of_a_folder_are_brought_to_the_size_that_is_said(run: Any, tmp_path: Path) -> None:
+    """Images with a light half and a dark one, which says the class; the whole must be shrunk."""
+    for split in ("train", "test"):
+        for name, (left, right) in {"a": (255, 0), "b": (0, 255)}.items():
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(4):
+                image = Image.new("RGB", (24, 24), (left,) * 3)
+                image.paste((right,) * 3, (12, 0, 24, 24))
+                image.save(tmp_path / "images" / split / name / f"{i}.png")
+    net = models.build("mlp", num_classes=2, in_channels=3, mean=(0.0,) * 3, std=(1.0,) * 3,
+                       image_size=(8, 8), options={"hidden": [2]}).net  # fmt: skip
+    first, second = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        sides = torch.ones(3, 8, 8)
+        sides[:, :, 4:] = 0
+        first.weight.copy_(torch.stack([sides.flatten(), 1 - sides.flatten()]))
+        first.bias.zero_()
+        second.weight.copy_(torch.eye(2))
+        second.bias.zero_()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    given = ["--model", "mlp", "--model-option", "hidden=[2]", "--normalise", "none"]
+    given += ["--data", "image_folder", "--root", tmp_path / "images", "--norm", "linf"]
+    given += ["--eps", "1/255", "--attack", "fgsm"]
+    for size, code in ((8, 0), (6, 2), (None, 2)):
+        home = tmp_path / str(size)
+        more = [] if size is None else ["--image-size", size]
+        ended, said = run(tmp_path / "net.pt", *given, "--output", home, *more)
+        assert ended == code, said
+        if code == 0:
+            (one,) = read(home / "evaluation.json", "evaluate")
+            assert one["result"]["clean_accuracy"] == 1
+            assert one["said"]["image_size"] == 8
+
+
+def test_one_home_keeps_the_figures_of_different_models(run: Any, tmp_path: Path) -> None:
+    base = ("--attack", "pgd-1", "--samples", 20, "--no-gap", "--output", tmp_path)
+    for normalise in ("data", "none", "data"):
+        assert run("net", *base, "--normalise", normalise)[0] == 0
+    found = read(tmp_path / "evaluation.json", "evaluate")
+    assert [one["said"]["normalise"] for one in found] == ["none", "data"]
+    (row,) = compare([RunFolder(tmp_path)])
+    names = [name for name in row.cells if name.startswith("clean")]
+    assert len(names) == 2
+    assert all("normalise" in name for name in names)
+    newest = evaluation_of(found)
+    assert newest is not None
+    assert newest["checkpoints"]["given"]["model"] == found[-1]["model"]
+
+
+def test_a_home_that_is_a_file_and_a_configuration_are_told_as_such(
+    run: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "x.txt").write_text("mine")
+    for home, words in ((tmp_path / "x.txt", "is a file"), ("/proc/none/x", "could not be writ")):
+        code, said = run("weights", "--attack", "pgd-1", "--samples", 20, "--output", home)
+        assert code == 2
+        assert words in said
+    assert (tmp_path / "x.txt").read_text() == "mine"
+    code, said = run("a/config.yaml", *SAID, "--attack", "pgd-1")
+    assert code == 2
+    assert "is a configuration, not a model" in said
 
 
 @pytest.mark.parametrize(
@@ -242,7 +363,8 @@ def test_what_is_missing_is_said(
         ("timm:resnet18.a1_in1k", {}, "has no weights"),
         ("net.pt", {"model": "mlp", "model_option": {"hidden": [16]}},
          "--normalise none if it does"),
-        ("subject_factory:bare", {}, "--normalise none if it does"),
+        ("subject_factory:bare", {"normalise": "none"}, "draws weights at random"),
+        ("subject_factory:takes_nothing", {}, "--normalise none if it does"),
         ("program.ts", {"trust": True}, "--normalise none if it does"),
         ("program.ts", {"normalise": "none"}, "--trust"),
         ("net.pt", {"model": "mlp", "normalise": "1/2/3"}, "1 numbers each"),
@@ -250,8 +372,9 @@ def test_what_is_missing_is_said(
         ("net.pt", {"model": "mlp", "normalise": "none", "model_option": {"mean": 0}}, "no option"),
         ("whole.pt", {"model": "mlp", "normalise": "none", "model_option": {"hidden": [16]}},
          "holds its own"),
-        ("torchvision.models:resnet18", {"normalise": "none"}, None),
-        ("torchvision.models:resnet18", {"normalise": "none",
+        ("torchvision.models:resnet18", {"normalise": "none"}, "draws weights at random"),
+        ("subject_factory:takes_nothing", {"normalise": "none"}, None),
+        ("subject_factory:takes_nothing", {"normalise": "none",
           "model_option": {"num_classes": 10}}, None),
     ],
 )  # fmt: skip
@@ -264,8 +387,8 @@ def test_a_model_is_never_guessed(
         target, norm="linf", eps=0.1, device="cpu", elsewhere=Elsewhere(data="digits", **said)
     )
     if words is None:
-        classes = said.get("model_option", {}).get("num_classes", 1000)
-        assert subject.network().model.fc.out_features == classes
+        # Nothing is passed but what was said or a parameter names.
+        assert subject.network().model.said == said.get("model_option", {})
         return
     with pytest.raises(UserError, match=words):
         subject.network()
@@ -529,7 +652,7 @@ def test_a_sharded_evaluation_that_was_killed_goes_on_to_the_same_outcomes(
     name = "outcomes-1-of-2.json"
     assert not outcomes(tmp_path / "two", name)["attacks"][-1]["finished"]
     subject = open_subject(place / "a", norm="linf", eps=0.1, device="cpu", output=tmp_path / "two")
-    with pytest.raises(UserError, match="must be 1/1"):
+    with pytest.raises(UserError, match="missing: 2/2"):
         evaluate_subject(subject, Wanted(samples=24, merge=True))
     second = [evaluating(place / "a", tmp_path / "two", shard=f"{i}/2") for i in (1, 2)]
     for process in second:

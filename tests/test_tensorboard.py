@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from robustflat.report.monitor_figures import confusion, examples, line
 from robustflat.report.tensorboard import TensorBoard
 from robustflat.train import Listener, train
 from robustflat.train.folder import RunFolder
+from robustflat.train.monitor import Monitor
 from robustflat.train.pictures import Pictures
 
 ACCURACY, GAP = "1-robust/accuracy", "1-robust/accuracy_gap"
@@ -101,6 +103,16 @@ def test_resuming_replaces_the_points_after_it_in_every_place(tmp_path: Path) ->
     assert curve(tmp_path / "train", ACCURACY) == [(8, 1.0), (16, 0.5), (24, 0.5)]
 
 
+def test_a_file_is_never_of_the_second_of_an_earlier_one(tmp_path: Path) -> None:
+    second = int(time.time())
+    (tmp_path / f"events.out.tfevents.{second}.host.0.0").touch()
+    board = TensorBoard(tmp_path)
+    board.on_start(3, 8, 0)
+    board.on_end()
+    found = RunFolder(tmp_path).event_files()
+    assert max(int(path.name.split(".")[3]) for path in found) > second
+
+
 def test_points_after_a_resumption_go_even_where_none_comes_again(tmp_path: Path) -> None:
     for done in (0, 8):
         board = TensorBoard(tmp_path)
@@ -149,6 +161,17 @@ def test_a_run_says_what_its_metrics_say(run: RunFolder) -> None:
     )  # fmt: skip
 
 
+def test_best_minus_last_is_what_was_lost_since_the_best_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter((0.25, 0.75, 0.5))
+    monkeypatch.setattr(Monitor, "__call__", lambda *_: monitored(0.875, next(accuracies)))
+    folder, _ = train(config(tmp_path, train__epochs=3), listeners=lambda f: [TensorBoard(f.root)])
+    lost = [v for _, v in curve(folder.root, "1-robust/overfitting_best_minus_last")]
+    assert lost == [0.0, 0.0, 0.25]
+    assert [v for _, v in curve(folder.root, GAP)] == [0.625, 0.125, 0.375]
+
+
 def test_a_run_shows_its_double_perturbation(run: RunFolder) -> None:
     steps = [1, 3, 5, 7]  # every second of 2 epochs of 4 steps, counted from 1
     for tag in ("1-robust/rise_under_weights", "4-attack/share_broken", "5-optimisation/lr"):
@@ -186,18 +209,33 @@ def test_a_run_has_pictures_text_settings_and_a_layout(run: RunFolder) -> None:
     assert '"versions"' in environment
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert "gap" in layout.category[0].chart[1].title
+    shown = {c.title: list(c.multiline.tag) for c in layout.category[0].chart}
+    assert shown["Robust accuracy"] == [ACCURACY + "$"]
+    assert shown["Robust gap, train - validation"] == [GAP]
+    assert list(shown).index("Robust gap, train - validation") == 1
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     data = plugin_data_pb2.HParamsPluginData.FromString(content)
     said = data.session_start_info.hparams
-    assert said["weights.name"].string_value == "awp"
-    assert said["weights.gamma"].number_value == 0.02
+    assert said["1-method"].string_value == "AT + awp(gamma=0.02)"
+    assert said["2-radius"].number_value == 0.02
+    assert said["2-attack.eps"].number_value == 0.1
+    assert said["3-weights.gamma"].number_value == 0.02
+    assert said["3-weights.name"].string_value == "awp"
+    assert said["3-data.train_samples"].number_value == 60
+    # The five columns that are shown at first.
+    first = ["1-method", "2-attack.eps", "2-optimizer.lr", "2-radius", "2-seed"]
+    assert sorted(said)[:5] == first
+    assert data.session_start_info.group_name == "run"
     content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     metrics = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
     # Each of them is a curve of the run or of one of its splits, or comes with an attack.
     for metric in metrics:
         assert curve(run.root / metric.name.group, metric.name.tag)
-    assert metrics[0].display_name == "robust accuracy"
+    assert [(m.display_name, m.name.group, m.name.tag) for m in metrics[:3]] == [
+        ("robust accuracy", "validation", ACCURACY),
+        ("robust gap", "", GAP),
+        ("best - last", "", "1-robust/overfitting_best_minus_last"),
+    ]
 
 
 def pictures() -> Pictures:

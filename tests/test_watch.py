@@ -69,8 +69,45 @@ def test_successive_perturbations_are_compared() -> None:
     assert float(step(-1.0)["cosine/successive"]) == pytest.approx(-1)
     assert step(1.0, looks=False, keeps=False) == {}
     assert "cosine/successive" not in step(1.0, keeps=False)  # the step before kept nothing
+    assert "cosine/successive" not in step(1.0)
+    step(1.0, keeps=False)
     assert step(1.0, looks=False) == {}
     assert float(step(-1.0, keeps=False)["cosine/successive"]) == pytest.approx(-1)
+
+
+def test_the_first_perturbation_and_the_first_ascent_gradient_of_a_step_are_compared() -> None:
+    w, a, b = ([torch.tensor(v)] for v in ([3.0, 4.0], [1.0, 0.0], [0.0, 2.0]))
+    watch = rf.Watch()
+    for _ in range(2):
+        with watch.step():
+            for chunk in (a, b):  # as mSAM's chunks
+                watch.perturbed(["w"], w, chunk)
+    # Of the chunks of this step with the first one of the step before; sizes are means.
+    assert float(watch.values["cosine/successive"]) == 1.0
+    assert float(watch.values["perturbation"]) == pytest.approx((1 / 5 + 2 / 5) / 2)
+    model, h = quadratic()
+    with watch.step():
+        rf.sam(0.5, steps=3).backward(lambda: 0.5 * (h * model.weight**2).sum(), model)
+    assert float(watch.values["gradient_norm/ascent"]) == pytest.approx(math.sqrt(73))
+    assert float(watch.values["loss/centre"]) == 20.5
+
+
+def test_what_begins_elsewhere_does_not_see_the_centre() -> None:
+    watch = rf.Watch()
+    with watch.step():
+        watch.ascended(torch.tensor(2.0), [torch.tensor([3.0, 4.0])], at_centre=False)
+    assert {name: float(v) for name, v in watch.values.items()} == {"gradient_norm/ascent": 5.0}
+
+
+def test_layers_are_tensors_of_two_dimensions() -> None:
+    model = conv_bn(dtype=torch.float64)
+    x, y = images(8)
+    watch = rf.Watch()
+    with watch.step():
+        rf.sam(0.1).backward(lambda: F.cross_entropy(model(x), y), model)
+    layers = {name for name in watch.values if name.startswith("layers/")}
+    assert layers == {f"layers/{name}" for name, p in model.named_parameters() if p.ndim > 1}
+    assert any(p.ndim == 1 for p in model.parameters())
 
 
 def test_awp_shows_gamma_as_the_relative_size_of_every_matrix() -> None:
@@ -139,7 +176,7 @@ def test_the_attack_shows_its_losses_and_what_it_breaks() -> None:
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([[0.0], [4.0]]))
         model[1].bias.copy_(torch.tensor([0.0, -2.0]))
-    x = torch.tensor([0.9, 0.6, 0.45, 0.1]).view(4, 1, 1, 1)
+    x = torch.tensor([0.9, 0.6, 0.25, 0.1]).view(4, 1, 1, 1)
     y = torch.tensor([1, 1, 0, 0])
     step = TrainStep(
         attack=rf.pgd("linf", 0.2, 2, step_size=0.1, start="zero"),
@@ -150,8 +187,8 @@ def test_the_attack_shows_its_losses_and_what_it_breaks() -> None:
     with watch.step():
         step(model, [(x, y)], rf.no_perturbation())
     found = watch.values
-    # 0.6 -> 0.4 and 0.45 -> 0.65 are broken, the two others are not.
-    assert float(found["attack/broken"]) == 0.5
+    # 0.6 -> 0.4 is broken, the three others are not.
+    assert float(found["attack/broken"]) == 0.25
     sign = torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(4, 1, 1, 1)
     for k in (1, 2):
         expected = F.cross_entropy(model(x + 0.1 * (k - 1) * sign), y).detach()
@@ -159,7 +196,16 @@ def test_the_attack_shows_its_losses_and_what_it_breaks() -> None:
     assert "attack/loss/3" not in found
     with watch.step():
         step(model, [(x, F.one_hot(y, 2).float())], rf.no_perturbation())
-    assert float(watch.values["attack/broken"]) == 0.5
+    assert float(watch.values["attack/broken"]) == 0.25
+    # The first pass counts: weights perturbed as much as this break the others.
+    for weights in (rf.awp(3.0), rf.sam(30.0)):
+        with watch.step():
+            step(model, [(x, y)], weights)
+        assert float(watch.values["attack/broken"]) == 0.25
+        assert float(watch.values["rise"]) > 1
+    with watch.step(looks=False):
+        step(model, [(x, y)], rf.awp(3.0))
+    assert watch.values == {}
 
 
 @pytest.mark.parametrize("method", methods())
@@ -180,6 +226,28 @@ def test_watching_changes_no_bit(method: str) -> None:
                 step(model, batches, weights, generator)
         ends.append([t.clone() for t in (*model.parameters(), *model.buffers())])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_the_throughput_is_that_of_the_steps_since_the_last_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("robustflat.train.listeners.time.monotonic", lambda: now)
+    told = Told()
+    outbox = Outbox([told], CPU, 8)
+    looked = ("a",), torch.tensor([1.0])
+    outbox.post(0, 0)
+    outbox.post(0, 1)
+    now = 102.0
+    outbox.post(0, 2, looked)  # 3 steps of 8 images in 2 s
+    now = 106.0
+    outbox.post(0, 3, looked)  # one in 4 s
+    now = 200.0
+    outbox.restart_clock()
+    now = 201.0
+    outbox.post(1, 0, looked)
+    speeds = [v["images_per_second"] for *_, v in told.steps if v]
+    assert speeds == pytest.approx([12.0, 2.0, 8.0])
 
 
 class Told(Listener):

@@ -200,7 +200,7 @@ def landscape(
     """
     from robustflat.evaluate import Team
     from robustflat.landscapes.subjects import Sight, draw_between, draw_subject
-    from robustflat.report.landscape_picture import save_picture
+    from robustflat.report.landscape_picture import check_ending, save_picture
     from robustflat.report.progress import Counter
     from robustflat.subject import distinct_names
 
@@ -213,6 +213,8 @@ def landscape(
             "--between draws the line through two, or the plane through three: leave --dimensions, "
             "--directions, --direction-loss, --draws, --span and --parameters out."
         )
+    if output.suffix != ".html":
+        check_ending(output)
     opened = subjects()
     team = Team.of_torchrun()
     if team.is_first:
@@ -241,4 +243,10 @@ def landscape(
             write_landscapes(found, output)
         else:
             save_picture(found, output)
+        for name, drawn in found.items():
+            if lost := drawn.lost:
+                typer.echo(
+                    f"{name + ': ' if name else ''}{lost} losses are not finite there and are not "
+                    "drawn. Take a smaller --span."
+                )
         typer.echo(f"written: {output}")

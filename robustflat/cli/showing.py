@@ -33,7 +33,9 @@ def compare(
         str | None, typer.Option(help="A figure, largest first; --sort=-NAME: smallest first.")
     ] = None,
     form: Annotated[str, typer.Option("--format", help="text, md, csv, latex or json.")] = "text",
-    digits: Annotated[int, typer.Option(help="Significant digits, in text, md and latex.")] = 3,
+    digits: Annotated[
+        int, typer.Option(min=1, max=15, help="Significant digits, in text, md and latex.")
+    ] = 3,
     output: Annotated[Path | None, typer.Option(help="Write the table to a file.")] = None,
     json: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:

@@ -20,6 +20,7 @@ from typing import (
 )
 
 from pydantic import BaseModel, GetCoreSchemaHandler, create_model, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 from torch import Tensor
 from typing_extensions import Self
@@ -190,17 +191,19 @@ def choices(
 ) -> Iterator[tuple[tuple[str, ...], Choice]]:
     """The key paths of a schema at which a :class:`Choice` stands, and which."""
     for key, field in schema.model_fields.items():
-        found = [m for m in _flat(field.annotation, field.metadata) if isinstance(m, Choice)]
-        if found:
-            yield (*at, key), found[0]
+        found = choice_of(field)
+        if found is not None:
+            yield (*at, key), found
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from choices(field.annotation, (*at, key))
 
 
-def _flat(annotation: Any, metadata: list[Any]) -> list[Any]:
-    """The metadata of an annotation, of an optional one too; not of those in lists."""
-    optional = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
-    return metadata + [m for a in optional for m in getattr(a, "__metadata__", ())]
+def choice_of(field: FieldInfo, *, in_lists: bool = False) -> Choice | None:
+    """The choice that a field takes, where it is optional too; ``in_lists``: or a list of."""
+    optional = get_origin(field.annotation) in (Union, types.UnionType)
+    inner = get_args(field.annotation) if optional or in_lists else ()
+    found = field.metadata + [m for a in inner for m in getattr(a, "__metadata__", ())]
+    return next((m for m in found if isinstance(m, Choice)), None)
 
 
 def plugins(value: Section, at: tuple[str, ...] = ()) -> dict[str, str]:

@@ -11,12 +11,14 @@ from robustflat.data.mix import cutmix, mixup
 from robustflat.data.noise import LabelNoise
 from robustflat.data.seeding import generator_for
 from robustflat.data.shards import ShardImages, StoredArray
+from robustflat.data.sources import PACKAGED
 from robustflat.data.split import balanced, mixed, proportional
 from robustflat.data.workers import usual_workers
 
 __all__ = [
     "DESCRIPTIONS",
     "NAMES",
+    "PACKAGED",
     "Augment",
     "Data",
     "Extra",

@@ -129,10 +129,12 @@ def _trouble(
         )
     return (
         f"The data set {name} is not in {root}. Set data.download: true to fetch it, or set "
-        f"data.root to the folder that holds {Path(place).relative_to(root)}."
+        f"data.root (of a model, --root) to the folder that holds {Path(place).relative_to(root)}."
     )
 
 
+# Their images come with a package, whatever the root.
+PACKAGED = ("digits", "mnist5k")
 SOURCES: dict[str, Callable[[Path, bool], Source]] = {
     "digits": digits,
     "mnist5k": mnist5k,

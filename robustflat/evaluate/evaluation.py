@@ -252,8 +252,11 @@ def _check(model: nn.Module, batch_size: int, precision: str, seed: int, sanity:
         ("seed", seed, 0),
         ("sanity", sanity, 0),
     ):
-        if not isinstance(value, int) or value < least:
-            raise UserError(f"{name} must be a whole number >= {least}, got {value!r}.")
+        # Generators take 64 bits.
+        if not isinstance(value, int) or not least <= value < 2**63:
+            raise UserError(
+                f"{name} must be a whole number >= {least} and below 2^63, got {value!r}."
+            )
 
 
 def _cost(attacks: Sequence[Attack], count: int) -> str:
@@ -294,14 +297,37 @@ def _clean(
                 f"{int(positions[bad.nonzero()[0]])}), without any attack. It has diverged, or its "
                 "weights are damaged."
             )
-        prints = [_fingerprint(image) for image in images]
-        return logits.shape[1], right(logits, labels.to(device)).cpu(), prints
+        return logits.shape[1], right(logits, labels.to(device)).cpu(), _prints(images)
 
     found = [result for results in team.each(one, range(len(parts))) for result in results]
-    # Image by image, so that it does not depend on the size of the batches.
-    joined = "".join(text for _, _, prints in found for text in prints)
-    digest = _fingerprint(torch.tensor(list(joined.encode()), dtype=torch.uint8))
+    digest = _joined([prints for _, _, prints in found])
     return found[0][0], torch.cat([correct for _, correct, _ in found]), digest
+
+
+def fingerprint_of_images(data: Examples, batch_size: int) -> str:
+    """SHA-256 of all images, as an evaluation of them keeps it."""
+    parts = torch.arange(len(data)).split(batch_size)
+    return _joined([_prints(data.images(positions)) for positions in parts])
+
+
+def _prints(images: Tensor) -> list[str]:
+    """Image by image, so that batches of other sizes have the same."""
+    return [_fingerprint(image) for image in images]
+
+
+def _joined(prints: Sequence[Sequence[str]]) -> str:
+    joined = "".join(text for batch in prints for text in batch)
+    return _fingerprint(torch.tensor(list(joined.encode()), dtype=torch.uint8))
+
+
+def classes_of(model: nn.Module, data: Examples, device: torch.device) -> int:
+    """The number of classes, from the logits of the first image: that can be had before any work.
+
+    Raises:
+        UserError: If the model cannot classify it.
+    """
+    with held(model, device):
+        return _logits(Plain(model), data.images(torch.tensor([0])).to(device)).shape[1]
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,21 @@ class Record:
         )
         return len(self.entries) - 1
 
+    def take(self, other: Record) -> None:
+        """Take the attacks of another record of the same examples that have not ended here."""
+        places: list[int] = []
+        for entry in other.entries:
+            after = None if entry.after is None else places[entry.after]
+            at = self.add(entry.name.partition("#")[0], entry.identity, after)
+            places.append(at)
+            if entry.finished and not self.entries[at].finished:
+                name = self.entries[at].name
+                self.entries[at] = replace(entry, name=name, after=after)
+        for name, which in other.suites.items():
+            self.suites[name] = [places[i] for i in which]
+        self.notes |= other.notes
+        self.probes = self.probes or other.probes
+
     def save(self) -> None:
         """Write the record aside, then put it in place in one step: a kill leaves old or new.
 
@@ -249,7 +264,8 @@ def merged(records: Sequence[Record]) -> Record:
     """
     if not records:
         raise UserError("There is no shard to merge.")
-    records = sorted(records, key=lambda r: parse_shard(str(r.settings.get("shard")))[0])
+    # From "2/12" to (12, 2): those of one division together, in the order of their numbers.
+    records = sorted(records, key=lambda r: parse_shard(str(r.settings.get("shard")))[::-1])
     # Each shard knows only its own images; the labels are those of all.
     own = ("shard", "data")
     shared = [{k: v for k, v in r.settings.items() if k not in own} for r in records]
@@ -259,11 +275,13 @@ def merged(records: Sequence[Record]) -> Record:
             f"The shards {', '.join(shards)} come from different evaluations: model, data and "
             "settings must be the same."
         )
-    parts = len(records)
+    parts = parse_shard(shards[-1])[1]
     wanted = [f"{part}/{parts}" for part in range(1, parts + 1)]
     if shards != wanted:
+        missing = [shard for shard in wanted if shard not in shards]
+        what = f"missing: {', '.join(missing)}" if missing else f"got {', '.join(shards)}"
         raise UserError(
-            f"To merge {parts} shards there must be {', '.join(wanted)}, got {', '.join(shards)}."
+            f"To merge {parts} shards each of 1/{parts} to {parts}/{parts} must be there; {what}."
         )
     attacks = [[(e.name, e.identity, e.after) for e in r.entries] for r in records]
     if any(found != attacks[0] for found in attacks) or not all(

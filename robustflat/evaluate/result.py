@@ -11,7 +11,7 @@ from torch import Tensor
 from robustflat.errors import UserError
 from robustflat.evaluate import doubts
 from robustflat.evaluate.intervals import LEVEL, Interval, wilson
-from robustflat.evaluate.record import Record, load, merged
+from robustflat.evaluate.record import Record, file_for, load, merged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +152,15 @@ def from_record(record: Record) -> Evaluation:
     )
 
 
-def merge(store: str | Path) -> Evaluation:
+def merge(store: str | Path, data: str | None = None) -> Evaluation:
     """The evaluation of the whole from the outcomes that all its shards saved in a folder.
 
     Outcomes are joined example by example, so every figure is what counting over all shards gives.
 
     Args:
-        store: The folder that was the `store` of `evaluate(..., shard="i/n")` for every i.
+        store: The folder that was the `store` of `evaluate(..., shard="i/n")` for every i. What it
+            has of an evaluation of the whole counts too.
+        data: SHA-256 of all images, which no shard knows, if it is known.
 
     Returns:
         The evaluation, with `settings["shard"]` None.
@@ -170,6 +172,12 @@ def merge(store: str | Path) -> Evaluation:
     files = sorted(Path(store).glob("outcomes-*-of-*.json"))
     if not files:
         raise UserError(
-            f"There are no shards in {store}. Run evaluate with shard='1/4', ... and store={store}."
+            f"There are no shards in {store}: evaluate every one first (--shard 1/4, 2/4, ...), "
+            "with the options that are said now."
         )
-    return from_record(merged([load(file) for file in files]))
+    record = merged([load(file) for file in files])
+    record.settings["data"] = data
+    whole = file_for(store, None)
+    if whole.is_file():
+        record.take(load(whole))
+    return from_record(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from robustflat.data import mixed
 from robustflat.errors import UserError
 
+_log = logging.getLogger("robustflat.flatness")
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 
@@ -51,6 +53,21 @@ def read_examples(data: Data, limit: int | None = None) -> tuple[Tensor, Tensor,
             f"Images must be floating-point numbers in [0, 1], got {x.dtype}. Convert them, for "
             "bytes by x.float() / 255."
         )
+    low, high = float(x.min()), float(x.max())
+    if low < 0 or high > 1:
+        _log.warning(
+            "The images are in [%.4g, %.4g]: every eps is in units of [0, 1], which attacks also "
+            "clip to. Put the normalisation into the model (robustflat.models.Normalized).",
+            low, high,
+        )  # fmt: skip
+    if y.is_floating_point() and y.ndim == 2:
+        sums = y.double().sum(1)
+        if y.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+            raise UserError(
+                "Soft labels must be probabilities that sum to 1 for every image, got sums from "
+                f"{float(sums.min()):.4g} to {float(sums.max()):.4g} and a least entry of "
+                f"{float(y.min()):.4g}."
+            )
     return x, y if y.is_floating_point() else y.long(), images
 
 

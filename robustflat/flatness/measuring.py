@@ -24,7 +24,7 @@ from robustflat.flatness.examples import Data, read_examples
 from robustflat.flatness.figure import UNITS, Cost, Figure, Passes, Progress
 from robustflat.flatness.measures import Measure, find
 from robustflat.flatness.options import Options, with_options
-from robustflat.flatness.store import Store, fingerprint
+from robustflat.flatness.store import Store, identity
 from robustflat.flatness.subject import Subject
 from robustflat.flatness.undisturbed import undisturbed
 from robustflat.perturb import InputPerturbation, parse_norm
@@ -109,12 +109,12 @@ def flatness(
             data,
             max(limits) if all(limits) else None,  # type: ignore[type-var]
         )
+        check_model(model, x[:batch_size], y)
         subjects = _Subjects(
             model, x, y, batch_size, seed, settings, on_progress, store, initial, team or Team(),
             images,
         )  # fmt: skip
         _log.info("%s", subjects.cost)
-        check_model(model, x[:batch_size], y)
         return {
             _name(measure, settings[measure], len(x)): subjects.measure(measure)
             for measure in chosen
@@ -321,8 +321,8 @@ class _Subjects:
         self.cost = _cost(settings, len(x))
         self._jobs = {m.name: _jobs(m, settings, len(x)) for m in settings}
         self._total = self.cost.total.units
-        mark = "" if store is None else fingerprint(model, [x, y], {"seed": seed})
-        shared = team.once(lambda: Store(store, mark))
+        mine = None if store is None else identity(model, [x, y], {"seed": seed})
+        shared = team.once(lambda: Store(store, mine))
         shared = shared if team.is_first else shared.in_memory()
         caches: dict[int | None, dict[Any, Any]] = {o.examples: {} for o in settings.values()}
         self._subjects = {

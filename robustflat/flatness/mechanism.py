@@ -107,7 +107,7 @@ def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     )  # fmt: skip
     worst = sharpness.worst(subject, around, loss, name)
     named = subject.parameters(options, PARAMETERS)
-    squared = sum(float(p.detach().float().square().sum()) for p in named.values())
+    squared = sum(float(p.detach().double().square().sum()) for p in named.values())
     k = sum(p.numel() for p in named.values())
     n = options.train_size or subject.images
     delta = 1 - options.confidence

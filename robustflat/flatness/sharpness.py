@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from robustflat.errors import UserError
 from robustflat.evaluate.team import Team
 from robustflat.flatness.closure import Closure, Kind, attack_cost
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
@@ -65,8 +66,10 @@ class Neighbourhood:
         self._move(self._displacement(u))
         losses, gradient = self._closure.value_and_grad(self._parameters)
         value = losses.mean()
-        if math.isfinite(value) and (self._best is None or float(value) > self._best[0]):
-            self._best = (float(value), losses)
+        if not math.isfinite(value):  # above all that is finite
+            losses = torch.full_like(losses, math.inf)
+        if self._best is None or float(losses.mean()) > self._best[0]:
+            self._best = (float(losses.mean()), losses)
         return value.to(self.like[0].device, self.like[0].dtype), self._displacement(gradient)
 
     def rise(self, losses: Tensor) -> Part:
@@ -85,7 +88,7 @@ class Neighbourhood:
         return self.rise(self._closure.losses())
 
     def climbed(self, climb: Callable[[], object]) -> Part:
-        """The same at the best weights that ``climb`` visits."""
+        """The same at the best weights that ``climb`` visits; infinite if the loss overflows."""
         self._best = None
         climb()
         return self.rise(self._best[1]) if self._best is not None else self.rise(self.reference)
@@ -102,6 +105,12 @@ def worst(subject: Subject, options: Options, loss: LossKind, name: str) -> Figu
     Details: ``restarts``, the rise that each found.
     """
     ascent = Ascent(options.steps, options.step_size, "uniform", keep="best")
+    radius, dtype = options.radius_or(WORST_RADIUS), next(subject.model.parameters()).dtype
+    if radius > (most := torch.finfo(dtype).max ** 0.4):
+        raise UserError(
+            f"{name} is sought in a ball, and lengths overflow {dtype} in one of radius "
+            f"{radius:g}. Take at most {most:.0e}."
+        )
 
     def restart(near: Neighbourhood, index: int, draw: Drawn) -> Part:
         def climb() -> None:

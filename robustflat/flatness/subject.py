@@ -64,7 +64,7 @@ class Subject:
         self.initial = initial
         self.team = Team() if team is None else team
         self.images = len(x) if images is None else images
-        self._store = Store(None, "") if store is None else store
+        self._store = Store() if store is None else store
         self._count = (lambda kind, examples: None) if count is None else count
         self._prefix = prefix
         self._cache: dict[Any, Any] = {} if cache is None else cache

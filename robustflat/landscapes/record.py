@@ -46,6 +46,7 @@ class Landscape:
             split``.
         measured: how many values of each grid are known, in the order of the file.
         fingerprint: of all that the values depend on, weights and images included.
+        logits: the model's on the first few images, by which its function is known again.
     """
 
     axes: tuple[list[float], ...]
@@ -56,6 +57,7 @@ class Landscape:
     about: Mapping[str, Any] = field(default_factory=dict)
     measured: int
     fingerprint: str = ""
+    logits: list[list[float]] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -72,6 +74,13 @@ class Landscape:
     def complete(self) -> bool:
         """Whether every point is measured."""
         return self.measured == next(iter(self.losses.values())).size
+
+    @property
+    def lost(self) -> str:
+        """How many of its losses are not finite, "4 of 5"; "" if none."""
+        grids = np.concatenate([grid.ravel() for grid in self.losses.values()])
+        count = int(np.isnan(grids).sum())
+        return f"{count} of {len(grids)}" if count else ""
 
     def mean(self, quantity: Quantity = "losses") -> dict[str, Grid]:
         """The mean over the draws, by kind of loss: ``[A]`` or ``[A, B]``."""
@@ -102,7 +111,7 @@ class Landscape:
             quantity: {kind: grid.tolist() for kind, grid in getattr(self, quantity).items()}
             for quantity in ("losses", "accuracies")
         }
-        rest = ("axes", "names", "points", "about", "measured", "fingerprint")
+        rest = ("axes", "names", "points", "about", "measured", "fingerprint", "logits")
         found: dict[str, Any] = json_safe(
             {
                 "format": FORMAT,
@@ -173,4 +182,5 @@ def _read(content: Any) -> Landscape:
         about=content["about"],
         measured=content["measured"],
         fingerprint=content["fingerprint"],
+        logits=content.get("logits", []),
     )

@@ -27,7 +27,7 @@ from robustflat.flatness.examples import Data, read_examples
 from robustflat.flatness.figure import UNITS, Passes, Progress
 from robustflat.flatness.measuring import check_model
 from robustflat.flatness.options import Options
-from robustflat.flatness.store import fingerprint
+from robustflat.flatness.store import Identity, identity
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.landscapes.batchnorm import recompute_statistics
 from robustflat.landscapes.record import Landscape
@@ -189,8 +189,8 @@ class Scene:
         if path is not None:
             images = [self.subject.x, self.subject.y]
             images += [self._fresh] if self.batchnorm == "refresh" else []
-            mark = fingerprint(self.model, images, {"asked": found.asked, "states": states})
-            found = replace(found, fingerprint=mark)
+            mine = identity(self.model, images, {"asked": found.asked, "states": states})
+            found = replace(found, fingerprint=mine.mark, logits=mine.logits)
             path = path if path.suffix == ".json" else path / found.filename
         with ExitStack() as stack:
 
@@ -198,7 +198,7 @@ class Scene:
                 if path is None:
                     return found
                 stack.enter_context(locked(path))
-                old = _begun(path, found)
+                old = _begun(path, found, mine)
                 if old.complete:
                     path.touch()  # It is now the one asked for last.
                 return old
@@ -267,12 +267,12 @@ class Scene:
             self._tell(Progress(measure="landscape", done=self._done, total=total))
 
 
-def _begun(path: Path, wanted: Landscape) -> Landscape:
+def _begun(path: Path, wanted: Landscape, mine: Identity) -> Landscape:
     """What is measured already of the landscape that is wanted."""
     if not path.exists():
         return wanted
     old = Landscape.load(path)
-    if old.fingerprint == wanted.fingerprint:
+    if old.fingerprint == mine.mark and mine.has(old.logits):
         return old
     if old.asked != wanted.asked:
         raise UserError(

@@ -57,6 +57,11 @@ def draw_between(subjects: Sequence[Subject], sight: Sight) -> Landscape:
         states = {name: first.network(name, sight.weights) for name in ("best", "last")}
     elif len(subjects) in (2, 3):
         names = distinct_names([subject.home.root for subject in subjects])
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(
+                f"{', '.join(sorted(twice))} is named more than once: no line leads from weights "
+                "to themselves. Name different runs."
+            )
         networks = [_network(subject, sight) for subject in subjects]
         states = dict(zip(names, networks, strict=True))
     else:

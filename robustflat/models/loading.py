@@ -129,18 +129,31 @@ def _named(
             "file of them (on the command line the file, with --model), or for timm say "
             "pretrained=true."
         )
-    with torch.random.fork_rng(devices=[]):
-        # The same model each time, whatever of it is not in the file.
-        torch.manual_seed(0)
-        model = build(
-            name,
-            num_classes=num_classes,
-            in_channels=in_channels,
-            mean=(0.0,) * in_channels,
-            std=(1.0,) * in_channels,
-            image_size=image_size,
-            options=options | ({"pretrained": False} if pretrained and weights else {}),
-        )
+
+    def made(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            # The same model each time, whatever of it is not in the file.
+            torch.manual_seed(seed)
+            return build(
+                name,
+                num_classes=num_classes,
+                in_channels=in_channels,
+                mean=(0.0,) * in_channels,
+                std=(1.0,) * in_channels,
+                image_size=image_size,
+                options=options | ({"pretrained": False} if pretrained and weights else {}),
+            )
+
+    model = made(0)
+    if weights is None and ":" in name and not pretrained:
+        other = dict(made(1).named_parameters())
+        drawn = [n for n, p in model.named_parameters() if not torch.equal(p, other[n])]
+        if drawn:
+            raise UserError(
+                f"{name} draws weights at random ({drawn[0]} is another with every seed), which "
+                "are not worth measuring: let it load them, or name a file of them (on the "
+                "command line the file, with --model)."
+            )
     if weights is None:
         known = pretrained and _is_whole(name, model, num_classes, in_channels)
     else:

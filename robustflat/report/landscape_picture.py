@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -86,6 +87,20 @@ def save_picture(
     target = Path(path)
     save(figure, target, dpi)
     return target
+
+
+def check_ending(path: Path) -> None:
+    """Refuse a file that :func:`save_picture` could not write, before anything is drawn.
+
+    Raises:
+        UserError: if matplotlib has no format of that ending.
+    """
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise UserError(
+            f"{path} cannot be written: it has no ending of a picture. There are "
+            f"{', '.join(formats)}, and html."
+        )
 
 
 def _lines(landscapes: Mapping[str, Landscape], quantity: Quantity, log: bool | None) -> Figure:

@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch.utils.tensorboard import SummaryWriter
 
+from robustflat.config import RunConfig
 from robustflat.report.curves import Curves, of_epoch, of_step
 from robustflat.report.monitor_figures import confusion, examples, line
+from robustflat.runs.comparison import method_of
 from robustflat.train.folder import RunFolder, flattened
 from robustflat.train.listeners import Listener
 from robustflat.train.pictures import Pictures
 
-# What a sweep varies; TensorBoard hides a column whose values are all the same if asked to.
+# What a sweep varies. TensorBoard sorts the columns by name and shows the first five, so they have
+# numbers: the method, what is usually varied, and the rest.
+_USUAL = {("attack", "eps"), ("optimizer", "lr"), ("seed",)}
 _SETTINGS = ("seed", "data", "model", "attack", "objective", "weights", "optimizer", "train")
 _FINAL = {
     ("validation", "1-robust/accuracy"): "robust accuracy",
@@ -86,7 +89,7 @@ class TensorBoard(Listener):
         if folder.config_file.is_file():
             text = folder.config_file.read_text(encoding="utf-8")
             writer.add_text("configuration", _block("yaml", text))
-            self._describe(writer, yaml.safe_load(text))
+            self._describe(writer, folder.read_config())
         if folder.environment_file.is_file():
             text = folder.environment_file.read_text(encoding="utf-8")
             writer.add_text("environment", _block("json", json.dumps(json.loads(text), indent=2)))
@@ -139,21 +142,25 @@ class TensorBoard(Listener):
             time.sleep(0.05)
 
     @staticmethod
-    def _describe(writer: SummaryWriter, config: dict[str, Any]) -> None:
+    def _describe(writer: SummaryWriter, config: RunConfig) -> None:
         """Settings, and where their outcome is: the page "HParams" sorts a sweep by it."""
         metrics = [
             hparams.Metric(chart, group=place or None, display_name=name)
             for (place, chart), name in _FINAL.items()
         ]
-        said = {
-            ".".join(path): value
-            for path, value in flattened({key: config[key] for key in _SETTINGS})
-            if isinstance(value, (bool, int, float)) or (isinstance(value, str) and value)
-        }
+        weights = config.weights.build()
+        ball = getattr(getattr(weights, "inner", weights), "ball", None)
+        said: dict[str, str | float] = {"1-method": method_of(config)}
+        # One column for the radii of all methods: the columns are those of the first run.
+        said["2-radius"] = 0.0 if ball is None else float(ball.radius)
+        given = config.model_dump(mode="json")
+        for path, value in flattened({key: given[key] for key in _SETTINGS}):
+            if isinstance(value, (bool, int, float)) or (isinstance(value, str) and value):
+                said[f"{2 if path in _USUAL else 3}-{'.'.join(path)}"] = value
         columns = [hparams.HParam(name) for name in said]
         file = writer._get_file_writer()
         file.add_summary(hparams.hparams_config_pb(columns, metrics))
-        file.add_summary(hparams.hparams_pb(said, trial_id=config["name"]))
+        file.add_summary(hparams.hparams_pb(said, trial_id=config.name))
 
 
 def _block(language: str, text: str) -> str:

@@ -22,6 +22,10 @@ Circumstances = dict[str, Any]
 T = TypeVar("T")
 # What names a run, or looks on, changes no weight either; the monitor chooses the best checkpoint.
 _IDLE = ("name", "listeners", "threads")
+# Circumstances that are a network's own.
+_OF_NETWORK = ("weights", "model")
+# Settings of a measure that are the images', the attack's or the run's own.
+_ELSEWHERE_SAID = ("attack", "examples", "seed", "train_size")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
         if config is not None:
             method, seeds, setting = method_of(config), (config.seed,), setting_of(config)
         kinds = dict.fromkeys(about["weights"] for about, _ in figures)
-        mixed = _differing(figures, ("weights",))
+        mixed = _differing(figures, _OF_NETWORK)
         cells: dict[str, Cell] = {}
         for about, cell in figures:
             keys = [*differing.get(cell.metric, ()), *mixed.get(cell.metric, ())]
@@ -92,8 +96,8 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
 def limits(folders: Sequence[RunFolder]) -> list[str]:
     """What keeps figures of runs, or models, from being compared: a sentence a circumstance.
 
-    These are the circumstances by which `compare` gives figures columns of their own, where not
-    all runs were measured under the same; and those of landscapes, which share an axis.
+    These are the circumstances by which `compare` gives figures columns of their own, of metrics
+    that have no column which all runs share; and those of landscapes, which share an axis.
 
     Raises:
         UserError: if files are damaged.
@@ -106,19 +110,22 @@ def limits(folders: Sequence[RunFolder]) -> list[str]:
     }
     unlike: dict[str, dict[str, dict[str, None]]] = {}
     for metric, keys in _differing([one for figures in found.values() for one in figures]).items():
-        for key in keys:
-            each = {
-                name: dict.fromkeys(
-                    _in_words(key, about.get(key)) for about, cell in one if cell.metric == metric
-                )
-                for name, one in found.items()
-            }
-            each = {name: words for name, words in each.items() if words}
-            if len({tuple(sorted(words)) for words in each.values()}) > 1:
-                said = "; ".join(f"{name}: {' and '.join(words)}" for name, words in each.items())
+        each = {
+            name: [[_in_words(key, about.get(key)) for key in keys]
+                   for about, cell in one if cell.metric == metric]
+            for name, one in found.items()
+        }  # fmt: skip
+        each = {name: columns for name, columns in each.items() if columns}
+        if not each or set.intersection(*(set(map(tuple, c)) for c in each.values())):
+            continue
+        for place, key in enumerate(keys):
+            words = {name: dict.fromkeys(c[place] for c in each[name]) for name in each}
+            if len({tuple(sorted(w)) for w in words.values()}) > 1:
+                said = "; ".join(f"{name}: {' and '.join(w)}" for name, w in words.items())
                 unlike.setdefault(key, {}).setdefault(said, {})[metric] = None
     sentences = [
-        f"Not to be compared, as the {key.replace('_', ' ')} differs ({said}): {_several(metrics)}."
+        f"Not of the same {key.replace('_', ' ')} ({said}), so not to be compared: "
+        f"{_several(metrics)}."
         for key, cases in unlike.items()
         for said, metrics in cases.items()
     ]
@@ -204,13 +211,22 @@ def _differing(
 ) -> dict[str, list[str]]:
     """For each metric, the circumstances that are not the same in all its figures.
 
-    The weights, raw or averaged, belong to a run's method: they are told apart within a run only.
+    The weights, raw or averaged, belong to a run's method, and a model is its own home's: they are
+    told apart within a run, or a home, only.
     """
     found: dict[str, list[str]] = {}
     for metric in dict.fromkeys(cell.metric for _, cell in figures):
         abouts = [about for about, cell in figures if cell.metric == metric]
-        keys = among or [k for k in dict.fromkeys(k for a in abouts for k in a) if k != "weights"]
-        found[metric] = [key for key in keys if len({str(a.get(key)) for a in abouts}) > 1]
+        every = dict.fromkeys(key for about in abouts for key in about)
+        keys = among or [key for key in every if key not in _OF_NETWORK]
+
+        def kinds(*keys: str, abouts: Sequence[Circumstances] = abouts) -> int:
+            return len({tuple(str(about.get(key)) for key in keys) for about in abouts})
+
+        found[metric] = [key for key in keys if kinds(key) > 1]
+        # A mark that tells no more than the words do is left out.
+        if "fingerprint" in found[metric] and kinds("images") == kinds("images", "fingerprint"):
+            found[metric].remove("fingerprint")
     return found
 
 
@@ -248,9 +264,21 @@ def _figures(folder: RunFolder) -> list[tuple[Circumstances, Cell]]:
 
     def read() -> list[tuple[Circumstances, Cell]]:
         measured = sorted([*evaluation, *flatness], key=lambda one: order.index(one["kind"]))
-        return [figure for one in measured for figure in kinds[one["kind"]](one)]
+        return [
+            ({**about, **_model(one)}, cell)
+            for one in measured
+            for about, cell in kinds[one["kind"]](one)
+        ]
 
     return whole(folder.root, read)
+
+
+def _model(one: Measurement) -> Circumstances:
+    """Which of the models of a home: what was said of it, else a mark of its weights."""
+    if one["checkpoint"] != "given":
+        return {}
+    said = ", ".join(f"{key} {value}" for key, value in one.get("said", {}).items())
+    return {"model": f"{str(one.get('model'))[:6]}{said and f' ({said})'}"}
 
 
 def _threat(one: Measurement) -> str:
@@ -309,19 +337,19 @@ def _about_gap(one: Measurement, images: str) -> Circumstances:
 
 def _flat(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
     for name, figure in one["measures"].items():
-        if figure["value"] is None:
-            continue
         details = figure.get("details") or {}
         about = {"checkpoint": one["checkpoint"], "weights": one["weights"]}
-        about["images"] = f"{one['samples']} images"
+        about["images"] = f"{one['samples']} {one['split']} images of {one['data']}"
         if details.get("loss") != "clean":
-            about["threat"] = _threat(one)
+            about |= {"threat": _threat(one), "attacks": one["attack"] or "of the measure"}
+        settings = details.get("settings", {})
+        about |= {key: value for key, value in settings.items() if key not in _ELSEWHERE_SAID}
         keys = ("ball", "weight_norm", "radius", "parameters", "m")
         about |= {key: details[key] for key in keys if key in details}
-        spread = figure["standard_error"]
-        low = None if spread is None else figure["value"] - spread
-        high = None if spread is None else figure["value"] + spread
-        yield about, Cell(figure["value"], low, high, share=False, metric=name)
+        value, spread = figure["value"], figure["standard_error"]
+        low = None if None in (value, spread) else value - spread
+        high = None if None in (value, spread) else value + spread
+        yield about, Cell(value, low, high, share=False, metric=name)
 
 
 def _cell(figure: dict[str, Any], metric: str, share: bool = True) -> Cell:

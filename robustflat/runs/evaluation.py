@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from robustflat.data import Images, balanced
+from robustflat.data import balanced
 from robustflat.errors import UserError
 from robustflat.evaluate import Evaluation, Scores, Team, evaluate, gap, merge, overfitting, scores
 from robustflat.evaluate.attacks import plan
+from robustflat.evaluate.evaluation import classes_of, fingerprint_of_images
 from robustflat.evaluate.examples import examples
 from robustflat.evaluate.frozen import held
 from robustflat.evaluate.record import fingerprint_of
@@ -77,16 +78,22 @@ def check(subject: Subject, wanted: Wanted) -> None:
     threat = subject.the_threat()
     if wanted.merge and wanted.shard is not None:
         raise UserError("--merge joins all shards: leave --shard out.")
-    bounds = (("samples", wanted.samples, 1), ("gap-samples", wanted.gap_samples, 0))
+    if wanted.shard is not None and wanted.gap_samples:
+        raise UserError("A shard has no gap: leave --gap-samples out, and say it with --merge.")
+    bounds = (("samples", wanted.samples, 1), ("gap-samples", wanted.gap_samples, 0),
+              ("seed", wanted.seed, 0))  # fmt: skip
     for name, value, least in bounds:
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}.")
-    for name in _attacked_at(subject, wanted):
-        subject.network(name, wanted.weights)
-    # Whether the attacks' names and options are any; how many classes there are is seen later.
-    task = Task(norm=threat.norm, eps=threat.eps, classes=10, shape=subject.images().shape)
-    plan(_requests(subject, wanted), task, wanted.precision)
+        if value is not None and not least <= value < 2**63:
+            raise UserError(f"--{name} must be at least {least} and below 2^63, got {value}.")
     records.read(subject.home.evaluation, "evaluate")
+    chosen = examples(subject.images().test, _samples(subject, wanted), wanted.shard)
+    for name in _attacked_at(subject, wanted):
+        network = subject.network(name, wanted.weights)
+        classes = classes_of(network.model, chosen, subject.device)
+        task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
+        plan(_requests(subject, wanted), task, wanted.precision)
+        if wanted.merge:
+            _merged(subject, network, wanted)
 
 
 def evaluate_subject(
@@ -144,7 +151,6 @@ def _measured(
     """The measurements, and sentences on what was left out."""
     config, threat = subject.evaluation, subject.the_threat()
     attacked = _attacked_at(subject, wanted)
-    samples = config.samples if wanted.samples is None else wanted.samples
     gap_samples = _gap_samples(subject, wanted)
     networks = {
         name: subject.network(name, wanted.weights)
@@ -154,14 +160,20 @@ def _measured(
         "norm": threat.norm_name,
         "eps": threat.eps,
         "data": subject.data,
+        "said": dict(subject.said),
         "batch_size": config.batch_size,
         "device": str(subject.device),
         "versions": environment([])["versions"],
     }
+    if gap_samples and team.is_first:
+        images = sum(map(len, subject.splits(gap_samples).values())) * len(subject.checkpoints)
+        each = 2 * GAP_STEPS + 2
+        _log.info("Gap: at most %s forward-pass equivalents for each of %s images.", each, images)
     measured = []
     for name in attacked:
-        result = _attacked(subject, networks[name], wanted, samples, on_progress, team)
-        about = {**_state(networks[name]), "samples": samples, "seed": wanted.seed}
+        result = _attacked(subject, networks[name], wanted, on_progress, team)
+        samples = _samples(subject, wanted)
+        about = {**networks[name].state(), "samples": samples, "seed": wanted.seed}
         found = {**result.to_dict(), "classes": _by_class(subject, samples, result)}
         if wanted.shard is None:
             found["examples"] = team.once(partial(_shown, subject, networks[name], samples))
@@ -171,7 +183,7 @@ def _measured(
     common |= {"samples": gap_samples, "seed": 0, "attack": f"pgd-{GAP_STEPS}"}
     found = _scores(subject, networks, gap_samples, team)
     for name, by_split in found.items():
-        about = {**_state(networks[name]), **common}
+        about = {**networks[name].state(), **common}
         measured.append({"kind": "gap", **about, "result": gap(by_split).to_dict()})
     if not {"best", "last"} <= found.keys():
         return measured, []
@@ -199,6 +211,10 @@ def _by_class(
         for i, name in enumerate(subject.images().classes)
         if (labels == i).any()
     }
+
+
+def _samples(subject: Subject, wanted: Wanted) -> int | None:
+    return subject.evaluation.samples if wanted.samples is None else wanted.samples
 
 
 def _shown(subject: Subject, network: Network, samples: int | None) -> dict[str, Any]:
@@ -232,15 +248,6 @@ def _shown(subject: Subject, network: Network, samples: int | None) -> dict[str,
     }
 
 
-def _state(network: Network) -> dict[str, Any]:
-    return {
-        "checkpoint": network.checkpoint,
-        "epoch": network.epoch,
-        "weights": network.weights,
-        "model": fingerprint_of(network.model),
-    }
-
-
 def _gap_samples(subject: Subject, wanted: Wanted) -> int:
     if wanted.shard is not None:
         return 0
@@ -264,16 +271,13 @@ def _attacked(
     subject: Subject,
     network: Network,
     wanted: Wanted,
-    samples: int | None,
     on_progress: Progress | None,
     team: Team,
 ) -> Evaluation:
     """The attacks on the test images, with the outcomes in a store of their circumstances."""
     config, threat = subject.evaluation, subject.the_threat()
-    digest = _digest(network, threat, samples, wanted.seed, config.batch_size)
-    store = subject.home.outcomes / f"{network.checkpoint}-{digest}"
     if wanted.merge:
-        return team.once(lambda: merge(store))
+        return _merged(subject, network, wanted)
     result = evaluate(
         network.model,
         subject.images().test,
@@ -283,8 +287,8 @@ def _attacked(
         wanted.seed,
         batch_size=config.batch_size,
         device=subject.device,
-        store=store,
-        samples=samples,
+        store=_store(subject, network, wanted),
+        samples=_samples(subject, wanted),
         shard=wanted.shard,
         precision=wanted.precision,
         team=team,
@@ -298,6 +302,27 @@ def _attacked(
     return result
 
 
+def _store(subject: Subject, network: Network, wanted: Wanted) -> Path:
+    threat, batch_size = subject.the_threat(), subject.evaluation.batch_size
+    digest = _digest(network, threat, _samples(subject, wanted), wanted.seed, batch_size)
+    return subject.home.outcomes / f"{network.checkpoint}-{digest}"
+
+
+def _merged(subject: Subject, network: Network, wanted: Wanted) -> Evaluation:
+    chosen = examples(subject.images().test, _samples(subject, wanted))
+    digest = fingerprint_of_images(chosen, subject.evaluation.batch_size)
+    found = merge(_store(subject, network, wanted), digest)
+    asked = [name for name in wanted.attacks or () if isinstance(name, str)]
+    mark = "" if wanted.precision == "fp32" else f"@{wanted.precision}"
+    lacking = [name for name in asked if name.removesuffix(":standard") + mark not in found.suites]
+    if lacking:
+        raise UserError(
+            f"The shards were attacked with {', '.join(found.suites)}, not with "
+            f"{', '.join(lacking)}{mark and f' in {wanted.precision}'}: run it on every one first."
+        )
+    return found
+
+
 def _scores(
     subject: Subject, networks: dict[str, Network], limit: int, team: Team
 ) -> dict[str, dict[str, Scores]]:
@@ -306,33 +331,32 @@ def _scores(
     attack = pgd(threat.norm, threat.eps, GAP_STEPS)
     splits = subject.splits(limit)
     jobs = [(name, split) for name in subject.checkpoints for split in splits]
-    images = sum(len(splits[split]) for _, split in jobs)
-    _log.info("Gap: %s forward-pass equivalents for each of %s images.", 2 * GAP_STEPS + 2, images)
 
-    def one(number: int) -> Scores:
+    def one(number: int) -> tuple[Scores, float | None]:
         name, split = jobs[number]
         network, chosen = networks[name], splits[split]
         labels = hashlib.sha256(chosen.labels.cpu().numpy().tobytes()).hexdigest()
         digest = _digest(network, threat, GAP_STEPS, split, len(chosen), labels, batch_size)
         path = subject.home.outcomes / f"gap-{name}-{split}-{digest}.pt"
         found = Scores.load(path)
-        if found is None:
-            found = _scored(network, chosen, path, f"gap of {name}, {split}")
-        return found
-
-    def _scored(network: Network, chosen: Images, path: Path, what: str) -> Scores:
+        if found is not None:
+            return found, None
         began = time.perf_counter()
         found = scores(network.model, chosen, attack, batch_size=batch_size, device=subject.device)
         found.save(path)
-        robust, seconds = found.robust_correct.float().mean(), time.perf_counter() - began
-        _log.info("%s: %.2f %% of %s robust after %.0f s", what, 100 * robust, len(chosen), seconds)
-        return found
+        return found, time.perf_counter() - began
 
-    each = [found for together in team.each(one, range(len(jobs))) for found in together]
-    return {
-        name: {split: found for (n, split), found in zip(jobs, each, strict=True) if n == name}
-        for name in subject.checkpoints
-    }
+    by_state: dict[str, dict[str, Scores]] = {name: {} for name in subject.checkpoints}
+    todo = iter(jobs)
+    for together in team.each(one, range(len(jobs))):
+        for (found, seconds), (name, split) in zip(together, todo, strict=False):
+            by_state[name][split] = found
+            if seconds is not None and team.is_first:
+                _log.info(
+                    "gap of %s, %s: %.2f %% of %s robust after %.0f s", name, split,
+                    100 * found.robust_correct.float().mean(), f"{len(splits[split]):,}", seconds,
+                )  # fmt: skip
+    return by_state
 
 
 def _digest(network: Network, *circumstances: object) -> str:
@@ -349,8 +373,13 @@ def _logged(path: Path, team: Team) -> Iterator[None]:
         return
     logger = logging.getLogger("robustflat")
     level = logger.level
-    # Made with the first line: what is refused leaves nothing behind.
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error}. Free some space or choose another folder."
+        ) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

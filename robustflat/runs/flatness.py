@@ -11,6 +11,7 @@ from robustflat.evaluate import Team
 from robustflat.evaluate.attacks.ascent import title
 from robustflat.flatness import Progress, flatness
 from robustflat.flatness.closure import attack_of
+from robustflat.flatness.figure import Figure
 from robustflat.flatness.measures import find
 from robustflat.perturb import InputPerturbation
 from robustflat.runs import records
@@ -76,6 +77,10 @@ def measure_subject(
     reports: list[dict[str, Any]] = []
     for (where, count), names in places.items():
         x, y = subject.tensors(where, count)
+        # A number that was asked for stands above a preset's own.
+        asked: dict[str, Any] = (
+            {} if samples is None or "examples" in settings else {"examples": len(y)}
+        )
         found = flatness(
             network.model,
             (x.to(subject.device), y.to(subject.device)),
@@ -88,29 +93,34 @@ def measure_subject(
             store=subject.home.root / "flatness.parts.jsonl",
             on_progress=on_progress,
             team=team,
+            **asked,
             **{"train_size": len(subject.images().train), **settings},
         )
-        reports.append(
-            {
-                "kind": "flatness",
-                "checkpoint": network.checkpoint,
-                "epoch": network.epoch,
-                "weights": network.weights,
-                "norm": norm,
-                "eps": eps,
-                "data": subject.data,
-                "split": where,
-                "samples": len(y),
-                "attack": None if attack is None else repr(attack),
-                "seed": subject.seed,
-                "options": settings,
-                "device": str(subject.device),
-                "torch": torch.__version__,
-                "measures": {
-                    _called(name, where, attack): figure.to_dict() for name, figure in found.items()
-                },
-            }
-        )
+        measured: dict[int, dict[str, Figure]] = {}
+        for name, figure in found.items():
+            measured.setdefault(figure.details["examples"], {})[name] = figure
+        for number, figures in measured.items():
+            reports.append(
+                {
+                    "kind": "flatness",
+                    **network.state(),
+                    "norm": norm,
+                    "eps": eps,
+                    "data": subject.data,
+                    "said": dict(subject.said),
+                    "split": where,
+                    "samples": number,
+                    "attack": None if attack is None else repr(attack),
+                    "seed": subject.seed,
+                    "options": settings,
+                    "device": str(subject.device),
+                    "torch": torch.__version__,
+                    "measures": {
+                        _called(name, where, attack): figure.to_dict()
+                        for name, figure in figures.items()
+                    },
+                }
+            )
     if team.is_first:
         records.add(subject.home.flatness, "flatness", subject.name, reports)
     together = {name: figure for one in reports for name, figure in one["measures"].items()}

@@ -64,7 +64,8 @@ def evaluation_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
 
     Returns:
         Keys ``norm``, ``eps``, ``gap_attack``, ``checkpoints`` (by name, each with ``epoch``,
-        ``weights``, and ``test`` and ``gap`` or None) and ``overfitting``; None if there is none.
+        ``weights``, ``model``, and ``test`` and ``gap`` or None) and ``overfitting``; None if there
+        is none.
     """
     if not found:
         return None
@@ -78,9 +79,10 @@ def evaluation_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
             overfitting = one["figures"]
             continue
         place = checkpoints.setdefault(one["checkpoint"], {"test": None, "gap": None})
-        if place.get("epoch") != one["epoch"] or place.get("weights") != one["weights"]:
+        state = {key: one.get(key) for key in ("epoch", "weights", "model")}
+        if any(place.get(key) != value for key, value in state.items()):
             place |= {"test": None, "gap": None}
-        place |= {"epoch": one["epoch"], "weights": one["weights"], one["kind"]: one["result"]}
+        place |= {**state, one["kind"]: one["result"]}
         attack = one["attack"] if one["kind"] == "gap" else attack
     order = sorted(checkpoints, key=("best", "last", "given").index)
     return {
@@ -96,10 +98,10 @@ def flatness_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
     """The newest flatness: of each measure the last figure on the same images and weights."""
     if not found:
         return None
-    keys = ("checkpoint", "epoch", "weights", "samples")
-    same = [one for one in found if all(one[key] == found[-1][key] for key in keys)]
+    keys = ("checkpoint", "epoch", "weights", "model", "samples")
+    same = [one for one in found if all(one.get(key) == found[-1].get(key) for key in keys)]
     measures = {name: figure for one in same for name, figure in one["measures"].items()}
-    return {**{key: found[-1][key] for key in keys}, "measures": measures}
+    return {**{key: found[-1].get(key) for key in keys}, "measures": measures}
 
 
 def _measurements(content: Any, path: Path, command: str) -> list[Measurement]:
@@ -118,4 +120,6 @@ def _measurements(content: Any, path: Path, command: str) -> list[Measurement]:
 
 
 def _own(one: Measurement) -> list[Any]:
-    return [one.get(key) for key in _OWN]
+    # A run's checkpoint of a name is one; models of a name may be many.
+    model = one.get("model") if one["checkpoint"] == "given" else None
+    return [model, *(one.get(key) for key in _OWN)]

@@ -46,7 +46,10 @@ def pgd_by_name(
         for key, given in match.groupdict().items():
             if given is not None:
                 settings[key] = given if key == "loss" else int(given)
-        return pgd(threat.norm, threat.eps, **(settings | dict(options)))
+        settings |= options
+        if settings["steps"] == 0:
+            raise ValueError("no step is no attack, but a random start")
+        return pgd(threat.norm, threat.eps, **settings)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"The attack {name!r} cannot be made: {error}") from error
 

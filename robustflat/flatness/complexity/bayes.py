@@ -163,7 +163,8 @@ def _sigma(
                     high = middle
         return {"sigma": math.exp((low + high) / 2), "error": before}
 
-    found = subject.part(name, compute)
+    # By the number of directions: the bisection's every step is over all of them.
+    found = subject.part(f"{name}/{options.samples}", compute)
     return Figure(value=found["sigma"] ** -2, details=found)
 
 
