@@ -113,6 +113,8 @@ def test_images_in_memory_are_transformed_too() -> None:
     whole = augment(x, torch.Generator().manual_seed(0))
     assert torch.equal(whole, augment(x, torch.Generator().manual_seed(0)))
     assert (whole.shape, whole.dtype) == (x.shape, torch.uint8)
+    alike = augment(x[:1].expand(4, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert len(torch.unique(alike, dim=0)) == 4
 
 
 def test_extra_images_are_transformed_each_differently(tree: Path) -> None:
@@ -145,6 +147,7 @@ def test_wrong_transforms_are_told(transforms: Any, said: str) -> None:
     ("transform", "said"),
     [
         ({"name": "RandomResizedCrop", "size": 9}, r"End with a crop of data.image_size"),
+        ({"name": "ConvertImageDtype"}, "leave normalisation to the model"),
         ({"name": "Pad", "padding": -9}, "cannot be applied"),
         ({"name": "Normalize", "mean": [0.5], "std": [0.5]}, "cannot be applied"),
     ],
