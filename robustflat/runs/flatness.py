@@ -82,9 +82,9 @@ def measure_subject(
     for (where, count), names in places.items():
         x, y = subject.tensors(where, count)
         # A number that was asked for stands above a preset's own.
-        asked: dict[str, Any] = (
-            {} if samples is None or "examples" in settings else {"examples": len(y)}
-        )
+        own = [find(name.partition(" with ")[0]).changes.get("examples") for name in names]
+        above = samples is not None and any(number and number < len(y) for number in own)
+        asked: dict[str, Any] = {"examples": len(y)} if above and "examples" not in settings else {}
         found = flatness(
             network.model,
             (x.to(subject.device), y.to(subject.device)),
