@@ -14,7 +14,7 @@ import yaml
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
 from robustflat.files import locked, write_json, write_whole
-from robustflat.flatness.measuring import ATTACK
+from robustflat.flatness.asked import ATTACK
 from robustflat.study.grid import Point
 from robustflat.study.schema import StudyConfig
 from robustflat.train.folder import RunFolder
