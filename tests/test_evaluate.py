@@ -552,6 +552,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
         ({"data": (IMAGES, LABELS + 1)}, "has 3 classes, numbered from 0"),
         ({"data": (IMAGES, LABELS - 1)}, "must not be negative"),
         ({"data": (IMAGES, LABELS.float())}, "whole numbers"),
+        ({"seed": 2**63}, r"below 2\^63"),
         ({"data": (IMAGES, F.one_hot(LABELS))}, "one class per image"),
         ({"data": (IMAGES, LABELS[:4])}, "one class per image"),
         ({"data": 3}, "loader"),

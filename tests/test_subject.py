@@ -305,10 +305,17 @@ def test_images_of_a_folder_are_brought_to_the_size_that_is_said(run: Any, tmp_p
             (one,) = read(home / "evaluation.json", "evaluate")
             assert one["result"]["clean_accuracy"] == 1
             assert one["said"]["image_size"] == 8
+    # How many classes it has is looked at before anything is done.
+    given[-1] = "apgd-dlr"
+    ended, said = run(tmp_path / "net.pt", *given, "--output", tmp_path / "x", "--image-size", 8)
+    assert ended == 2
+    assert "with 2 classes" in said
+    assert not (tmp_path / "x").exists()
 
 
 def test_one_home_keeps_the_figures_of_different_models(run: Any, tmp_path: Path) -> None:
-    base = ("--attack", "pgd-1", "--samples", 20, "--no-gap", "--output", tmp_path)
+    # Nothing is said of a gap: it is not known what a model was trained on.
+    base = ("--attack", "pgd-1", "--samples", 20, "--output", tmp_path)
     for normalise in ("data", "none", "data"):
         assert run("net", *base, "--normalise", normalise)[0] == 0
     found = read(tmp_path / "evaluation.json", "evaluate")
@@ -506,6 +513,12 @@ def test_the_gap_is_kept_and_not_measured_twice(
     monkeypatch.setattr(evaluation, "scores", lambda *a, **k: (calls.append(a), scores(*a, **k))[1])
     assert evaluate_subject(subject, Wanted(attacks=[])) == once
     assert not calls
+    # Each figure is that of its own split and checkpoint.
+    for name, entry in once["checkpoints"].items():
+        for split, images in subject.splits(20).items():
+            x, y = images.tensors()
+            right = float((subject.network(name).model(x).argmax(1) == y).double().mean())
+            assert entry["gap"]["splits"][split]["clean_accuracy"]["value"] == pytest.approx(right)
     # Of another size, or at other weights, it is another one.
     smaller = evaluate_subject(subject, Wanted(attacks=[], gap_samples=10))
     assert len(calls) == 6
