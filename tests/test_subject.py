@@ -408,6 +408,10 @@ def test_the_doubt_names_more_or_less_normalisation(
 
     digits = load("digits")
     x, y = digits.train.tensors()
+    said = Elsewhere(model="mlp", model_option={"hidden": [16]}, data="digits", normalise="data")
+    opened = open_subject(place / "net.pt", norm="linf", eps=0.1, device="cpu", elsewhere=said)
+    layer = opened.network().model.normalize
+    assert (layer.mean.item(), layer.std.item()) == pytest.approx((*digits.mean, *digits.std))
     means = torch.stack([x[y == c].mean(0).flatten() for c in range(10)])
 
     def save_net(scale: float, shift: float, name: str) -> None:
