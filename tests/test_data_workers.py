@@ -101,6 +101,15 @@ def test_transforms_are_those_of_torchvision_on_the_whole_file(tree: Path) -> No
     assert torch.equal(augment.of_image(data.raw(5), 11, (3, 8, 8)), expected)
 
 
+def test_a_batch_is_made_of_whole_files(tree: Path) -> None:
+    data = images(tree)
+    centre = torchvision(transforms=({"name": "CenterCrop", "size": 8},))
+    x, _ = made(data, augment=centre, order=None)[0]
+    expected = torch.stack([v2.CenterCrop(8)(data.raw(i)) for i in range(6)])
+    assert torch.equal(x, expected / 255)
+    assert not torch.equal(expected, data.fetch(torch.arange(6)))
+
+
 def test_images_in_memory_are_transformed_too() -> None:
     digits = rd.load("digits", train_samples=20).train
     augment = torchvision(transforms=({"name": "RandomAffine", "degrees": 30},))
@@ -118,8 +127,8 @@ def test_images_in_memory_are_transformed_too() -> None:
 
 
 def test_extra_images_are_transformed_each_differently(tree: Path) -> None:
-    data = images(tree)
-    extra = rd.Extra(images=data.subset(torch.zeros(5, dtype=torch.int64)), fraction=0.5)
+    data = images(tree).subset(torch.zeros(12, dtype=torch.int64))  # one image, 12 times
+    extra = rd.Extra(images=data, fraction=0.5)
     colours = {"name": "ColorJitter", "brightness": 0.9, "contrast": 0.9}
     augment = torchvision(transforms=(CROP, colours))
     one = made(data, extra=extra, augment=augment)
