@@ -207,7 +207,7 @@ def test_a_record_tells_how_many_images_were_measured(
     subject = open_subject(place / "a", device="cpu")
     for ask, number, ending in (
         ({"samples": 40}, 40, " with examples=40, samples=1"),
-        ({"samples": 20}, 20, " with samples=1, examples=20"),
+        ({"samples": 20}, 20, " with examples=20, samples=1"),
         ({"options": {"examples": 20}}, 20, " with examples=20, samples=1"),
     ):
         options = {"samples": 1, **ask.pop("options", {})}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -76,10 +77,10 @@ def settle(
 
 
 def called(name: str, settings: Sequence[str]) -> str:
-    """A measure's name with further settings: "worst_clean with radius=0.1, steps=5"."""
-    if not settings:
-        return name
-    return (", " if " with " in name else " with ").join([name, ", ".join(settings)])
+    """A measure with further settings, by alphabet: "worst_clean with radius=0.1, steps=5"."""
+    bare, _, before = name.partition(" with ")
+    together = sorted([*re.split(r", (?=\w+=)", before), *settings] if before else settings)
+    return f"{bare} with {', '.join(together)}" if together else name
 
 
 def _points(
