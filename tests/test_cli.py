@@ -477,7 +477,7 @@ def test_flatness_on_another_split_with_another_attack_at_several_radii(
     assert other["split"] == "test"
     # Whoever reads the names alone does not take one for the other.
     assert list(other["measures"]) == [
-        f"{name} with radius={radius}, {more}split=test"
+        f"{name} with {more}radius={radius}, split=test"
         for name, more in (("worst_robust", "attack=pgd-3-2:margin, "), ("average_clean", ""))
         for radius in ("0.02", "0.04")
     ]
@@ -488,7 +488,7 @@ def test_flatness_on_another_split_with_another_attack_at_several_radii(
         seed=subject.seed, attack=attack, steps=1, radius=0.04,
     ).values()  # fmt: skip
     assert figure.value > 0
-    name = "worst_robust with radius=0.04, attack=pgd-3-2:margin, split=test"
+    name = "worst_robust with attack=pgd-3-2:margin, radius=0.04, split=test"
     assert other["measures"][name]["value"] == pytest.approx(figure.value, rel=1e-5)
     assert other["attack"] == repr(attack)
 
