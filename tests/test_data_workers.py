@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,7 @@ def test_a_run_asks_for_the_workers_it_was_told_of(
         asked.append(workers)
         return map(make, numbers)
 
-    monkeypatch.setattr("robustflat.data.batches.in_workers", spy)
+    monkeypatch.setattr(sys.modules["robustflat.data.batches"], "in_workers", spy)
     flip = {"name": "torchvision", "transforms": [{"name": "RandomHorizontalFlip"}]}
     said = {"data__workers": 3, "data__augment": flip}
     if name == "image_folder":
