@@ -294,7 +294,7 @@ def test_a_run_is_resumed_bit_for_bit_by_other_workers(tree: Path, tmp_path: Pat
 
 def test_a_cache_and_transforms_contradict_each_other(tree: Path) -> None:
     with pytest.raises(UserError, match=r"Set data.cache: false"):
-        config(**RUN | {"data__cache": True, "data__root": str(tree)})
+        config(**RUN | {"data": RUN["data"] | {"cache": True, "root": str(tree)}})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/papers").glob("imagenet-*.yaml")), ids=str)
