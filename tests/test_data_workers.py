@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,7 @@ def test_a_run_is_resumed_bit_for_bit_by_other_workers(tree: Path, tmp_path: Pat
 
 def test_a_cache_and_transforms_contradict_each_other(tree: Path) -> None:
     with pytest.raises(UserError, match=r"Set data.cache: false"):
-        config(**RUN | {"data__cache": True, "data__root": str(tree)})
+        config(**RUN | {"data": RUN["data"] | {"cache": True, "root": str(tree)}})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/papers").glob("imagenet-*.yaml")), ids=str)
@@ -323,3 +324,33 @@ def test_a_recipe_of_imagenet_takes_a_step_on_such_a_folder(
     x, y = next(trainer._feed.batches(0, 0))[0]
     assert x.shape == (4, 3, 224, 224)
     assert y.is_floating_point()
+
+
+@pytest.mark.parametrize("name", ["digits", "image_folder"])
+def test_a_run_asks_for_the_workers_it_was_told_of(
+    name: str, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For files, and for single images that are transformed, wherever they are kept."""
+    asked: list[int] = []
+
+    def spy(make: Any, numbers: range, workers: int, **said: Any) -> Any:
+        asked.append(workers)
+        return map(make, numbers)
+
+    monkeypatch.setattr(sys.modules["robustflat.data.batches"], "in_workers", spy)
+    flip = {"name": "torchvision", "transforms": [{"name": "RandomHorizontalFlip"}]}
+    said = {"data__workers": 3, "data__augment": flip}
+    if name == "image_folder":
+        said = RUN | {"data": RUN["data"] | {"root": str(tree), "workers": 3}}
+    wanted = config(**said)
+    data = load_data(wanted)
+    if isinstance(data.test, rd.FileImages):
+        assert (data.test.image_size, data.test.resize) == (8, 9)
+    next(Trainer(wanted, data, torch.device("cpu"))._feed.batches(0, 0))
+    assert asked == [3]
+
+
+def test_a_test_folder_comes_before_val(tree: Path, tmp_path: Path) -> None:
+    for split, of in (("train", "train"), ("val", "val"), ("test", "train")):
+        (tmp_path / split).symlink_to(tree / of)
+    assert len(rd.load("image_folder", root=tmp_path, image_size=8, cache=False).test) == 24
