@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS := runs/quickstart-at runs/quickstart-at-awp
 
-.PHONY: quickstart experiments-small test test-mlflow test-oldest test-gpu docs lint $(RUNS)
+.PHONY: quickstart experiments-small test test-trackers test-oldest test-gpu docs lint $(RUNS)
 
 # Trains plain adversarial training and the same with AWP on real digits, one core each, attacks
 # both, measures gap and flatness, and puts them side by side.
@@ -27,9 +27,10 @@ experiments-small: $(VENV)/installed
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# MLflow's test, which `make test` skips: mlflow and torchattacks want other versions of requests.
-test-mlflow: $(VENV)/installed-test
-	$(BIN)/python -m pip install --quiet --quiet --editable '.[mlflow]'
+# The tests with MLflow and W&B, which `make test` skips: mlflow and torchattacks want other versions
+# of requests, and W&B's service is asked for in a process of its own.
+test-trackers: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --quiet --editable '.[mlflow,wandb]'
 	$(BIN)/python -m pytest tests/test_trackers.py
 
 # The oldest torch that is promised, and the tests of what robustflat is for: perturbation, step,

@@ -127,6 +127,14 @@ def test_no_pass_sees_more_than_a_part() -> None:
             assert max(sizes) == 4
             # Clean and attacked images, in ascent and descent.
             assert sum(sizes) == 11 * (attacks + 4)
+    sizes.clear()
+    rf.pgd("linf", 0.1, 2, start="normal", loss="kl")(model, *images(11), parts=3)
+    assert (max(sizes), sum(sizes)) == (4, 33)
+    # A chunk is cut into parts as large as those of a batch, where that is possible.
+    sizes.clear()
+    step = TrainStep(attack=None, objective=rf.standard(), optimizer=optimizer, accumulate=3)
+    step(model, [images(24)], rf.msam(rf.sam(0.1), 12))
+    assert sizes == [6] * 8
 
 
 def test_only_one_graph_stands_at_a_time() -> None:
@@ -166,12 +174,29 @@ def test_only_one_graph_stands_at_a_time() -> None:
 
 def test_without_gradient_the_value_alone_is_computed() -> None:
     model, (x, y) = mlp(dtype=torch.float64), images(8)
+    asked: list[bool] = []
+
+    def loss(rows: slice) -> Tensor:
+        asked.append(torch.is_grad_enabled())
+        return nn.functional.cross_entropy(model(x[rows]), y[rows])
+
     with torch.no_grad():
-        value = accumulated(
-            lambda r: nn.functional.cross_entropy(model(x[r]), y[r]), slices(8, 4), model
-        )
+        value = accumulated(loss, slices(8, 4), model)
         torch.testing.assert_close(value, nn.functional.cross_entropy(model(x), y))
     assert not value.requires_grad
+    assert asked == [False] * 4
+
+
+def test_what_is_made_of_the_value_reaches_the_gradient() -> None:
+    """As the share of a process's rows does, by which its loss is multiplied."""
+    one, parts, (x, y) = mlp(dtype=torch.float64), mlp(dtype=torch.float64), images(8)
+    (3 * nn.functional.cross_entropy(one(x), y)).backward()
+    value = accumulated(
+        lambda r: nn.functional.cross_entropy(parts(x[r]), y[r]), slices(8, 3), parts
+    )
+    (3 * value).backward()
+    for a, b in zip(one.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14)
 
 
 def test_tied_frozen_and_unused_parameters() -> None:

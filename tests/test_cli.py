@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from train_support import SMALL_CNN, contents, python, rows, saved, trained, val
 
 import robustflat as rf
 from robustflat.cli import main
+from robustflat.runs.evaluation import Wanted, evaluate_subject
 from robustflat.runs.records import evaluation_of
 from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
@@ -55,8 +57,8 @@ def refused(run: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A trained run; the tests of `evaluate` and `flatness` work on it in their order."""
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A trained run that was not measured yet; nobody writes to it."""
     return trained(
         tmp_path_factory.mktemp("cli"),
         model=SMALL_CNN,
@@ -65,6 +67,24 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         evaluate={"attacks": ["pgd-5"], "gap_samples": 30, "batch_size": 30},
         flatness={"measures": ["average_clean"], "samples": 30},
     )
+
+
+def copied(folder: RunFolder, root: Path) -> RunFolder:
+    return RunFolder(shutil.copytree(folder.root, root))
+
+
+@pytest.fixture
+def fresh(untouched: RunFolder, tmp_path: Path) -> RunFolder:
+    """A trained run of the test's own."""
+    return copied(untouched, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def evaluated(untouched: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The same, evaluated; tests leave it as it is."""
+    folder = copied(untouched, tmp_path_factory.mktemp("evaluated") / "run")
+    evaluate_subject(open_subject(folder.root, device="cpu"), Wanted(checkpoints=("best", "last")))
+    return folder
 
 
 # --- train
@@ -263,11 +283,11 @@ def test_the_module_starts() -> None:
 # --- evaluate
 
 
-def test_evaluate_writes_what_it_says(run: Any, evaluated: RunFolder) -> None:
-    ran = run("evaluate", evaluated.root, "--checkpoint", "both", "--device", "cpu")
+def test_evaluate_writes_what_it_says(run: Any, fresh: RunFolder) -> None:
+    ran = run("evaluate", fresh.root, "--checkpoint", "both", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "pgd-5" in ran.out
-    content = json.loads(evaluated.evaluation.read_text())
+    content = json.loads(fresh.evaluation.read_text())
     assert list(content) == ["format", "subject", "measurements"]
     assert content["subject"] == "run"
     report = evaluation_of(content["measurements"])
@@ -278,12 +298,12 @@ def test_evaluate_writes_what_it_says(run: Any, evaluated: RunFolder) -> None:
                     "batch_size", "device", "versions"):  # fmt: skip
             assert key in one, (one["kind"], key)
         assert one["versions"]["pyautoattack"]
-    log = (evaluated.root / "evaluate.log").read_text()
+    log = (fresh.root / "evaluate.log").read_text()
     for said in (log, ran.err):
         assert "At most 14 forward-pass equivalents for each of" in said
         assert re.search(r"pgd-5: \d+\.\d\d % of 40 left after \d+ s", said)
         assert "gap of last, train:" in said
-    best = saved(evaluated.best)["epoch"]
+    best = saved(fresh.best)["epoch"]
     for name, epoch in (("best", best), ("last", 3)):
         entry = report["checkpoints"][name]
         assert entry["epoch"] == epoch
@@ -306,23 +326,23 @@ def test_evaluate_writes_what_it_says(run: Any, evaluated: RunFolder) -> None:
     assert report["overfitting"]["robust_accuracy"]["value"] == pytest.approx(robust[0] - robust[1])
 
 
-def test_the_evaluated_accuracy_is_that_of_the_weights(run: Any, evaluated: RunFolder) -> None:
+def test_the_evaluated_accuracy_is_that_of_the_weights(run: Any, fresh: RunFolder) -> None:
     from robustflat.train.setup import build_model, load_data
 
     for which, key in (("raw", "model"), ("average", "average_model")):
         assert (
-            run("evaluate", evaluated.root, "--checkpoint", "last", "--weights", which,
+            run("evaluate", fresh.root, "--checkpoint", "last", "--weights", which,
                 "--samples", 30, "--attack", "pgd-2", "--norm", "linf", "--eps", "1/100").code == 0
         )  # fmt: skip
-        report = evaluation_of(json.loads(evaluated.evaluation.read_text())["measurements"])
+        report = evaluation_of(json.loads(fresh.evaluation.read_text())["measurements"])
         entry = report["checkpoints"]["last"]
         assert report["eps"] == 0.01
         assert entry["weights"] == which
         assert report["checkpoints"]["best"]["test"] is None
-        settings = evaluated.read_config()
+        settings = fresh.read_config()
         dataset = load_data(settings)
         model = build_model(settings, dataset, torch.device("cpu")).eval()
-        model.load_state_dict(saved(evaluated.last)[key])
+        model.load_state_dict(saved(fresh.last)[key])
         x, y = dataset.test.tensors(30)
         right = int((model(x).argmax(1) == y).sum())
         assert entry["test"]["clean_accuracy"] == right / 30
@@ -421,11 +441,11 @@ def test_a_run_without_attack_must_be_told_the_threat(
 # --- flatness
 
 
-def test_flatness_writes_what_it_says(run: Any, evaluated: RunFolder) -> None:
-    ran = run("flatness", evaluated.root, "--measure", "ascent_clean", "--measure", "average_clean",
+def test_flatness_writes_what_it_says(run: Any, fresh: RunFolder) -> None:
+    ran = run("flatness", fresh.root, "--measure", "ascent_clean", "--measure", "average_clean",
               "--samples", 20, "--option", "radius=1/100")  # fmt: skip
     assert ran.code == 0, ran.err
-    (report,) = json.loads(evaluated.flatness.read_text())["measurements"]
+    (report,) = json.loads(fresh.flatness.read_text())["measurements"]
     assert (report["norm"], report["eps"], report["options"]) == ("linf", 0.1, {"radius": 0.01})
     said = [line for line in ran.err.splitlines() if line.startswith("At most")]
     assert len(said) == 1, "what it costs is said once"
@@ -473,12 +493,41 @@ def test_flatness_on_another_split_with_another_attack_at_several_radii(
     assert other["attack"] == repr(attack)
 
 
+def test_a_measure_of_one_s_own(run: Any, evaluated: RunFolder, monkeypatch: Any) -> None:
+    folder = evaluated.root.parent / "own"
+    folder.mkdir()
+    (folder / "own_measures.py").write_text(
+        "from robustflat.flatness import Passes, measure\n"
+        "@measure(cost=Passes(forward=2), uses=('steps',))\n"
+        "def count(subject, options, loss, name):\n"
+        '    """The number of images, times the steps."""\n'
+        "    return len(subject) * options.steps\n"
+    )
+    monkeypatch.chdir(folder)
+    name = "own_measures:count"
+    ran = run("flatness", evaluated.root, "--measure", name, "--samples", 12,
+              "--option", "steps=[2,5]")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "At most 4 forward-pass equivalents" in ran.err
+    found = json.loads(evaluated.flatness.read_text())["measurements"][-1]["measures"]
+    assert {key: figure["value"] for key, figure in found.items()} == {
+        f"{name} with steps=2": 24, f"{name} with steps=5": 60,
+    }  # fmt: skip
+    x, y = torch.rand(7, 1, 8, 8), torch.zeros(7).long()
+    model = open_subject(evaluated.root, device="cpu").network("last").model
+    assert rf.flatness(model, (x, y), [name], steps=3)[name].value == 21
+
+
 BAD_FLATNESS: dict[str, tuple[list[str], str]] = {
     "measure": (["--measure", "sharpnes"], "sharpnes"),
     "option": (["--option", "radiuss=1"], "radius"),
     "no option": (["--option", "radius"], "name=value"),
-    "bad option": (["--option", "radius=large"], "option"),
+    "bad option": (["--option", "radius=large"], "radius must be a number, got 'large'"),
     "negative option": (["--option", "radius=-1"], "radius"),
+    "attack as option": (["--option", "attack=pgd-20"], "--attack"),
+    "seed as option": (["--option", "seed=3"], "no option 'seed'"),
+    "idle option": (["--measure", "gradient_norm", "--option", "radius=0.3"], "nothing"),
+    "empty sweep": (["--option", "radius=[]"], "at least one"),
     "both": (["--checkpoint", "both"], "last"),
     "weights": (["--weights", "mean"], "average"),
     "split": (["--split", "held-out"], "train, validation, test"),
@@ -500,14 +549,14 @@ def test_mistakes_in_flatness(refused: Any, evaluated: RunFolder, case: str) -> 
 # --- compare
 
 
-def test_compare(run: Any, evaluated: RunFolder, tmp_path: Path) -> None:
-    run("evaluate", evaluated.root, "--checkpoint", "both")
+def test_compare(run: Any, fresh: RunFolder, tmp_path: Path) -> None:
+    run("evaluate", fresh.root, "--checkpoint", "both")
     said = ("--norm", "linf", "--eps", "1/100")
-    run("evaluate", evaluated.root, "--attack", "pgd-5", "--samples", 30, *said)
-    ran = run("compare", evaluated.root, evaluated.root)
+    run("evaluate", fresh.root, "--attack", "pgd-5", "--samples", 30, *said)
+    ran = run("compare", fresh.root, fresh.root)
     assert ran.code == 0, ran.err
     written = ("--format", "json", "--output", tmp_path / "rows.json")
-    assert run("compare", evaluated.root, evaluated.root, *written).code == 0
+    assert run("compare", fresh.root, fresh.root, *written).code == 0
     table = json.loads((tmp_path / "rows.json").read_text())
     assert len(table) == 2
     assert "AT + awp(gamma=0.02)" in ran.out

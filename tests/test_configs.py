@@ -40,8 +40,12 @@ PARAMETERS = {
     "cifar10-wrn34": "46.16",
     "cifar10-wrn28": "36.48",
     "cifar10-wrn16": "10.96",
+    # Those of torchvision's networks of these names.
+    "imagenet-convnextb": "88.59",
+    "imagenet-convnextt": "28.59",
+    "imagenet-resnet50": "25.56",
 }
-CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10}
+CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "image_folder": 1000}
 
 # The epoch, counted from 1, that is the first at each learning rate, read off the released code:
 # Rice et al. and AWP for AT count from 0 and ask t / epochs < 0.5, < 0.75; TRADES, TRADES-AWP and
@@ -83,6 +87,21 @@ FLOWING: dict[str, tuple[Callable[[int], float], float, float]] = {
         0.02,
     ),
 }
+FLOWING["imagenet-convnextb-at"] = FLOWING["imagenet-convnextb-at-awp"] = (
+    lambda e: 1e-4 * e if e <= 5 else 1e-5 + (5e-4 - 1e-5) * (1 + math.cos(math.pi * e / 300)) / 2,
+    1.0,
+    8e-6,
+)
+FLOWING["imagenet-convnextt-at"] = (
+    lambda e: 5e-5 * e if e <= 20 else 5e-4 * (1 + math.cos(math.pi * (e - 20) / 280)),
+    1.0,
+    1e-7,
+)
+FLOWING["imagenet-resnet50-at"] = (
+    lambda e: 0.04 * e if e <= 5 else 0.2 * 0.1 ** ((e - 1) // 30),
+    1.0,
+    1e-12,
+)
 FLOWING["cifar10-wrn28-silu-generated-awp"] = FLOWING["cifar10-wrn28-silu-generated"]
 # The first epoch, counted from 1, in which the weights are perturbed: SVHN's script counts epochs
 # from 0 and asks epoch >= 5, TRADES-AWP's counts from 1 and asks epoch >= 10.
@@ -94,6 +113,7 @@ FIRST_PERTURBED = {
     "cifar10-wrn34-acat-awp": 10,
     "cifar10-wrn34-oaat-awp": 10,
     "cifar10-wrn28-silu-generated-awp": 10,
+    "imagenet-convnextb-at-awp": 6,
 }
 # Those that normalise although their objective is TRADES.
 NORMALISED = {"cifar10-wrn28-silu-generated", "cifar10-wrn28-silu-generated-awp"}
@@ -130,7 +150,10 @@ def tiny(path: Path, extra: Path) -> RunConfig:
     ]
     if path.parent.name == "papers":
         changes.append("model={name: small_cnn, options: {width: 4}}")
-    if asked.data.augment.cutout:
+    if asked.data.name == "image_folder":
+        changes += ["data.augment={name: standard}", "data.image_size=null", "data.resize=null"]
+        changes.append("train.channels_last=false")  # of which `flat` makes no vector
+    elif asked.data.augment.cutout:
         changes.append("data.augment.cutout=4")
     if asked.data.extra is not None:
         changes.append(f"data.extra.path={extra}")

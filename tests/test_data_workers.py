@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from train_support import config, same_run, stopped, trained
 
 import robustflat.data as rd
+from robustflat.config import read_config
 from robustflat.data.batches import Augmentation
 from robustflat.data.transforms import torchvision
 from robustflat.data.workers import in_workers
@@ -24,6 +25,7 @@ from robustflat.train import Trainer
 from robustflat.train.folder import RunFolder
 from robustflat.train.setup import load_data
 
+ROOT = Path(__file__).parents[1]
 CROP = {"name": "RandomResizedCrop", "size": 8, "scale": [0.5, 1]}
 AUGMENT = (CROP, {"name": "RandomHorizontalFlip"}, {"name": "RandAugment", "num_ops": 1})
 
@@ -99,6 +101,15 @@ def test_transforms_are_those_of_torchvision_on_the_whole_file(tree: Path) -> No
     assert torch.equal(augment.of_image(data.raw(5), 11, (3, 8, 8)), expected)
 
 
+def test_a_batch_is_made_of_whole_files(tree: Path) -> None:
+    data = images(tree)
+    centre = torchvision(transforms=({"name": "CenterCrop", "size": 8},))
+    x, _ = made(data, augment=centre, order=None)[0]
+    expected = torch.stack([v2.CenterCrop(8)(data.raw(i)) for i in range(6)])
+    assert torch.equal(x, expected / 255)
+    assert not torch.equal(expected, data.fetch(torch.arange(6)))
+
+
 def test_images_in_memory_are_transformed_too() -> None:
     digits = rd.load("digits", train_samples=20).train
     augment = torchvision(transforms=({"name": "RandomAffine", "degrees": 30},))
@@ -111,11 +122,13 @@ def test_images_in_memory_are_transformed_too() -> None:
     whole = augment(x, torch.Generator().manual_seed(0))
     assert torch.equal(whole, augment(x, torch.Generator().manual_seed(0)))
     assert (whole.shape, whole.dtype) == (x.shape, torch.uint8)
+    alike = augment(x[:1].expand(4, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert len(torch.unique(alike, dim=0)) == 4
 
 
 def test_extra_images_are_transformed_each_differently(tree: Path) -> None:
-    data = images(tree)
-    extra = rd.Extra(images=data.subset(torch.zeros(5, dtype=torch.int64)), fraction=0.5)
+    data = images(tree).subset(torch.zeros(12, dtype=torch.int64))  # one image, 12 times
+    extra = rd.Extra(images=data, fraction=0.5)
     colours = {"name": "ColorJitter", "brightness": 0.9, "contrast": 0.9}
     augment = torchvision(transforms=(CROP, colours))
     one = made(data, extra=extra, augment=augment)
@@ -143,6 +156,7 @@ def test_wrong_transforms_are_told(transforms: Any, said: str) -> None:
     ("transform", "said"),
     [
         ({"name": "RandomResizedCrop", "size": 9}, r"End with a crop of data.image_size"),
+        ({"name": "ConvertImageDtype"}, "leave normalisation to the model"),
         ({"name": "Pad", "padding": -9}, "cannot be applied"),
         ({"name": "Normalize", "mean": [0.5], "std": [0.5]}, "cannot be applied"),
     ],
@@ -280,3 +294,32 @@ def test_a_run_is_resumed_bit_for_bit_by_other_workers(tree: Path, tmp_path: Pat
 def test_a_cache_and_transforms_contradict_each_other(tree: Path) -> None:
     with pytest.raises(UserError, match=r"Set data.cache: false"):
         config(**RUN | {"data__cache": True, "data__root": str(tree)})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/papers").glob("imagenet-*.yaml")), ids=str)
+def test_a_recipe_of_imagenet_takes_a_step_on_such_a_folder(
+    path: Path, tree: Path, tmp_path: Path
+) -> None:
+    """Attack, weights, optimizer and images are as they are, the network is tiny."""
+    asked = read_config(
+        path,
+        [
+            f"data.root={tree}",
+            f"output={tmp_path}",
+            "device=cpu",
+            "data.validation_samples=3",
+            "data.workers=1",
+            "train.batch_size=4",
+            "train.precision=fp32",
+            "monitor.train_samples=3",
+            "model={name: small_cnn, options: {width: 2}}",
+        ],
+    )
+    folder = RunFolder(tmp_path / asked.name)
+    folder.prepare(asked, resume=False, machines=[])
+    trainer = stopped(asked, folder, 1)
+    assert trainer.step == 1
+    assert trainer.average is not None
+    x, y = next(trainer._feed.batches(0, 0))[0]
+    assert x.shape == (4, 3, 224, 224)
+    assert y.is_floating_point()

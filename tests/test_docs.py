@@ -276,9 +276,9 @@ def test_command_lines_parse(command: str) -> None:
     option = parsed.params.get("option")
     if words[1] == "flatness" and option:
         from robustflat.cli.options import named
-        from robustflat.flatness.options import with_options
+        from robustflat.flatness.asked import settle
 
-        with_options(Options(attack=rf.pgd()), named("--option", option))
+        settle(parsed.params["measure"], None, "linf", None, named("--option", option))
     for measure in (parsed.params.get("measure") or []) if words[1] == "flatness" else []:
         registry.measures.find(measure)
 

@@ -552,6 +552,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
         ({"data": (IMAGES, LABELS + 1)}, "has 3 classes, numbered from 0"),
         ({"data": (IMAGES, LABELS - 1)}, "must not be negative"),
         ({"data": (IMAGES, LABELS.float())}, "whole numbers"),
+        ({"seed": 2**63}, r"below 2\^63"),
         ({"data": (IMAGES, F.one_hot(LABELS))}, "one class per image"),
         ({"data": (IMAGES, LABELS[:4])}, "one class per image"),
         ({"data": 3}, "loader"),
@@ -631,6 +632,9 @@ def test_how_far_outside_the_ball_an_example_still_counts(norm, over, counts):
     found = judge(Bright(0.501), x, x + step * (1 + over), y, norm=norm, eps=eps)
     assert found.broken.tolist() == [counts]
     assert found.outside.tolist() == [not counts]
+    # Also where the image itself was misclassified before.
+    before = judge(Bright(0.4), x, x + step * (1 + over), y, norm=norm, eps=eps)
+    assert before.broken.tolist() == [counts]
 
 
 @pytest.mark.parametrize(("pixel", "counts"), [(1.0, True), (1 + 5e-7, True), (1.0001, False)])

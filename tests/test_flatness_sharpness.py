@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -267,7 +268,10 @@ def test_presets_reproduce_their_definitions():
             net.double().eval(), examples(9, (6,), 4), ["stutz2021_average"], samples=2, eps=0.03
         )
     )
-    assert figure.details["parameters"] == r"re:^(1\.weight|1\.bias)$"
+    assert figure.details["parameters"] == "no_norm"
+    without = flatness(net, examples(9, (6,), 4), ["stutz2021_average"], samples=2, eps=0.03,
+                       parameters=r"re:^(1\.weight|1\.bias)$")  # fmt: skip
+    assert only(without).value == figure.value
     assert (figure.details["radius"], figure.details["ball"]) == (0.5, "tensor")
     # 20 steps and the best of 21 points, remade at 2 + 1 weights.
     assert figure.details["passes"]["input_gradient"] == pytest.approx(63)
@@ -321,20 +325,73 @@ def test_stated_cost_of_presets_and_sweeps_is_that_of_each():
 def test_a_changed_preset_has_another_name_and_figures_tell_their_settings():
     model, data = mlp(), examples(9, (6,), 4)
     names = flatness(model, data, ["wu2020", "worst_clean"], steps=2, radius=0.1, probes=3)
-    assert list(names) == ["wu2020 with radius=0.1, steps=2", "worst_clean"]
+    assert list(names) == ["wu2020 with radius=0.1", "worst_clean"]
     assert list(flatness(model, data, ["wu2020"], radius=5e-3, k=2)) == ["wu2020"]
     assert list(cost(["stutz2021_average"], 1000, attack=rf.fgsm(eps=0.1)).measures) == [
         "stutz2021_average with attack=fgsm"
     ]
     settings = names["worst_clean"].details["settings"]
     assert (settings["steps"], settings["radius"], settings["seed"]) == (2, 0.1, 0)
-    assert (settings["distribution"], settings["restarts"]) == ("sphere", 2)
-    assert "radius=0.03137" in settings["attack"]
+    assert settings["restarts"] == 2
+    # Settings that do not act on a measure are none of its circumstances.
+    assert {"distribution", "samples", "probes", "attack", "examples"}.isdisjoint(settings)
+    assert "radius=0.03137" in names["wu2020 with radius=0.1"].details["settings"]["attack"]
+    (wen,) = cost(["wen2023_worst"], 9, steps=2, samples=3).measures
+    assert wen == "wen2023_worst with steps=2"
     published = {name: m.split for name, m in MEASURES.items() if m.split}
     assert published == {
         "stutz2021_average": "test", "stutz2021_worst": "test",
         "andriushchenko2023_worst": "train", "andriushchenko2023_average": "train",
     }  # fmt: skip
+
+
+class Noted(Options):
+    """Options that note which of them are read."""
+
+    read: ClassVar[set[str]] = set()
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    def __getattribute__(self, name):
+        if name in Options.__dataclass_fields__:
+            Noted.read.add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_names_the_options_that_act_on_it(name):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 11), torch.nn.Linear(11, 3))
+    data = examples(4, (6,), 3)
+    start = {k: v + 1 for k, v in net.double().eval().state_dict().items()}
+    subject = Subject(net, *data, batch_size=4, seed=0, initial=start)
+    measure = MEASURES[name]
+    settings = {"samples": 1, "probes": 1, "steps": 1, "restarts": 1, "lanczos_steps": 2}
+    options = Noted(attack=rf.pgd(eps=0.1, steps=1), max_hvps=2, lanczos_runs=1,
+                    **(dict(measure.changes) | settings))  # fmt: skip
+    Noted.read.clear()
+    measure.run(subject, options)
+    # The loss always looks whether to normalise; all kinds make the closure of every loss.
+    said = {*measure.uses, "examples", "normalise_logits", "attack"}
+    if name != "pac_bayes":  # it copies all into those of a sharpness
+        assert Noted.read <= said
+    assert {*measure.uses} - Noted.read <= {"attack", "train_size"}
+    assert measure.is_attacked == (measure.loss != "clean" or "attack" in measure.uses)
+
+
+def test_what_does_not_act_on_a_measure_is_not_swept_and_no_value_comes_twice():
+    figures = cost(["wen2023_average", "hessian_trace", "worst_clean"], 9, probes=[10, 20, 10.0],
+                   radius=[0.1, 0.1])  # fmt: skip
+    assert list(figures.measures) == [
+        "wen2023_average with radius=0.1", "hessian_trace with probes=10",
+        "hessian_trace with probes=20", "worst_clean with radius=0.1",
+    ]  # fmt: skip
+
+
+def test_worst_sharpness_where_a_loss_is_not_finite_is_not_finite():
+    model, data = mlp((6, 8, 8, 8, 8, 4), relu=True).float(), examples(9, (6,), 4)
+    (figure,) = flatness(model, data, ["worst_clean"], radius=1e12).values()
+    assert not math.isfinite(figure.value)
+    assert figure.to_dict()["value"] is None
 
 
 def test_a_sweep_is_one_figure_for_each_setting_along_the_same_directions():

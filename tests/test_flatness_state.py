@@ -62,6 +62,9 @@ def model():
 
 DATA = (examples(7, (1, 4, 4), 3)[0].float(), examples(7, (1, 4, 4), 3)[1])
 
+HOLED = DATA[0].clone()
+HOLED[6, 0, 0, 0] = torch.nan
+
 
 class Stop(BaseException):
     pass
@@ -185,7 +188,18 @@ def test_a_loader_equals_its_tensors_and_shuffling_is_refused(model):
         ("as many labels as images", {"data": (DATA[0], DATA[1][:3])}),
         ("at least one of each", {"data": (DATA[0][:0], DATA[1][:0])}),
         ("floating-point numbers", {"data": ((DATA[0] * 255).byte(), DATA[1])}),
-        ("wrong type", {"radius": "much"}),
+        ("radius must be a number", {"radius": "much"}),
+        ("radius must be a number", {"radius": True}),
+        ("step_size must be a number", {"step_size": "x"}),
+        ("normalise_logits must be true or false", {"normalise_logits": "no"}),
+        ("parameters must be all, matrices", {"parameters": 3}),
+        ("max_hvps must be at least k", {"k": 5, "max_hvps": 4}),
+        ("swept over no value", {"radius": []}),
+        ("No flatness measure was asked for", {"measures": []}),
+        (
+            "pixels of the images are not finite",
+            {"data": (HOLED, DATA[1]), "batch_size": 2},
+        ),
     ],
 )
 def test_bad_input_is_a_sentence(model, message, arguments):
@@ -327,10 +341,11 @@ def test_where_the_loss_overflows_the_worst_direction_is_not_finite(tmp_path, lo
 
 def test_a_sharpness_that_is_not_finite_is_a_figure_and_is_resumed(tmp_path):
     model, data = mlp(), examples(7, (6,), 4)
-    ask = {"measures": ["average_clean"], "radius": 1e308, "ball": "global", "samples": 2}
+    deep = mlp((6, 8, 8, 8, 8, 4), relu=True).float()
+    ask = {"measures": ["average_clean"], "radius": 1e12, "samples": 2}
     for _ in range(2):
-        figure = flatness(model, data, **ask, store=tmp_path / "parts.jsonl")["average_clean"]
-        assert figure.standard_error == float("inf")
+        figure = flatness(deep, data, **ask, store=tmp_path / "parts.jsonl")["average_clean"]
+        assert not math.isfinite(figure.standard_error)
         assert figure.to_dict()["standard_error"] is None
     store = tmp_path / "other.jsonl"
     flatness(model, data, ["average_clean"], store=store, samples=2)

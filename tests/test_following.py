@@ -18,7 +18,7 @@ from train_support import config
 from robustflat.errors import UserError
 from robustflat.report import following
 from robustflat.report.following import Trace, follow
-from robustflat.report.progress import Pace, ProgressBar, duration
+from robustflat.report.progress import Pace, ProgressBar, duration, figures
 from robustflat.train import train
 from robustflat.train.folder import RunFolder
 
@@ -127,6 +127,52 @@ def test_following_shows_every_epoch_of_a_run_under_way(
     lines = file.getvalue().splitlines()
     assert [re.findall(r"epoch +(\d)/3", text) for text in lines] == [["1"], ["2"], ["3"]]
     assert "37.5%" in lines[2]
+
+
+def test_a_trace_is_written_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = 100.0, []
+    monkeypatch.setattr(following.time, "monotonic", lambda: now)
+    monkeypatch.setattr(following, "write_json", lambda path, said, **_: written.append(said))
+    trace = Trace(tmp_path)
+    trace.on_start(3, 8, 0)
+    for step, later in enumerate((100.4, 100.9, 101.1, 101.5, 102.2)):
+        now = later
+        trace.on_step(0, step, {})
+    assert [said["done"] for said in written] == [0, 3, 5]
+
+
+def test_a_run_that_goes_back_is_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, trace = RunFolder(tmp_path / "run"), Trace(tmp_path / "run")
+    folder.prepare(config(tmp_path), resume=False)
+    trace.on_start(3, 8, 0)
+    for epoch, accuracy in ((1, 0.25), (2, 0.5)):
+        folder.append_metrics(row(epoch, monitor=monitored(0.5, accuracy)))
+    waits = iter(range(2))
+
+    def sleep(seconds: float) -> None:
+        if next(waits) == 0:  # as it is after --overwrite
+            folder.metrics_file.unlink()
+            folder.append_metrics(row(1, monitor=monitored(0.5, 0.125)))
+        else:
+            trace.on_end()
+
+    monkeypatch.setattr(following.time, "sleep", sleep)
+    where, file = console()
+    follow(folder, where)
+    found = [
+        re.findall(r"epoch +(\d)/3.*robust +([\d.]+)%", t) for t in file.getvalue().splitlines()
+    ]
+    assert found == [[("1", "25.0")], [("2", "50.0")], [("1", "12.5")]]
+
+
+def test_an_epoch_that_collapsed_says_so() -> None:
+    def said(epoch: int) -> list[str]:
+        return figures(row(3, monitor=monitored(0.75, 0.5), alarm={"epoch": epoch}))
+
+    assert said(3)[-1] == "collapsed"
+    assert "collapsed" not in said(2)
 
 
 def test_a_run_that_says_nothing_is_told_of(

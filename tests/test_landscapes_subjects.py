@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from train_support import SMALL_CNN, trained
 
 from robustflat.cli import main
+from robustflat.flatness import MEASURES
 from robustflat.landscapes import Landscape, drawn_in
+from robustflat.runs.flatness import measure_subject
 from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
 
@@ -195,18 +198,22 @@ def test_what_cannot_be_drawn_is_said_first_and_what_is_not_finite_afterwards(
     assert "not finite" not in draw(*ask, tmp_path / "m.png")
 
 
-def test_a_record_tells_how_many_images_were_measured(place: Path) -> None:
-    from robustflat.runs.flatness import measure_subject
-
+def test_a_record_tells_how_many_images_were_measured(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = MEASURES["andriushchenko2023_average"]
+    small = replace(preset, changes={**preset.changes, "examples": 30})
+    monkeypatch.setitem(MEASURES, preset.name, small)
     subject = open_subject(place / "a", device="cpu")
-    names = ["andriushchenko2023_average", "gradient_norm"]
     for ask, number, ending in (
         ({"samples": 40}, 40, " with examples=40, samples=1"),
+        ({"samples": 20}, 20, " with examples=20, samples=1"),
         ({"options": {"examples": 20}}, 20, " with examples=20, samples=1"),
     ):
         options = {"samples": 1, **ask.pop("options", {})}
+        names = [preset.name, "gradient_norm"]
         found = measure_subject(subject, names, **ask, options=options)
         assert found["samples"] == number
-        assert set(found["measures"]) == {names[0] + ending, names[1]}
+        assert set(found["measures"]) == {preset.name + ending, "gradient_norm"}
         for figure in found["measures"].values():
             assert figure["details"]["examples"] == number

@@ -896,3 +896,31 @@ def test_gaps_and_lone_points_and_empty_charts() -> None:
         "markers"
         in interactive.plotly(Chart(title="t", series=[lone], x=Axis()))["data"][0]["mode"]
     )
+
+
+def test_a_page_on_the_home_of_a_model_alone_and_beside_a_run(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    home = RunFolder(tmp_path / "home")
+    home.root.mkdir()
+    for name, kind in (("evaluation", "test"), ("flatness", "flatness")):
+        content = json.loads(getattr(run, name).read_text())
+        content["measurements"] = [
+            {**one, "checkpoint": "given", "epoch": None, "data": "mnist5k",
+             "said": {"model": "small_cnn", "normalise": "data"}}
+            for one in content["measurements"]
+            if one["kind"] == kind and one["checkpoint"] == {"test": "best"}.get(kind, "last")
+        ]  # fmt: skip
+        write_json(getattr(home, name), content)
+    alone = written(tmp_path, home)
+    for words in ("Data: mnist5k. Threat: L∞", "the models as they were given", "normalise: data"):
+        assert words in alone
+    assert "Learning curves" not in alone
+    assert "epoch None" not in alone
+    assert "config.yaml" not in alone
+    both = written(tmp_path, run, home)
+    assert "Learning curves" in both
+    assert "Not of the same checkpoint" in both
+    home.evaluation.unlink()
+    home.flatness.unlink()
+    with pytest.raises(UserError, match="not the folder of a run"):
+        written(tmp_path, home)

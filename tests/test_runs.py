@@ -175,9 +175,8 @@ def test_flatness_is_measured_on_the_images_of_its_paper_or_those_that_are_said(
     ask = {"samples": 20, "options": {"samples": 1, "radius": [0.5, 0.1]}}
     names = ["stutz2021_average", "average_clean"]
     found = measure_subject(run, names, **ask)["measures"]
-    points = ("", ", radius=0.1")
-    preset = [f"stutz2021_average with samples=1{p}, examples=20" for p in points]
-    preset[1] = "stutz2021_average with radius=0.1, samples=1, examples=20"
+    points = ("", "radius=0.1, ")
+    preset = [f"stutz2021_average with examples=20, {p}samples=1" for p in points]
     assert set(found) == {
         *preset, "average_clean with radius=0.5", "average_clean with radius=0.1",
     }  # fmt: skip
@@ -197,7 +196,7 @@ def test_flatness_is_measured_on_the_images_of_its_paper_or_those_that_are_said(
     more = measure_subject(run, ["stutz2021_average"], split="train", samples=20,
                            options={"samples": 1})  # fmt: skip
     (name,) = more["measures"]
-    assert name == "stutz2021_average with samples=1, examples=20, split=train"
+    assert name == "stutz2021_average with examples=20, samples=1, split=train"
     measure_subject(run, ["average_clean"], samples=20, options={"examples": 10})
     measure_subject(run, ["pac_bayes"], samples=20, options={"steps": 1})
     entries = records.read(run.home.flatness, "flatness")
@@ -331,6 +330,8 @@ DIFFERENT: list[tuple[Any, Any, str]] = [
     (flat(settings={"steps": 2, "seed": 0}), flat(settings={"steps": 9, "seed": 1}),
      "worst_robust [{}];steps 2;steps 9"),
     (flat(), flat(about={"attack": "pgd-50"}), "worst_robust [{}];of the measure;pgd-50"),
+    (flat(settings={"normalise_logits": False}), flat(settings={"normalise_logits": True}),
+     "worst_robust [{}];normalise logits False;normalise logits True"),
     (flat(), flat(about={"eps": 0.1}), "worst_robust [{}];linf 8/255;linf 0.1"),
     (flat(), flat(about={"checkpoint": "best"}), "worst_robust [{}];last;best"),
 ]  # fmt: skip

@@ -305,10 +305,17 @@ def test_images_of_a_folder_are_brought_to_the_size_that_is_said(run: Any, tmp_p
             (one,) = read(home / "evaluation.json", "evaluate")
             assert one["result"]["clean_accuracy"] == 1
             assert one["said"]["image_size"] == 8
+    # How many classes it has is looked at before anything is done.
+    given[-1] = "apgd-dlr"
+    ended, said = run(tmp_path / "net.pt", *given, "--output", tmp_path / "x", "--image-size", 8)
+    assert ended == 2
+    assert "with 2 classes" in said
+    assert not (tmp_path / "x").exists()
 
 
 def test_one_home_keeps_the_figures_of_different_models(run: Any, tmp_path: Path) -> None:
-    base = ("--attack", "pgd-1", "--samples", 20, "--no-gap", "--output", tmp_path)
+    # Nothing is said of a gap: it is not known what a model was trained on.
+    base = ("--attack", "pgd-1", "--samples", 20, "--output", tmp_path)
     for normalise in ("data", "none", "data"):
         assert run("net", *base, "--normalise", normalise)[0] == 0
     found = read(tmp_path / "evaluation.json", "evaluate")
@@ -401,6 +408,10 @@ def test_the_doubt_names_more_or_less_normalisation(
 
     digits = load("digits")
     x, y = digits.train.tensors()
+    said = Elsewhere(model="mlp", model_option={"hidden": [16]}, data="digits", normalise="data")
+    opened = open_subject(place / "net.pt", norm="linf", eps=0.1, device="cpu", elsewhere=said)
+    layer = opened.network().model.normalize
+    assert (layer.mean.item(), layer.std.item()) == pytest.approx((*digits.mean, *digits.std))
     means = torch.stack([x[y == c].mean(0).flatten() for c in range(10)])
 
     def save_net(scale: float, shift: float, name: str) -> None:
@@ -480,9 +491,9 @@ def test_images_on_the_disk_are_decoded_only_where_they_are_needed(
     folder = trained(tmp_path, data=data | {"train_samples": None, "test_samples": None},
                      train__epochs=1)  # fmt: skip
     decoded: list[Path] = []
-    decode = FileImages._decode
+    decode = FileImages._fitted
     monkeypatch.setattr(
-        FileImages, "_decode", lambda self, path: (decoded.append(path), decode(self, path))[1]
+        FileImages, "_fitted", lambda self, path: (decoded.append(path), decode(self, path))[1]
     )
     subject = open_subject(folder.root, device="cpu")
     subject.network("last")
@@ -506,6 +517,12 @@ def test_the_gap_is_kept_and_not_measured_twice(
     monkeypatch.setattr(evaluation, "scores", lambda *a, **k: (calls.append(a), scores(*a, **k))[1])
     assert evaluate_subject(subject, Wanted(attacks=[])) == once
     assert not calls
+    # Each figure is that of its own split and checkpoint.
+    for name, entry in once["checkpoints"].items():
+        for split, images in subject.splits(20).items():
+            x, y = images.tensors()
+            right = float((subject.network(name).model(x).argmax(1) == y).double().mean())
+            assert entry["gap"]["splits"][split]["clean_accuracy"]["value"] == pytest.approx(right)
     # Of another size, or at other weights, it is another one.
     smaller = evaluate_subject(subject, Wanted(attacks=[], gap_samples=10))
     assert len(calls) == 6

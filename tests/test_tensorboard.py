@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from test_tables import monitored, row
+from torch import nn
 from train_support import SMALL_CNN, config
 
+import robustflat as rf
 from robustflat.landscapes import Landscape
 from robustflat.report.monitor_figures import confusion, examples, line
 from robustflat.report.tensorboard import TensorBoard
 from robustflat.train import Listener, train
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor
-from robustflat.train.pictures import Pictures
+from robustflat.train.pictures import Pictures, take
 
 ACCURACY, GAP = "1-robust/accuracy", "1-robust/accuracy_gap"
 
@@ -52,6 +55,10 @@ def test_curves_of_splits_share_a_chart(tmp_path: Path) -> None:
     assert curve(tmp_path, GAP) == [(8, 0.25), (24, 0.375)]
     assert curve(tmp_path, "1-robust/loss_gap") == [(8, 0.375), (24, 0.375)]
     assert curve(tmp_path / "average", GAP) == [(24, 0.125)]
+    # The outcome is that of the averaged weights once there are any.
+    assert curve(tmp_path, "9-outcome/robust_accuracy") == [(8, 0.5), (24, 0.75)]
+    assert curve(tmp_path, "9-outcome/accuracy_gap") == [(8, 0.25), (24, 0.125)]
+    assert curve(tmp_path, "9-outcome/robust_loss") == [(8, 0.875), (24, 0.875)]
     assert curve(tmp_path, "5-optimisation/epoch_loss") == [(8, 1.5), (24, 1.5)]
     assert curve(tmp_path, "6-flatness/worst") == [(24, 0.125)]
     assert curve(tmp_path, "1-robust/overfitting_best_minus_last") == [(24, 0.25)]
@@ -128,6 +135,7 @@ def test_points_after_a_resumption_go_even_where_none_comes_again(tmp_path: Path
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     settings = config(
         tmp_path_factory.mktemp("told"),
+        name="told",
         model=SMALL_CNN,
         train__average={"name": "swa", "start_epoch": 1},
         monitor__step_every=2,
@@ -213,6 +221,7 @@ def test_a_run_has_pictures_text_settings_and_a_layout(run: RunFolder) -> None:
     assert shown["Robust accuracy"] == [ACCURACY + "$"]
     assert shown["Robust gap, train - validation"] == [GAP]
     assert list(shown).index("Robust gap, train - validation") == 1
+    assert list(shown.values())[2] == ["1-robust/rise_under_weights"]
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     data = plugin_data_pb2.HParamsPluginData.FromString(content)
     said = data.session_start_info.hparams
@@ -225,15 +234,15 @@ def test_a_run_has_pictures_text_settings_and_a_layout(run: RunFolder) -> None:
     # The five columns that are shown at first.
     first = ["1-method", "2-attack.eps", "2-optimizer.lr", "2-radius", "2-seed"]
     assert sorted(said)[:5] == first
-    assert data.session_start_info.group_name == "run"
+    assert data.session_start_info.group_name == "told"
     content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     metrics = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
     # Each of them is a curve of the run or of one of its splits, or comes with an attack.
     for metric in metrics:
         assert curve(run.root / metric.name.group, metric.name.tag)
     assert [(m.display_name, m.name.group, m.name.tag) for m in metrics[:3]] == [
-        ("robust accuracy", "validation", ACCURACY),
-        ("robust gap", "", GAP),
+        ("robust accuracy", "", "9-outcome/robust_accuracy"),
+        ("robust gap", "", "9-outcome/accuracy_gap"),
         ("best - last", "", "1-robust/overfitting_best_minus_last"),
     ]
 
@@ -260,6 +269,47 @@ def pictures() -> Pictures:
             measured=3,
         ),
     )
+
+
+def test_pictures_are_of_held_out_images_as_the_model_sees_them() -> None:
+    # Of two classes; 4 x - 2 is the logit of the second: x > 0.5.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2)).train()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[0.0], [4.0]]))
+        model[1].bias.copy_(torch.tensor([0.0, -2.0]))
+    held_out = torch.tensor([0.9, 0.6, 0.45, 0.1]).view(4, 1, 1, 1), torch.tensor([1, 1, 0, 1])
+    trained_on = torch.tensor([0.2, 0.3, 0.8]).view(3, 1, 1, 1), torch.tensor([0, 0, 1])
+    attack = rf.pgd("linf", 0.2, 2, start="zero")
+
+    def taken(splits: dict[str, Any]) -> Pictures:
+        names = ("low", "high")
+        return take(model, splits, names, attack, torch.device("cpu"), seed=0, batch_size=3)
+
+    found = taken({"train": trained_on, "validation": held_out})
+    assert found.split == "validation"
+    order = [held_out[0].flatten().tolist().index(v) for v in found.x.flatten().tolist()]
+    assert sorted(order) == [0, 1, 2, 3]
+    assert torch.equal(found.y, held_out[1][order])
+    away = torch.where(found.y == 1, -0.2, 0.2).view(4, 1, 1, 1)
+    assert torch.allclose(found.x_adv, (found.x + away).clamp(0, 1))
+    assert torch.equal(found.clean, (found.x.flatten() > 0.5).long())
+    assert torch.equal(found.attacked, (found.x_adv.flatten() > 0.5).long())
+    assert int((found.clean != found.attacked).sum()) == 2
+    assert model.training
+    # The line is on training images.
+    centre = found.line.losses["clean"][0][5]
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(model(trained_on[0]), trained_on[1])
+    assert centre == pytest.approx(float(expected))
+    assert taken({"train": trained_on}).split == "train"
+
+
+def test_coloured_images_stand_upright() -> None:
+    x = torch.rand(1, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    shown = replace(pictures(), x=x, x_adv=x, y=torch.tensor([0]), clean=torch.tensor([0]),
+                    attacked=torch.tensor([0]))  # fmt: skip
+    (grid,) = examples(shown).axes
+    assert np.allclose(grid.images[0].get_array(), x[0].permute(1, 2, 0))
 
 
 def test_pictures_show_the_numbers_they_are_made_of() -> None:

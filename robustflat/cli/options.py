@@ -55,7 +55,7 @@ def _open(
     image_size: Annotated[
         int | None,
         typer.Option(
-            help="Of a model, on image_folder: bring all images to this height and width."
+            help="Of a model, on image_folder: shorter side, of which the centre is cut out."
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Of a model: the set of its images.")] = None,

@@ -264,8 +264,7 @@ def merged(records: Sequence[Record]) -> Record:
     """
     if not records:
         raise UserError("There is no shard to merge.")
-    # From "2/12" to (12, 2): those of one division together, in the order of their numbers.
-    records = sorted(records, key=lambda r: parse_shard(str(r.settings.get("shard")))[::-1])
+    records = sorted(records, key=lambda r: parse_shard(str(r.settings.get("shard"))))
     # Each shard knows only its own images; the labels are those of all.
     own = ("shard", "data")
     shared = [{k: v for k, v in r.settings.items() if k not in own} for r in records]

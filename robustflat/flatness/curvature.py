@@ -17,6 +17,7 @@ from torch import Tensor
 
 from robustflat.errors import UserError
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
+from robustflat.flatness.measure import CURVED, measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.spectrum import DENSE, Eigenpairs, Hessian, extreme, quadrature
 from robustflat.flatness.subject import LossKind, Subject, normal, signs
@@ -27,6 +28,11 @@ RUNS = 3
 # Probes that go through one graph of the gradient; so many products are held at a time.
 TOGETHER = 10
 _GRID = 512
+# Nodes nearer to 0, in largest eigenvalues, are taken for those of the null space.
+_NULL = 1e-3
+# Options that act on all of them, and on the spectrum's ends.
+USES = ("parameters", "normalise_logits")
+ENDS = ("k", "tolerance", "max_hvps")
 
 
 def hessian_of(subject: Subject, options: Options, loss: LossKind) -> Hessian:
@@ -50,8 +56,40 @@ def pairs_of(subject: Subject, options: Options, loss: LossKind, end: str) -> Ei
     )
 
 
+def top_passes(options: Options) -> Passes:
+    """At most what the eigenvalues of one end cost."""
+    return products(max(options.max_hvps, options.k + 1, DENSE))
+
+
+def _top(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {"top": top_passes(options)}
+
+
+def _bottom(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {"bottom": top_passes(options)}
+
+
+def _density(options: Options, loss: LossKind) -> dict[str, Passes]:
+    runs = products(options.lanczos_steps * options.lanczos_runs)
+    return {**_top(options, loss), **_bottom(options, loss), "density": runs}
+
+
+def probe_cost(options: Options, loss: LossKind) -> dict[str, Passes]:
+    """What Hutchinson's probes cost, shared by all that take them."""
+    graphs = math.ceil(options.probes / TOGETHER)
+    return {"probes hutchinson": Passes(gradient=graphs, hvp=options.probes)}
+
+
+def _trace(options: Options, loss: LossKind) -> dict[str, Passes]:
+    if options.estimator == "hutchinson":
+        return probe_cost(options, loss)
+    step = {"hutchpp": 3, "xtrace": 2}[options.estimator]
+    return {f"probes {options.estimator}": products(RUNS * (options.probes // step * step))}
+
+
+@measure("hessian_max", loss=CURVED, cost=_top, uses=(*USES, *ENDS), curvature=True)
 def maximum(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
-    """The largest eigenvalue.
+    """The largest Hessian eigenvalue.
 
     Details: ``eigenvalues``, the k largest, their ``residuals`` and whether they ``converged``. A
     value that did not is a lower bound; an eigenvalue lies within the residual of it.
@@ -59,13 +97,17 @@ def maximum(subject: Subject, options: Options, loss: LossKind, name: str) -> Fi
     return _eigenvalues(subject, options, loss, name, "top")
 
 
+@measure("hessian_min", loss=CURVED, cost=_bottom, uses=(*USES, *ENDS), curvature=True)
 def minimum(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
-    """The smallest eigenvalue, negative off a minimum. Details as :func:`maximum`."""
+    """The smallest Hessian eigenvalue, negative off a minimum. Details as :func:`maximum`."""
     return _eigenvalues(subject, options, loss, name, "bottom")
 
 
+@measure(
+    "hessian_trace", loss=CURVED, cost=_trace, uses=(*USES, "probes", "estimator"), curvature=True
+)
 def trace(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
-    """The trace. Details: ``layers``, each parameter tensor's trace and its standard error.
+    """The Hessian trace. Details: ``layers``, each parameter tensor's trace and its standard error.
 
     Hutchinson's estimator with Rademacher probes; exact for very few weights. With another
     estimator (no layers), the error is that over independent runs of it.
@@ -97,8 +139,9 @@ def trace(subject: Subject, options: Options, loss: LossKind, name: str) -> Figu
     )
 
 
+@measure("hessian_frobenius", loss=CURVED, cost=probe_cost, uses=(*USES, "probes"), curvature=True)
 def frobenius(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
-    """The Frobenius norm, the root of the mean of ||H z||^2 over the trace's own probes."""
+    """The Hessian Frobenius norm, the root of the mean of ||H z||^2 over the trace's own probes."""
     square, error = mean_and_error([p["square"] for p in hessian_probes(subject, options, loss)])
     value = math.sqrt(square)
     # The root's error to first order.
@@ -107,12 +150,17 @@ def frobenius(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     return Figure(value=value, standard_error=root_error, details=about)
 
 
+@measure(
+    "hessian_density", loss=CURVED, cost=_density,
+    uses=(*USES, *ENDS, "lanczos_steps", "lanczos_runs"), curvature=True,
+)  # fmt: skip
 def density(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
-    """The spectral density by stochastic Lanczos quadrature; its value, the mean eigenvalue.
+    """The Hessian spectral density by Lanczos quadrature; its value is the mean eigenvalue.
 
     Details: ``grid`` and ``density`` (of area 1, smoothed by Gaussians), and
-    ``negative_mass``, the share of eigenvalues below zero by the quadrature's nodes. The value
-    times ``weights`` estimates the trace.
+    ``negative_mass``, the share of eigenvalues below minus a thousandth of the largest absolute
+    one, by the quadrature's nodes: those of eigenvalues that are 0 fall on either side of it. The
+    value times ``weights`` estimates the trace.
     """
     hessian = hessian_of(subject, options, loss)
     low = minimum(subject, options, loss, f"hessian_min{_suffix(loss)}").value
@@ -126,8 +174,10 @@ def density(subject: Subject, options: Options, loss: LossKind, name: str) -> Fi
     ]
     grid, heights = _smoothed(runs, low, high, min(options.lanczos_steps, hessian.size))
     means = [float(np.dot(run["nodes"], run["weights"])) for run in runs]
+    least = -_NULL * max(abs(low), abs(high))
     negative = [
-        sum(w for n, w in zip(run["nodes"], run["weights"], strict=True) if n < 0) for run in runs
+        sum(w for n, w in zip(run["nodes"], run["weights"], strict=True) if n < least)
+        for run in runs
     ]
     value, error = mean_and_error(means)
     return Figure(
@@ -140,29 +190,6 @@ def density(subject: Subject, options: Options, loss: LossKind, name: str) -> Fi
             "density": heights,
         },
     )
-
-
-def top_passes(options: Options, loss: LossKind) -> Passes:
-    """At most what the largest eigenvalues cost."""
-    return products(max(options.max_hvps, options.k + 1, DENSE))
-
-
-def probe_passes(options: Options, loss: LossKind) -> Passes:
-    """What a trace costs by the chosen estimator."""
-    step = {"hutchinson": 1, "hutchpp": 3, "xtrace": 2}[options.estimator]
-    if options.estimator == "hutchinson":
-        return hutchinson_passes(options)
-    return products(RUNS * (options.probes // step * step))
-
-
-def hutchinson_passes(options: Options) -> Passes:
-    """What Hutchinson's probes cost."""
-    return Passes(gradient=math.ceil(options.probes / TOGETHER), hvp=options.probes)
-
-
-def density_passes(options: Options, loss: LossKind) -> Passes:
-    """What a spectral density costs beside its ends."""
-    return products(options.lanczos_steps * options.lanczos_runs)
 
 
 def products(number: int) -> Passes:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robustflat.flatness.closure import Closure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
+from robustflat.flatness.measure import measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.perturb import Ascent, maximise
@@ -17,6 +18,11 @@ from robustflat.perturb import Ascent, maximise
 _ASCENT = Ascent(10, 0.25, "uniform", keep="best")
 
 
+_SLOPE = Passes(input_gradient=1)
+_LINEARITY = Passes(input_gradient=_ASCENT.steps + 3)
+
+
+@measure("input_gradient_norm", cost=_SLOPE, uses=("attack", "normalise_logits"))
 def input_gradient_norm(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The mean over examples of ||grad_x loss|| in the norm dual to the attack's.
 
@@ -32,7 +38,7 @@ def input_gradient_norm(subject: Subject, options: Options, loss: LossKind, name
         return [torch.linalg.vector_norm(slopes, q, dim=1) for q in (dual, 1.0, 2.0)]
 
     def compute() -> dict[str, float]:
-        batches = zip(*closure.each(norms, input_gradient=1), strict=True)
+        batches = zip(*closure.each(norms, **vars(_SLOPE)), strict=True)
         values = [torch.cat(parts).cpu().double() for parts in batches]
         means = dict(zip(("dual", "l1", "l2"), (float(v.mean()) for v in values), strict=True))
         _, error = mean_and_error(values[0].tolist())
@@ -46,12 +52,13 @@ def input_gradient_norm(subject: Subject, options: Options, loss: LossKind, name
     )
 
 
+@measure("local_linearity", cost=_LINEARITY, uses=("attack", "normalise_logits"))
 def local_linearity(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The mean over examples of max |l(x + d) - l(x) - <d, grad l(x)>| over the attack's ball.
 
-    The local linearity error of Qin et al. 2019 (eq. 5), searched by 10 ascent steps; 0 for a
-    locally linear loss, large where gradients mislead. The image box is not imposed. Its standard
-    error is that of a mean over examples.
+    The local linearity error of Qin et al. 2019 (eq. 5), searched by 10 ascent steps from one
+    start: a lower bound. It is 0 for a locally linear loss, large where gradients mislead. The
+    image box is not imposed. Its standard error is that of a mean over examples.
     """
     closure = subject.closure(options, "clean")
 
@@ -64,7 +71,7 @@ def local_linearity(subject: Subject, options: Options, loss: LossKind, name: st
             u = maximise(misfit, options.attack.ball, _ASCENT, [x], initial=at)
             return misfit(u)[0]
 
-        errors = closure.per_example(misfits, **vars(linearity_passes(options, loss)))
+        errors = closure.per_example(misfits, **vars(_LINEARITY))
         mean, error = mean_and_error(errors)
         return {"mean": mean, "error": error or 0.0}
 
@@ -74,16 +81,6 @@ def local_linearity(subject: Subject, options: Options, loss: LossKind, name: st
         standard_error=found["error"] if len(closure) > 1 else None,
         details={"radius": options.attack.ball.radius},
     )
-
-
-def slope_passes(options: Options, loss: LossKind) -> Passes:
-    """What an input gradient costs."""
-    return Passes(input_gradient=1)
-
-
-def linearity_passes(options: Options, loss: LossKind) -> Passes:
-    """What local linearity costs."""
-    return Passes(input_gradient=_ASCENT.steps + 3)
 
 
 def _loss_and_slope(closure: Closure, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,33 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustflat.config.values import read_word
 from robustflat.errors import UserError
-from robustflat.evaluate.attacks.ascent import title
 from robustflat.evaluate.team import Team
-from robustflat.evaluate.threat import Threat
-from robustflat.flatness.closure import Kind, attack_of
+from robustflat.flatness.asked import called, settle
+from robustflat.flatness.closure import Kind
 from robustflat.flatness.curvature import curvlinops
 from robustflat.flatness.examples import Data, read_examples
 from robustflat.flatness.figure import UNITS, Cost, Figure, Passes, Progress
-from robustflat.flatness.measures import Measure, find
-from robustflat.flatness.options import Options, with_options
+from robustflat.flatness.measure import Measure
+from robustflat.flatness.options import Options
 from robustflat.flatness.store import Store, identity
 from robustflat.flatness.subject import Subject
 from robustflat.flatness.undisturbed import undisturbed
-from robustflat.perturb import InputPerturbation, parse_norm
+from robustflat.perturb import InputPerturbation
 
 DEFAULT_MEASURES = ("hessian_max", "hessian_trace", "worst_robust")
-# Of the robust loss. One start would be a fifth of the cost, but by it worst-direction sharpness
-# of one net was 0.024 to 0.050 over four seeds, and by five 0.061 to 0.066 (docs/flatness.md).
-ATTACK = "pgd-10-5"
 # Numbers of independent parts: a store may be continued with more of them.
 _CONTINUABLE = ("samples", "probes", "restarts", "lanczos_runs")
-# What a preset is published with.
-_PUBLISHED = (
-    "examples", "parameters", "ball", "weight_norm", "radius", "steps", "step_size", "restarts",
-    "samples", "distribution", "m", "normalise_logits",
-)  # fmt: skip
 _log = logging.getLogger("robustflat.flatness")
 
 
@@ -94,11 +83,9 @@ def flatness(
         UserError: for unknown measures or options, impossible values, data that shuffles,
             curvature of a model in train mode, or a model whose loss is random or not finite.
     """
-    if isinstance(measures, str):
-        measures = [measures]
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-    settings = _settings(model, measures, eps, norm, attack, options)
+    settings = settle(measures, eps, norm, attack, options)
     chosen = list(settings)
     if any(s.estimator != "hutchinson" for s in settings.values()):
         curvlinops()
@@ -109,7 +96,7 @@ def flatness(
             data,
             max(limits) if all(limits) else None,  # type: ignore[type-var]
         )
-        check_model(model, x[:batch_size], y)
+        check_model(model, x, y, batch_size)
         subjects = _Subjects(
             model, x, y, batch_size, seed, settings, on_progress, store, initial, team or Team(),
             images,
@@ -143,8 +130,7 @@ def cost(
     Returns:
         Passes over the examples by kind, and in all; eigenvalues count their upper bound.
     """
-    settings = _settings(None, measures, eps, norm, attack, options)
-    return _cost(settings, examples)
+    return _cost(settle(measures, eps, norm, attack, options), examples)
 
 
 def _cost(settings: Mapping[Measure, Options], examples: int) -> Cost:
@@ -166,84 +152,15 @@ def _jobs(
     # Adversarial examples are shared by all measures of the same images, else equal settings share.
     return {
         (key if key.startswith("examples/") else f"{key}/{options!r}"): passes.times(share)
-        for key, passes in measure.jobs(options, examples).items()
+        for key, passes in measure.jobs(options).items()
     }
-
-
-def _settings(
-    model: nn.Module | None,
-    measures: Sequence[str],
-    eps: float | None,
-    norm: str | float,
-    attack: InputPerturbation | str | None,
-    given: Mapping[str, Any],
-) -> dict[Measure, Options]:
-    """Each measure's options: the defaults, a preset's changes, then the user's.
-
-    A measure that is asked for with several values of an option comes once for each, and then, as
-    a preset that was changed, it says so in its name.
-    """
-    if isinstance(measures, str):
-        measures = [measures]
-    swept = {key: value for key, value in given.items() if isinstance(value, list | tuple)}
-    if isinstance(attack, InputPerturbation):
-        eps, chosen = eps or 0.0, attack
-    else:
-        threat = Threat.said(norm, eps)
-        eps, chosen = threat.eps, attack_of(attack or ATTACK, threat)
-    try:
-        base = Options(attack=chosen)
-        settings: dict[Measure, Options] = {}
-        for spec in dict.fromkeys(measures):
-            name, _, own = spec.partition(" with ")
-            measure, said = find(name), _said(own)
-            for values in itertools.product(*swept.values()):
-                point = dict(zip(swept, values, strict=True)) | said
-                changes: dict[str, Any] = dict(measure.changes)
-                if measure.attack is not None and attack is None:
-                    changes["attack"] = measure.attack(parse_norm(norm), eps)
-                if measure.weights is not None and model is not None:
-                    changes["parameters"] = measure.weights(model)
-                published = with_options(base, changes)
-                mine = {**given, **point}
-                settled = with_options(published, mine)
-                shown = [key for key in mine if key in point]
-                if measure.preset:
-                    shown = [
-                        key for key in mine
-                        if key in _PUBLISHED and getattr(settled, key) != getattr(published, key)
-                    ]  # fmt: skip
-                label = [f"{key}={mine[key]}" for key in sorted(shown)]
-                if measure.attack is not None and attack is not None:
-                    label.append(f"attack={title(chosen)}")
-                ending = f" with {', '.join(label)}" if label else ""
-                settings[replace(measure, name=measure.name + ending)] = settled
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return settings
 
 
 def _name(measure: Measure, options: Options, examples: int) -> str:
     """As it is called where there are fewer examples than a preset is published with."""
     if not measure.preset or options.examples is None or options.examples <= examples:
         return measure.name
-    return f"{measure.name}{', ' if ' with ' in measure.name else ' with '}examples={examples}"
-
-
-def _said(text: str) -> dict[str, Any]:
-    """The options of "radius=0.1, ball=row"."""
-    said: dict[str, Any] = {}
-    for pair in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(
-                f"A measure's own options are written as in 'worst_clean with radius=0.1, steps=5',"
-                f" got {text!r}."
-            )
-        said[key] = read_word(value)
-    return said
+    return called(measure.name, [f"examples={examples}"])
 
 
 def _refuse_training(model: nn.Module, chosen: Sequence[Measure]) -> None:
@@ -256,8 +173,11 @@ def _refuse_training(model: nn.Module, chosen: Sequence[Measure]) -> None:
 
 
 @torch.no_grad()
-def check_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Refuse a model whose outputs are random or not finite, and labels that do not fit."""
+def check_model(model: nn.Module, images: Tensor, y: Tensor, batch_size: int) -> None:
+    """Refuse a model whose outputs are random or not finite, and images or labels that do not fit.
+
+    Looks at the outputs of the first batch.
+    """
     first = next(model.parameters(), None)
     if first is None:
         raise UserError("The model has no parameters, so it has no weight landscape.")
@@ -267,13 +187,15 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
             f"The model's weights are {', '.join(map(str, low))}, whose rounding is as large as "
             "the displacements that flatness is measured with. Measure model.float()."
         )
-    x = x.to(first.device, first.dtype)
+    x = images[:batch_size].to(first.device, first.dtype)
     logits, again = model(x), model(x)
     if logits.ndim != 2 or len(logits) != len(x):
         raise UserError(
             f"The model must return logits [N, classes], got the shape {tuple(logits.shape)} for "
             f"{len(x)} images."
         )
+    if not torch.isfinite(images).all():
+        raise UserError("Some pixels of the images are not finite. Check the data.")
     if not torch.isfinite(logits).all():
         raise UserError(
             "The model's logits are not finite at its own weights, so no flatness can be measured. "
@@ -357,7 +279,7 @@ class _Subjects:
                 **figure.details,
                 "examples": len(subject),
                 "passes": self._spent.to_dict(),
-                "settings": {**options.to_dict(), "seed": subject.seed},
+                "settings": {**measure.settings(options), "seed": subject.seed},
             },
         )
 

@@ -12,13 +12,30 @@ import torch
 from torch import Tensor
 
 from robustflat.flatness import sharpness
-from robustflat.flatness.curvature import PARAMETERS, hessian_of, pairs_of
+from robustflat.flatness.curvature import (
+    ENDS,
+    PARAMETERS,
+    USES,
+    hessian_of,
+    pairs_of,
+    top_passes,
+)
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
+from robustflat.flatness.measure import CURVED, measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject, signs
 from robustflat.perturb import WeightPerturbation, awp, sam
 
 
+def _gradient_cost(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {"gradient": Passes(gradient=1)}
+
+
+def _alignment_cost(options: Options, loss: LossKind) -> dict[str, Passes]:
+    return {"top": top_passes(options), **_gradient_cost(options, loss)}
+
+
+@measure("gradient_norm", loss=CURVED, cost=_gradient_cost, uses=USES, curvature=True)
 def gradient_norm(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The L2 norm of the mean loss's gradient. Details: ``layers``, each parameter tensor's."""
     named = subject.parameters(options, PARAMETERS)
@@ -34,6 +51,7 @@ def gradient_norm(subject: Subject, options: Options, loss: LossKind, name: str)
     )
 
 
+@measure("alignment", loss=CURVED, cost=_alignment_cost, uses=(*USES, *ENDS), curvature=True)
 def alignment(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """|cos| of the angle between the gradient and the Hessian's top eigenvector.
 
@@ -59,6 +77,10 @@ def alignment(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     return Figure(value=found["gradient"], details={"loss": loss, **found})
 
 
+@measure(
+    "fisher_trace", loss=CURVED, cost=lambda o, loss: Passes(gradient=o.probes),
+    uses=("parameters", "probes"), curvature=True,
+)  # fmt: skip
 def fisher_trace(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The trace of the Fisher information, E_x E_{y ~ p(.|x)} ||grad log p(y|x)||^2.
 
@@ -92,6 +114,11 @@ def fisher_trace(subject: Subject, options: Options, loss: LossKind, name: str) 
     )
 
 
+@measure(
+    "pac_bayes",
+    cost=sharpness.worst_passes,
+    uses=(*USES, "steps", "step_size", "restarts", "rho", "confidence", "train_size"),
+)
 def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The complexity term of SAM's PAC-Bayes bound (Foret et al. 2021, theorem 2, appendix A.1).
 
@@ -134,16 +161,6 @@ def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> 
             "bound": worst.details["perturbed_loss"] + complexity,
         },
     )
-
-
-def gradient_passes(options: Options, loss: LossKind) -> Passes:
-    """What a gradient costs."""
-    return Passes(gradient=1)
-
-
-def fisher_passes(options: Options, loss: LossKind) -> Passes:
-    """What the Fisher trace costs."""
-    return Passes(gradient=options.probes)
 
 
 def _gradient(subject: Subject, options: Options, loss: LossKind) -> list[Tensor]:

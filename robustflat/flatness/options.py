@@ -14,7 +14,7 @@ from torch import Tensor
 from robustflat.errors import UserError
 from robustflat.perturb import SCALES, Ball, InputPerturbation, parse_norm
 from robustflat.perturb.ball import Group
-from robustflat.perturb.scales import Scale
+from robustflat.perturb.scales import Scale, check_selection
 
 BallName = Literal["global", "global_relative", "tensor", "row", "adaptive"]
 Distribution = Literal["sphere", "ball", "normal"]
@@ -39,8 +39,9 @@ class Options:
     Args:
         attack: makes the adversarial examples of the robust loss.
         examples: measure on the first so many; None for all.
-        parameters: "all", "matrices" (more than one dimension) or "re:PATTERN". None is
-            "matrices" for sharpness, as AWP moves them, and "all" for the rest.
+        parameters: "all", "matrices" (more than one dimension), "norm" (those of normalisation
+            layers), "no_norm" (all others) or "re:PATTERN". None is "matrices" for sharpness, as
+            AWP moves them, and "all" for the rest.
         ball: the weights' ball. "tensor" and "row" (filter): radius relative to the L2 norm of
             each tensor or filter; "global_relative": of all weights; "global": in the units of the
             weights; "adaptive": T = |w| for every entry (ASAM's), unchanged by a rescaling of
@@ -114,12 +115,32 @@ class Options:
                 raise UserError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
                 )
-        for name, least in (("step_size", 0.0), ("tolerance", 0.0), ("rho", 0.0), ("radius", 0.0)):
+        for name in ("step_size", "tolerance", "rho", "radius", "confidence"):
             value = getattr(self, name)
-            if value is not None and not (least <= value < math.inf):
-                raise UserError(f"{name} must be finite and >= {least}, got {value!r}.")
+            if name == "radius" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"{name} must be a number, got {value!r}.")
+            if not 0 <= value < math.inf:
+                raise UserError(f"{name} must be finite and >= 0, got {value!r}.")
         if not 0 < self.confidence < 1:
             raise UserError(f"confidence must be between 0 and 1, got {self.confidence!r}.")
+        if not isinstance(self.normalise_logits, bool):
+            raise UserError(
+                f"normalise_logits must be true or false, got {self.normalise_logits!r}."
+            )
+        if self.k > self.max_hvps:
+            raise UserError(
+                f"max_hvps must be at least k, as every eigenvalue takes a product, got "
+                f"{self.max_hvps} for {self.k} eigenvalues."
+            )
+        try:
+            check_selection("all" if self.parameters is None else self.parameters)
+        except (ValueError, AttributeError, TypeError):
+            raise UserError(
+                "parameters must be all, matrices, norm, no_norm or re:PATTERN, got "
+                f"{self.parameters!r}."
+            ) from None
         if self.estimator != "hutchinson" and self.probes < 3:
             raise UserError(
                 f"The trace estimator {self.estimator} needs probes >= 3, got {self.probes}."

@@ -23,7 +23,6 @@ class Preset:
         options: those that differ from the defaults.
         split: of the data set; None where it is not said.
         attack: of the robust loss.
-        no_normalisation: leave out the parameters of normalisation layers.
     """
 
     summary: str
@@ -32,7 +31,6 @@ class Preset:
     options: Mapping[str, Any]
     split: Literal["train", "test"] | None = None
     attack: AttackOf | None = None
-    no_normalisation: bool = False
 
 
 def _stutz_attack(norm: float, eps: float) -> InputPerturbation:
@@ -41,9 +39,11 @@ def _stutz_attack(norm: float, eps: float) -> InputPerturbation:
 
 
 _STUTZ: dict[str, Any] = {
-    "loss": "robust", "split": "test", "attack": _stutz_attack, "no_normalisation": True,
+    "loss": "robust", "split": "test", "attack": _stutz_attack,
 }  # fmt: skip
-_LAYERS: dict[str, Any] = {"ball": "tensor", "weight_norm": "l2", "examples": 1000}
+_LAYERS: dict[str, Any] = {
+    "ball": "tensor", "weight_norm": "l2", "examples": 1000, "parameters": "no_norm",
+}  # fmt: skip
 _ADAPTIVE: dict[str, Any] = {
     "ball": "adaptive", "parameters": "all", "m": 128, "examples": 1024, "normalise_logits": True,
 }  # fmt: skip

@@ -21,6 +21,7 @@ from robustflat.errors import UserError
 from robustflat.evaluate.team import Team
 from robustflat.flatness.closure import Closure, Kind, attack_cost
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
+from robustflat.flatness.measure import SHARPNESS, measure
 from robustflat.flatness.options import AVERAGE_RADIUS, WORST_RADIUS, Options
 from robustflat.flatness.subject import Draw, LossKind, Subject, normal
 from robustflat.perturb import Ascent, Ball, displaced, maximise
@@ -31,6 +32,7 @@ Part = dict[str, float]
 # Draws in the shapes of the weights, on the CPU.
 Drawn = Callable[[Draw], list[Tensor]]
 PARAMETERS = "matrices"
+_BALL = ("parameters", "ball", "weight_norm", "radius", "m", "normalise_logits")
 
 
 class Neighbourhood:
@@ -97,11 +99,31 @@ class Neighbourhood:
         return u if self._scale is None else list(torch._foreach_mul(u, self._scale))
 
 
+def worst_passes(options: Options, loss: LossKind) -> Passes:
+    """What :func:`worst` costs."""
+    gradients = options.restarts * (options.steps + 1) + 1
+    return _passes(options, loss, gradients=gradients, forwards=1)
+
+
+def _passes(options: Options, loss: LossKind, *, gradients: int, forwards: int) -> Passes:
+    own = Passes(gradient=gradients, forward=forwards)
+    if loss != "robust":
+        return own
+    return own + Passes(**attack_cost(options.attack)).times(gradients + forwards)
+
+
+@measure(
+    "worst",
+    loss=SHARPNESS,
+    cost=worst_passes,
+    uses=(*_BALL, "steps", "step_size", "restarts"),
+)
 def worst(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
-    """Max over the ball of L(w + v) - L(w), by projected ascent with restarts; at least 0.
+    """Worst-direction sharpness: max L(w + v) - L(w) in the ball, by projected ascent.
 
     The first restart begins where the ascent direction ends, the others uniformly in the ball; the
-    best of all weights visited counts, the centre included. A lower bound of the true maximum.
+    best of all weights visited counts, the centre included: at least 0, and a lower bound of the
+    true maximum. Where one of them has a loss that is not finite, so is the figure.
     Details: ``restarts``, the rise that each found.
     """
     ascent = Ascent(options.steps, options.step_size, "uniform", keep="best")
@@ -128,8 +150,12 @@ def worst(subject: Subject, options: Options, loss: LossKind, name: str) -> Figu
     )
 
 
+@measure(
+    "ascent", loss=SHARPNESS, cost=lambda o, loss: _passes(o, loss, gradients=1, forwards=2),
+    uses=_BALL,
+)  # fmt: skip
 def ascent(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
-    """L(w + v) - L(w) where v is one steepest step of a whole radius (SAM's and AWP's v).
+    """Ascent-direction sharpness: L(w + v) - L(w), v one steepest step of a radius (AWP, SAM).
 
     Can be negative where the loss is not locally convex along v.
     """
@@ -140,8 +166,14 @@ def ascent(subject: Subject, options: Options, loss: LossKind, name: str) -> Fig
     return _measure(subject, options, loss, name, WORST_RADIUS, 1, once, lambda parts: parts[0])
 
 
+@measure(
+    "average",
+    loss=SHARPNESS,
+    cost=lambda o, loss: _passes(o, loss, gradients=0, forwards=o.samples + 1),
+    uses=(*_BALL, "samples", "distribution"),
+)
 def average(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
-    """The mean over random directions of L(w + v) - L(w).
+    """Average-direction sharpness: the mean over random directions of L(w + v) - L(w).
 
     Its standard error is that over directions. Details: ``samples``, the rise along each.
     """
@@ -161,30 +193,6 @@ def average(subject: Subject, options: Options, loss: LossKind, name: str) -> Fi
     return _measure(
         subject, options, loss, name, AVERAGE_RADIUS, options.samples, sample, summarise, "samples"
     )
-
-
-def worst_passes(options: Options, loss: LossKind, examples: int) -> Passes:
-    """What :func:`worst` costs."""
-    gradients = options.restarts * (options.steps + 1) + 1
-    return _passes(options, loss, gradients=gradients, forwards=1)
-
-
-def ascent_passes(options: Options, loss: LossKind, examples: int) -> Passes:
-    """What :func:`ascent` costs."""
-    return _passes(options, loss, gradients=1, forwards=2)
-
-
-def average_passes(options: Options, loss: LossKind, examples: int) -> Passes:
-    """What :func:`average` costs."""
-    return _passes(options, loss, gradients=0, forwards=options.samples + 1)
-
-
-def _passes(options: Options, loss: LossKind, *, gradients: int, forwards: int) -> Passes:
-    own = Passes(gradient=gradients, forward=forwards)
-    if loss != "robust":
-        return own
-    attack = attack_cost(options.attack)
-    return own + Passes(**attack).times(gradients + forwards)
 
 
 def _drawn(subject: Subject, like: list[Tensor], *purpose: object) -> Drawn:

@@ -33,6 +33,8 @@ _OF_EPOCHS = {
     "seconds": "8-machine/epoch_seconds",
     "best_minus_last": "1-robust/overfitting_best_minus_last",
 }
+# Of the weights that the best checkpoint is chosen by: the average where there is one.
+_OUTCOME = "9-outcome"
 
 
 def of_step(values: Mapping[str, float]) -> Curves:
@@ -65,6 +67,9 @@ def of_epoch(row: Mapping[str, Any]) -> Curves:
                 found[split + suffix, f"{number}-{kind}/{what}"] = value
         for what, gap in _gaps(measured):
             found[suffix[1:], f"1-robust/{what}"] = gap
+    chosen = row.get("monitor_average") or row.get("monitor") or {}
+    outcome = dict(_gaps(chosen)) | chosen.get("validation", {})
+    found |= {("", f"{_OUTCOME}/{name}"): value for name, value in outcome.items()}
     for name, value in (row.get("batchnorm_drift") or {}).items():
         found["", f"5-optimisation/batchnorm_drift_of_{name}"] = value
     for name, value in (row.get("flatness") or {}).items():

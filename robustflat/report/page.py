@@ -167,7 +167,8 @@ def _sections(records: Sequence[Record]) -> list[Section]:
     evaluated = [r for r in records if r.evaluation is not None]
     tested = [r for r in evaluated if text.tests([r])]
     gauged = [r for r in evaluated if any(entry["gap"] for entry in r.checkpoints.values())]
-    monitored = [r for r in records if any(row.get("monitor") for row in r.metrics)]
+    runs = [r for r in records if r.config]
+    monitored = [r for r in runs if any(row.get("monitor") for row in r.metrics)]
     measured = [r for r in records if r.measures]
     drawn = [r for r in records if r.landscapes]
     compared = [r for r in records if r.row.cells]
@@ -198,9 +199,11 @@ def _sections(records: Sequence[Record]) -> list[Section]:
             key=[("square", "train"), ("hollow", "validation"), ("dot", "test")],
             details={"Clean and robust figures of every split": tables.gaps},
         ),
-        part(
-            "Learning curves", monitored, "train", text.about_curves, figures.curves,
-            key=[("dashed", "train"), ("solid", "validation"), ("dot", "best checkpoint")],
+        *(
+            [_section(
+                runs, "Learning curves", monitored, "train", text.about_curves, figures.curves,
+                key=[("dashed", "train"), ("solid", "validation"), ("dot", "best checkpoint")],
+            )] if runs else []
         ),
         part(
             "Flatness", measured, "flatness", text.about_flatness, figures.spectra,
@@ -266,6 +269,8 @@ def _section(
 
 def _missing(record: Record, command: str) -> tuple[Record, str, str]:
     """Why a run is not in a figure, and the command that mends it."""
+    if record.config is None:
+        return record, "not measured: run", f"robustflat {command} MODEL, with what was said of it"
     if command != "train":
         return record, "not measured: run", f"robustflat {command} {record.root}"
     if record.metrics:

@@ -10,7 +10,7 @@ from typing import Any
 
 from robustflat.flatness import MEASURES
 from robustflat.report.chart import Unit, number
-from robustflat.report.record import Record
+from robustflat.report.record import Record, state_of
 from robustflat.report.tables import LABELS, label_of, seeds_of, shown
 from robustflat.runs.comparison import Cell, columns, effect_of
 from robustflat.runs.grouping import by_seed
@@ -218,7 +218,7 @@ def attacks(records: Sequence[Record]) -> Table:
                 low, high = found["interval"]
                 after = f"{name} after {found['after']}" if found.get("after") else name
                 cells = [
-                    Item(text=f"{checkpoint}, epoch {entry['epoch']}"), Item(text=entry["weights"]),
+                    Item(text=state_of(checkpoint, entry["epoch"])), Item(text=entry["weights"]),
                     Item(text=after), value(found["accuracy"], "%"),
                     Item(text=f"{_bare(low, '%')} to {number(high, '%')}", value=low),
                     *(Item(text=str(found[k]), value=found[k]) for k in counts),
@@ -244,7 +244,7 @@ def gaps(records: Sequence[Record]) -> Table:
                 for key, (_, unit) in figures.items():
                     as_: Unit = "pp" if gap and unit else unit
                     cells.append(_with_interval(found[key], as_))
-                place = f"{checkpoint}, epoch {entry['epoch']}, {entry['weights']} weights"
+                place = f"{state_of(checkpoint, entry['epoch'])}, {entry['weights']} weights"
                 text = split.replace("-", " − ") if gap else split
                 head = Item(text=record.name, run=record.index)
                 lines.append(Line(head=head, cells=[Item(text=place), Item(text=text), *cells]))
@@ -254,7 +254,7 @@ def gaps(records: Sequence[Record]) -> Table:
 
 def settings(records: Sequence[Record]) -> Table | None:
     """The settings in which the runs differ, of those that can change their weights."""
-    flat = [effect_of(record.config) for record in records]
+    flat = [effect_of(record.config) if record.config else {} for record in records]
     lines = []
     for key in dict.fromkeys(k for one in flat for k in one):
         # A key that a method does not have says no more than null does.
@@ -291,12 +291,13 @@ def value(figure: float | None, unit: Unit = "") -> Item:
 
 
 def _ball(figure: dict[str, Any]) -> str:
-    """The ball of a measure in words; empty if it has none."""
+    """The ball of a measure, if it has one, its threat and its images, in words."""
     details = figure.get("details") or {}
     words = [str(details[key]) for key in ("ball", "weight_norm") if details.get(key) is not None]
     if details.get("radius") is not None:
         words.append(f"radius {details['radius']:g}")
-    return f"ball: {', '.join(words)}" if words else ""
+    ball = [f"ball: {', '.join(words)}"] if words else []
+    return "; ".join([*ball, *filter(None, (figure["threat"], figure["images"]))])
 
 
 def _flatness(record: Record, figure: dict[str, Any] | None, *, ball: bool) -> Item:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from robustflat.report.landscape_picture import circumstances
-from robustflat.report.record import Record
+from robustflat.report.record import Record, state_of
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 
@@ -15,18 +15,18 @@ _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 def compared(records: Sequence[Record]) -> str:
     """Data, model, threat, seeds and test images, in a few sentences."""
     threats = agreed(_threat(r) for r in records)
-    seeds = sorted({r.config.seed for r in records})
+    seeds = sorted({r.config.seed for r in records if r.config})
+    networks = agreed(r.config.model.name for r in records if r.config)
     counts = {test["count"] for _, _, test in tests(records)}
     words = (
-        f"{' and '.join(f'{r.name} ({r.method})' for r in records)}. "
+        f"{' and '.join(f'{r.name} ({r.method})' if r.config else r.name for r in records)}. "
         if len(records) < 4
         else f"{len(records)} runs. "
     )
-    words += (
-        f"Data: {agreed(_data(r) for r in records)}. Model: "
-        f"{agreed(r.config.model.name for r in records)}. Threat: {threats}. "
-        f"{'Seed' if len(seeds) == 1 else 'Seeds'}: {', '.join(map(str, seeds))}."
-    )
+    words += f"Data: {agreed(_data(r) for r in records)}. Threat: {threats}."
+    if networks:
+        words += f" Model: {networks}."
+        words += f" {'Seed' if len(seeds) == 1 else 'Seeds'}: {', '.join(map(str, seeds))}."
     if counts:
         words += f" Attacked: {' or '.join(map(str, sorted(counts)))} test images."
     return words
@@ -76,7 +76,7 @@ def about_gaps(records: Sequence[Record]) -> str:
 
 def about_curves(records: Sequence[Record]) -> str:
     """What was monitored."""
-    attacks = agreed(f"PGD-{r.config.monitor.steps}" for r in records)
+    attacks = agreed(f"PGD-{r.config.monitor.steps}" for r in records if r.config)
     averaged = [r.name for r in records if any(row.get("monitor_average") for row in r.metrics)]
     note = f" Of {', '.join(averaged)}: of the averaged weights." if averaged else ""
     return (
@@ -89,10 +89,9 @@ def about_curves(records: Sequence[Record]) -> str:
 def about_flatness(records: Sequence[Record]) -> str:
     """What the flatness measures mean."""
     measured = [r for r in records if r.flatness]
-    samples = agreed(f"{r.flatness['samples']} training images" for r in measured if r.flatness)
     places = agreed(
-        f"{r.flatness['checkpoint']} checkpoint (epoch {r.flatness['epoch']}, "
-        f"{r.flatness['weights']} weights)"
+        f"checkpoint: {state_of(r.flatness['checkpoint'], r.flatness['epoch'])}, "
+        f"{r.flatness['weights']} weights"
         for r in measured
         if r.flatness
     )
@@ -101,8 +100,8 @@ def about_flatness(records: Sequence[Record]) -> str:
         "direction of a ball, in the direction of the gradient (ascent), or in random directions "
         "(average). Lower is flatter. The radius is in units of the weights' own norm in balls "
         "named tensor or row, so it does not depend on their scale. Worst and average directions "
-        f"may have different radii and are not to be compared. Measured on {samples}, "
-        f"un-augmented, at the {places}."
+        f"may have different radii and are not to be compared. Measured on un-augmented images "
+        f"({places})."
     )
 
 
@@ -148,7 +147,7 @@ def _threat(record: Record) -> str:
     """Norm and radius of the evaluation, or of the training if there was none."""
     if record.evaluation is not None:
         norm, eps = record.evaluation["norm"], record.evaluation["eps"]
-    elif record.config.attack.name == "none":
+    elif record.config is None or record.config.attack.name == "none":
         return "none"
     else:
         norm, eps = record.config.attack.norm, record.config.attack.eps
@@ -160,6 +159,8 @@ def _threat(record: Record) -> str:
 
 
 def _data(record: Record) -> str:
+    if record.config is None:
+        return record.data
     data = record.config.data
     count = "all" if data.train_samples is None else str(data.train_samples)
     return f"{data.name} ({count} training, {data.validation_samples} validation images)"
@@ -169,6 +170,9 @@ def _places(tested: Sequence[tuple[Record, str, dict[str, Any]]]) -> str:
     places = dict.fromkeys(name for _, name, _ in tested)
     said = []
     for place in places:
-        epochs = sorted({r.checkpoints[name]["epoch"] for r, name, _ in tested if name == place})
-        said.append(f"{place} checkpoint, epoch {' or '.join(map(str, epochs))}")
+        epochs = {r.checkpoints[name]["epoch"] for r, name, _ in tested if name == place}
+        if epochs == {None}:
+            said.append("the models as they were given")
+        else:
+            said.append(f"{place} checkpoint, epoch {' or '.join(map(str, sorted(epochs)))}")
     return f"At: {'; '.join(said)}."

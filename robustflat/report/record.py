@@ -26,7 +26,9 @@ class Record:
         index: its place among the runs.
         name: the shortest end of its path that no other run shares.
         folder: its files, and ``root``, the folder's name quoted for a shell.
-        config: its resolved configuration, and ``text``, the file.
+        config: its resolved configuration, and ``text``, the file; of the home of a model None, and
+            what was said of it.
+        data: the name of its data set.
         row: its figures in the comparison.
         evaluation: the newest in evaluation.json.
         flatness: the newest in flatness.json.
@@ -39,7 +41,8 @@ class Record:
     name: str
     folder: RunFolder
     root: str
-    config: RunConfig
+    config: RunConfig | None
+    data: str
     text: str
     row: Row
     evaluation: dict[str, Any] | None
@@ -85,7 +88,11 @@ def read_records(folders: Sequence[RunFolder]) -> list[Record]:
 
 
 def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record:
-    config = folder.read_config()
+    measured = [
+        *records.read(folder.evaluation, "evaluate"), *records.read(folder.flatness, "flatness"),
+    ]  # fmt: skip
+    # The home of a model has measurements, and no configuration.
+    config = folder.read_config() if folder.config_file.is_file() or not measured else None
     evaluation, flatness = whole(
         folder.root,
         lambda: (
@@ -93,24 +100,39 @@ def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record
             records.flatness_of(records.read(folder.flatness, "flatness")),
         ),
     )
+    environment = _environment(folder.environment_file)
+    if config is None:
+        data, environment = measured[-1]["data"], {"versions": measured[-1].get("versions", {})}
+        said = {"data": data, **measured[-1].get("said", {})}
+        text = "".join(f"{key}: {value}\n" for key, value in said.items())
+    else:
+        data = config.data.name
+        text = folder.config_file.read_text(encoding="utf-8")
     return Record(
         index=index,
         name=name,
         folder=folder,
         root=shlex.quote(str(folder.root)),
         config=config,
-        text=folder.config_file.read_text(encoding="utf-8"),
-        row=row or Row(name, method_of(config), (config.seed,), {}),
+        data=data,
+        text=text,
+        row=row
+        or Row(name, method_of(config) if config else "-", (config.seed,) if config else (), {}),
         evaluation=evaluation,
         flatness=flatness,
         metrics=_metrics(folder),
-        environment=_environment(folder.environment_file),
+        environment=environment,
         landscapes={
             found.kind: found
             for found in drawn_in(folder.landscapes)
             if found.kind in ("line", "plane")
         },
     )
+
+
+def state_of(checkpoint: str, epoch: int | None) -> str:
+    """The state of a network in words, such as "best, epoch 3"."""
+    return checkpoint if epoch is None else f"{checkpoint}, epoch {epoch}"
 
 
 def _metrics(folder: RunFolder) -> list[dict[str, Any]]:

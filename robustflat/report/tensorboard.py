@@ -24,18 +24,22 @@ from robustflat.train.pictures import Pictures
 _USUAL = {("attack", "eps"), ("optimizer", "lr"), ("seed",)}
 _SETTINGS = ("seed", "data", "model", "attack", "objective", "weights", "optimizer", "train")
 _FINAL = {
-    ("validation", "1-robust/accuracy"): "robust accuracy",
-    ("", "1-robust/accuracy_gap"): "robust gap",
-    ("", "1-robust/overfitting_best_minus_last"): "best - last",
-    ("validation", "3-clean/accuracy"): "clean accuracy",
-    ("validation", "1-robust/loss"): "robust loss",
-    ("", "1-robust/rise_under_weights"): "rise under weights",
+    "9-outcome/robust_accuracy": "robust accuracy",
+    "9-outcome/accuracy_gap": "robust gap",
+    "1-robust/overfitting_best_minus_last": "best - last",
+    "9-outcome/clean_accuracy": "clean accuracy",
+    "9-outcome/robust_loss": "robust loss",
+    "1-robust/rise_under_weights": "rise under weights",
 }
 # The charts of the page "Custom scalars".
 _LAYOUT = {
     "Robust generalisation": {
         "Robust accuracy": ["Multiline", ["1-robust/accuracy$"]],
         "Robust gap, train - validation": ["Multiline", ["1-robust/accuracy_gap"]],
+        "Rise of the loss under the weights' perturbation": [
+            "Multiline",
+            ["1-robust/rise_under_weights"],
+        ],
         "Robust loss": ["Multiline", ["1-robust/loss$"]],
         "Loss gap, validation - train": ["Multiline", ["1-robust/loss_gap"]],
         "Best - last": ["Multiline", ["1-robust/overfitting_best_minus_last"]],
@@ -45,7 +49,6 @@ _LAYOUT = {
             "Multiline",
             ["2-weights/loss_at_centre", "2-weights/loss_at_perturbed"],
         ],
-        "Rise": ["Multiline", ["1-robust/rise_under_weights"]],
         "Cosines": ["Multiline", ["2-weights/cosine_of_gradients", "2-weights/cosine_of_succ"]],
         "Attack's loss by step": ["Multiline", ["4-attack/loss_at_step_.*"]],
     },
@@ -144,10 +147,7 @@ class TensorBoard(Listener):
     @staticmethod
     def _describe(writer: SummaryWriter, config: RunConfig) -> None:
         """Settings, and where their outcome is: the page "HParams" sorts a sweep by it."""
-        metrics = [
-            hparams.Metric(chart, group=place or None, display_name=name)
-            for (place, chart), name in _FINAL.items()
-        ]
+        metrics = [hparams.Metric(chart, display_name=name) for chart, name in _FINAL.items()]
         weights = config.weights.build()
         ball = getattr(getattr(weights, "inner", weights), "ball", None)
         said: dict[str, str | float] = {"1-method": method_of(config)}

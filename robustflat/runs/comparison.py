@@ -340,12 +340,14 @@ def _flat(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
         details = figure.get("details") or {}
         about = {"checkpoint": one["checkpoint"], "weights": one["weights"]}
         about["images"] = f"{one['samples']} {one['split']} images of {one['data']}"
-        if details.get("loss") != "clean":
-            about |= {"threat": _threat(one), "attacks": one["attack"] or "of the measure"}
         settings = details.get("settings", {})
+        if details.get("loss") != "clean" or "attack" in settings:
+            about |= {"threat": _threat(one), "attacks": one["attack"] or "of the measure"}
         about |= {key: value for key, value in settings.items() if key not in _ELSEWHERE_SAID}
         keys = ("ball", "weight_norm", "radius", "parameters", "m")
         about |= {key: details[key] for key in keys if key in details}
+        if details.get("converged") is False:
+            about["found"] = "not converged"
         value, spread = figure["value"], figure["standard_error"]
         low = None if None in (value, spread) else value - spread
         high = None if None in (value, spread) else value + spread

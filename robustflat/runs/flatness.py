@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from robustflat.errors import UserError
 from robustflat.evaluate import Team
 from robustflat.evaluate.attacks.ascent import title
-from robustflat.flatness import Progress, flatness
+from robustflat.flatness import Options, Progress, flatness
+from robustflat.flatness.asked import called
 from robustflat.flatness.closure import attack_of
 from robustflat.flatness.figure import Figure
 from robustflat.flatness.measures import find
@@ -60,17 +64,17 @@ def measure_subject(
     network = subject.network(checkpoint or ("last" if subject.is_run else None), weights)
     chosen = list(measures or config.measures)
     norm, eps = "linf", 0.0  # for the measures that ask for no threat
-    if subject.threat is not None or any(_is_attacked(name) for name in chosen):
+    if subject.threat is not None or any(find(name).is_attacked for name in chosen):
         threat = subject.the_threat()
         norm, eps = threat.norm_name, threat.eps
         attack = None if attack is None else attack_of(attack, threat)
     else:
         attack = None
-    settings = {**config.options, **(options or {})}
+    settings = _acting(chosen, {**config.options}) | _checked(chosen, options or {})
     # On which images each measure is taken, and how many of them.
     places: dict[tuple[str, int], list[str]] = {}
     for name in chosen:
-        preset = find(name.partition(" with ")[0])
+        preset = find(name)
         own = preset.changes.get("examples") or config.samples
         place = (split or preset.split or "train", own if samples is None else samples)
         places.setdefault(place, []).append(name)
@@ -78,9 +82,9 @@ def measure_subject(
     for (where, count), names in places.items():
         x, y = subject.tensors(where, count)
         # A number that was asked for stands above a preset's own.
-        asked: dict[str, Any] = (
-            {} if samples is None or "examples" in settings else {"examples": len(y)}
-        )
+        own = [find(name.partition(" with ")[0]).changes.get("examples") for name in names]
+        above = samples is not None and any(number and number < len(y) for number in own)
+        asked: dict[str, Any] = {"examples": len(y)} if above and "examples" not in settings else {}
         found = flatness(
             network.model,
             (x.to(subject.device), y.to(subject.device)),
@@ -94,7 +98,7 @@ def measure_subject(
             on_progress=on_progress,
             team=team,
             **asked,
-            **{"train_size": len(subject.images().train), **settings},
+            **{**_acting(chosen, {"train_size": len(subject.images().train)}), **settings},
         )
         measured: dict[int, dict[str, Figure]] = {}
         for name, figure in found.items():
@@ -127,18 +131,39 @@ def measure_subject(
     return {"run": subject.name, **reports[-1], "measures": together}
 
 
+def _acting(measures: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that act on some of the measures."""
+    found = [find(name) for name in measures]
+    return {key: value for key, value in options.items() if any(m.heeds(key) for m in found)}
+
+
+def _checked(measures: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that somebody gave for these measures.
+
+    Raises:
+        UserError: if one is none, or acts on no measure.
+    """
+    known = sorted({f.name for f in fields(Options)} - {"attack"})
+    for key in options:
+        if key == "attack":
+            raise UserError("The attack is no option of the measures: it is said by --attack.")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"Flatness has no option {key!r}.{hint} Options: {', '.join(known)}.")
+    idle = options.keys() - _acting(measures, options).keys()
+    if idle:
+        raise UserError(
+            f"{' and '.join(sorted(idle))} would change nothing: no measure that was asked for "
+            f"({', '.join(measures)}) depends on it."
+        )
+    return dict(options)
+
+
 def _called(name: str, split: str, attack: InputPerturbation | None) -> str:
     """As a measure is called on images, or with an attack, that it is not usually taken with."""
-    measure = find(name.partition(" with ")[0])
+    measure = find(name)
     other = [] if split == (measure.split or "train") else [f"split={split}"]
     if attack is not None and measure.loss != "clean" and "attack=" not in name:
         other.insert(0, f"attack={title(attack)}")
-    return (
-        (", " if " with " in name else " with ").join([name, ", ".join(other)]) if other else name
-    )
-
-
-def _is_attacked(measure: str) -> bool:
-    """Whether a measure depends on the threat; two of the clean loss use its ball."""
-    base = measure.partition(" with ")[0]
-    return find(base).loss != "clean" or base in ("input_gradient_norm", "local_linearity")
+    return called(name, other)

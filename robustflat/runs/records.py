@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from robustflat.errors import UserError
+from robustflat.evaluate.threat import radius
 from robustflat.files import json_safe, read_json, update_json
 
 FORMAT = "robustflat-record-2"
@@ -95,13 +96,25 @@ def evaluation_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
 
 
 def flatness_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
-    """The newest flatness: of each measure the last figure on the same images and weights."""
+    """The newest flatness: of each measure the last figure of the same network.
+
+    A figure has also ``images`` (such as "100 train images") and ``threat``, None of a clean loss.
+    """
     if not found:
         return None
-    keys = ("checkpoint", "epoch", "weights", "model", "samples")
+    keys = ("checkpoint", "epoch", "weights", "model")
     same = [one for one in found if all(one.get(key) == found[-1].get(key) for key in keys)]
-    measures = {name: figure for one in same for name, figure in one["measures"].items()}
+    measures = {
+        name: {**figure, "images": f"{one['samples']} {one['split']} images", "threat": _threat(one)
+               if (figure.get("details") or {}).get("loss") != "clean" else None}
+        for one in same
+        for name, figure in one["measures"].items()
+    }  # fmt: skip
     return {**{key: found[-1].get(key) for key in keys}, "measures": measures}
+
+
+def _threat(one: Measurement) -> str:
+    return f"{one['norm']} {radius(one['eps'])}"
 
 
 def _measurements(content: Any, path: Path, command: str) -> list[Measurement]:

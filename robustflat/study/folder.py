@@ -14,7 +14,6 @@ import yaml
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
 from robustflat.files import locked, write_json, write_whole
-from robustflat.flatness.measuring import ATTACK
 from robustflat.study.grid import Point
 from robustflat.study.schema import StudyConfig
 from robustflat.train.folder import RunFolder
@@ -180,7 +179,6 @@ def circumstances(job: dict[str, Any]) -> dict[str, Any]:
         "gap_samples": config["evaluate"]["gap_samples"],
         "flatness_samples": config["flatness"]["samples"],
         "flatness_options": config["flatness"]["options"],
-        "flatness_attack": ATTACK,
     }
 
 

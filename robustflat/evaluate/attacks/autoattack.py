@@ -124,7 +124,7 @@ def _fitting(title: str, names: tuple[str, ...], version: str, task: Task) -> Su
 def _component(name: str, version: str, task: Task) -> Attack:
     """One component with the settings that `version` gives it.
 
-    Images must be contiguous, or its gradient check fails; `gather` sees to that.
+    Images must be contiguous, or its gradient check fails; `Examples` sees to that.
     """
 
     def run(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch.func import functional_call, jvp
 from robustflat.errors import UserError
 from robustflat.flatness import curvature
 from robustflat.flatness.closure import Closure
-from robustflat.flatness.figure import Figure, mean_and_error
+from robustflat.flatness.figure import Figure, Passes, mean_and_error
+from robustflat.flatness.measure import CURVED, FIXED, measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject, normal
 from robustflat.perturb import displaced
@@ -24,11 +26,17 @@ MAGNITUDE = 1e-3
 LOWEST, HIGHEST, HALVINGS = 1e-5, 10.0, 14
 
 
+def _sigma_cost(options: Options, loss: LossKind) -> Passes:
+    return Passes(forward=1 + HALVINGS * options.samples)
+
+
+@measure("pac_bayes_sigma", cost=_sigma_cost, uses=("parameters", "samples"))
 def pac_bayes_sigma(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """1 / sigma^2, sigma the largest noise N(0, sigma^2) on every weight that adds 0.1 of error.
 
     The PAC-Bayesian flatness of Jiang et al. 2020: by bisection, the error averaged over
-    ``samples`` directions, the same for every sigma. Details: ``sigma``.
+    ``samples`` directions, the same for every sigma. Sigma is sought between 1e-5 and 10. Details:
+    ``sigma``, and ``saturated``: whether it lies at an end, so that the true one is beyond.
     """
 
     def spread(weight: Tensor, sigma: float) -> Tensor:
@@ -37,6 +45,7 @@ def pac_bayes_sigma(subject: Subject, options: Options, loss: LossKind, name: st
     return _sigma(subject, options, name, spread)
 
 
+@measure("pac_bayes_magnitude", cost=_sigma_cost, uses=("parameters", "samples"))
 def pac_bayes_magnitude(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """1 / sigma^2 for the noise N(0, sigma^2 w^2 + 1e-6): magnitude-aware (Jiang et al. 2020)."""
 
@@ -46,6 +55,7 @@ def pac_bayes_magnitude(subject: Subject, options: Options, loss: LossKind, name
     return _sigma(subject, options, name, spread)
 
 
+@measure("fisher_rao", loss=FIXED, cost=Passes(gradient=1), uses=("parameters",))
 def fisher_rao(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The Fisher-Rao norm sqrt(E <grad_w l(f(x), y), w>^2) (Liang et al. 2019).
 
@@ -85,6 +95,7 @@ def fisher_rao(subject: Subject, options: Options, loss: LossKind, name: str) ->
     )
 
 
+@measure("relative_flatness", loss=FIXED, cost=Passes(forward=1), uses=())
 def relative_flatness(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """Sum_{s,t} <w_s, w_t> Tr H_{st} of the last linear layer (Petzka et al. 2021).
 
@@ -119,6 +130,13 @@ def relative_flatness(subject: Subject, options: Options, loss: LossKind, name: 
     return Figure(value=value, standard_error=error, details={"loss": loss})
 
 
+@measure(
+    "weight_curvature",
+    loss=CURVED,
+    cost=curvature.probe_cost,
+    uses=(*curvature.USES, "probes"),
+    curvature=True,
+)
 def weight_curvature(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """Sum_l sqrt(||W_l||_F^2 Tr H_l): the layer-wise weight-curvature index, unchanged by scaling.
 
@@ -147,7 +165,7 @@ def _sigma(
         drawn = subject.draw(normal, weights, name, index)
         return [z * spread(w, sigma) for z, w in zip(drawn, weights, strict=True)]
 
-    def compute() -> dict[str, float]:
+    def compute() -> dict[str, Any]:
         before = _error(closure)
         low, high = math.log(LOWEST), math.log(HIGHEST)
         with displaced(parameters) as move:
@@ -161,7 +179,8 @@ def _sigma(
                     low = middle
                 else:
                     high = middle
-        return {"sigma": math.exp((low + high) / 2), "error": before}
+        saturated = low == math.log(LOWEST) or high == math.log(HIGHEST)
+        return {"sigma": math.exp((low + high) / 2), "error": before, "saturated": saturated}
 
     # By the number of directions: the bisection's every step is over all of them.
     found = subject.part(f"{name}/{options.samples}", compute)

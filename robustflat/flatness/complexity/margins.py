@@ -15,7 +15,8 @@ from torch import Tensor
 
 from robustflat.errors import UserError
 from robustflat.flatness.closure import Closure
-from robustflat.flatness.figure import Figure, mean_and_error
+from robustflat.flatness.figure import Figure, Passes, mean_and_error
+from robustflat.flatness.measure import FIXED, measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.perturb import Ascent, maximise
@@ -27,6 +28,7 @@ ALPHA, BETA = 0.0, 0.75
 LIPSCHITZ = Ascent(10, 0.25, "uniform", keep="best")
 
 
+@measure("logit_margin", loss=FIXED, cost=Passes(forward=1), uses=())
 def logit_margin(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The mean of z_y - max_{j != y} z_j; negative where misclassified.
 
@@ -35,17 +37,20 @@ def logit_margin(subject: Subject, options: Options, loss: LossKind, name: str) 
     return _mean(_margins(subject, options, loss, name, _identity))
 
 
+@measure("probability_margin", loss=FIXED, cost=Passes(forward=1), uses=())
 def probability_margin(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The mean of p_y - max_{j != y} p_j, p the softmax. Details: ``percentiles``."""
     return _mean(_margins(subject, options, loss, name, _softmax))
 
 
+@measure("logit_margin_p10", loss=FIXED, cost=Passes(forward=1), uses=())
 def logit_margin_p10(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The 10th percentile of the logit margin (Jiang et al. 2020, "inverse margin")."""
     values = _margins(subject, options, loss, name, _identity)
     return Figure(value=_percentiles(values)["10"])
 
 
+@measure("kl_robust", loss="robust_fixed", cost=Passes(forward=2), uses=())
 def kl_robust(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The mean of KL(p(x_adv) || p(x)), which TRADES and MART penalise (Kim et al. 2023)."""
 
@@ -57,6 +62,7 @@ def kl_robust(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     return _mean(subject.part(name, lambda: _of_both(subject, options, 2, divergences)))
 
 
+@measure("boundary_thickness", loss="robust_fixed", cost=Passes(forward=2 + SEGMENT), uses=())
 def boundary_thickness(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The mean length of the segment from x to x_adv on which the decision is open.
 
@@ -89,6 +95,10 @@ def boundary_thickness(subject: Subject, options: Options, loss: LossKind, name:
     return replace(figure, details={**figure.details, **share})
 
 
+_LIPSCHITZ_COST = Passes(forward=1, input_gradient=LIPSCHITZ.steps + 2)
+
+
+@measure("local_lipschitz", cost=_LIPSCHITZ_COST, uses=("attack",))
 def local_lipschitz(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The mean of max ||z(x + d) - z(x)||_1 / ||d||, d in the attack's ball and norm.
 
@@ -109,7 +119,7 @@ def local_lipschitz(subject: Subject, options: Options, loss: LossKind, name: st
             u = maximise(ratio, ball, LIPSCHITZ, [x], initial=[start[rows].to(x)])
             return ratio(u)[0]
 
-        return closure.per_example(ratios, forward=1, input_gradient=LIPSCHITZ.steps + 2)
+        return closure.per_example(ratios, **vars(_LIPSCHITZ_COST))
 
     return _mean(subject.part(name, compute))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.flatness.figure import Figure
+from robustflat.flatness.measure import measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.models.normalized import Normalize
@@ -23,42 +24,50 @@ from robustflat.models.normalized import Normalize
 LAYERS = "matrices"
 
 
+@measure("parameter_norm", uses=("parameters",))
 def parameter_norm(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """||w||_2 of all parameters (Jiang et al. 2020, "parameter norm")."""
     squares = [p.detach().double().square().sum() for p in _all(subject, options, "all").values()]
     return Figure(value=math.sqrt(float(sum(squares))))
 
 
+@measure("spectral_product", uses=("parameters",))
 def spectral_product(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """Log of prod_l ||W_l||_2^2 (Jiang et al. 2020). Details: ``layers``."""
     return _log_product(subject, options, _spectral)
 
 
+@measure("spectral_sum", uses=("parameters",))
 def spectral_sum(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """D (prod_l ||W_l||_2^2)^(1/d) with d layers (Jiang et al. 2020, "sum of spectral")."""
     return _sum(_log_product(subject, options, _spectral))
 
 
+@measure("frobenius_product", uses=("parameters",))
 def frobenius_product(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """Log of prod_l ||W_l||_F^2 (Jiang et al. 2020). Details: ``layers``."""
     return _log_product(subject, options, _frobenius)
 
 
+@measure("frobenius_sum", uses=("parameters",))
 def frobenius_sum(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """D (prod_l ||W_l||_F^2)^(1/d) with d layers (Jiang 2020, "sum of Frobenius")."""
     return _sum(_log_product(subject, options, _frobenius))
 
 
+@measure("distance_spectral", uses=("parameters",))
 def distance_spectral(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """Sqrt(sum_l ||W_l - W_l(0)||_2^2), W(0) those before training (Jiang et al. 2020)."""
     return _distance(subject, options, _spectral, name)
 
 
+@measure("distance_frobenius", uses=("parameters",))
 def distance_frobenius(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """Sqrt(sum_l ||W_l - W_l(0)||_F^2), W(0) those before training (Jiang et al. 2020)."""
     return _distance(subject, options, _frobenius, name)
 
 
+@measure("path_norm", uses=())
 def path_norm(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """Sqrt(sum_k f(1; w^2)_k): the L2 norm over all paths of the product of their weights.
 
