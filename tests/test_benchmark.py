@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -23,10 +24,20 @@ def benchmark() -> ModuleType:
     return module
 
 
+def _gradient(
+    model: nn.Module, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    """Of the loss with respect to the first layer, this being its weight."""
+    weight = weight.clone().requires_grad_()
+    logits = torch.func.functional_call(model, {"1.weight": weight}, (x,))
+    return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y), weight)[0]
+
+
 def test_the_released_loop_is_adversarial_weight_perturbation(benchmark: ModuleType) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3))
     x, y = torch.rand(8, 3, 2, 2), torch.randint(0, 3, (8,))
+    start = copy.deepcopy(model)
     passes: list[tuple[torch.Tensor, torch.Tensor]] = []
     reached: list[int] = []
     model.register_forward_hook(
@@ -46,8 +57,11 @@ def test_the_released_loop_is_adversarial_weight_perturbation(benchmark: ModuleT
     assert torch.equal(log[0], x)
     away = descent[1] - centre
     assert torch.isclose(away.norm(), 5e-3 * centre.norm(), rtol=1e-4)
+    # Up the loss; and the optimizer's first step, weight decay at the perturbed weights too.
+    uphill, there = (_gradient(start, w, descent[0], y) for w in (centre, descent[1]))
+    assert (away * uphill).sum() > 0.9 * away.norm() * uphill.norm()
     moved = model[1].weight - centre
-    assert 0 < moved.norm() < away.norm()
+    assert torch.allclose(moved, -1e-3 * (there + 5e-4 * descent[1]), rtol=1e-2, atol=1e-6)
 
 
 def test_the_table(

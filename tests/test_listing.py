@@ -79,6 +79,8 @@ def test_it_is_found_anew_when_code_changed_or_the_file_is_damaged(
     assert [said(), said()] == ["awp, the 5th time"] * 2
     monkeypatch.setattr(listing.sys, "version", "another")
     assert said() == "awp, the 6th time"
+    (package / "new.py").rename(package / "other.py")
+    assert said() == "awp, the 7th time"
     for damaged in ("{", "[]", "{}", "null"):
         cache.write_text(damaged)
         before = len(calls)
