@@ -19,6 +19,7 @@ import robustflat as rf
 from robustflat.evaluate import Team
 from robustflat.flatness import MEASURES, flatness
 from robustflat.flatness.closure import Closure
+from robustflat.flatness.store import Identity
 from robustflat.landscapes import between, landscape
 
 torch.set_num_threads(1)
@@ -324,6 +325,23 @@ def test_a_network_is_its_weights_and_its_function(tmp_path):
     )
     # The landscape of the other network took the place of the first.
     assert [len(list(tmp_path.glob("line-*.json"))), drawn[2].measured] == [1, 3]
+
+
+def test_logits_are_compared_whole_and_what_is_none_is_another_network():
+    mine = Identity(mark="", logits=[[1.0, -2.0]], tolerance=1e-3)
+    assert mine.has([[1.0, -2.0]])
+    assert mine.has([[1.0019, -2.0019]])
+    for other in (
+        [[1.0, -1.9]],
+        [[1.1, -2.0]],
+        [[0.9, -2.0]],
+        [[1.0]],
+        [[1.0, -2.0]] * 2,
+        [],
+        None,
+        "x",
+    ):
+        assert not mine.has(other)
 
 
 @pytest.mark.parametrize("loss", ["clean", "robust", "robust_fixed"])
