@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from script_support import script
 from torch import nn
 
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+benchmark = script("benchmark")
 
 
 def _gradient(
@@ -33,7 +22,7 @@ def _gradient(
     return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y), weight)[0]
 
 
-def test_the_released_loop_is_adversarial_weight_perturbation(benchmark: ModuleType) -> None:
+def test_the_released_loop_is_adversarial_weight_perturbation() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3))
     x, y = torch.rand(8, 3, 2, 2), torch.randint(0, 3, (8,))
@@ -64,9 +53,7 @@ def test_the_released_loop_is_adversarial_weight_perturbation(benchmark: ModuleT
     assert torch.allclose(moved, -1e-3 * (there + 5e-4 * descent[1]), rtol=1e-2, atol=1e-6)
 
 
-def test_the_table(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = ["--width", "2", "--batch", "4", "--pgd-steps", "1", "--rounds", "1", "--only", "AT"]
     monkeypatch.setattr(
         sys, "argv", ["benchmark.py", *said, "AT + awp", "AT + sam, every 2nd step"]

@@ -11,13 +11,13 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import typer
 import yaml
+from script_support import script
 from torch import nn
 from train_support import trained
 
@@ -37,21 +37,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 GROUP = typer.main.get_command(app)
 
 
-def _module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "documentation", ROOT / "scripts/documentation.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["documentation"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-documentation = _module()
+documentation = script("documentation")
 MADE: dict[str, str] = documentation.pages()
 ALL = {
     **WRITTEN,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
+from script_support import script
 
 from robustflat.study import read_study
 from robustflat.study.folder import StudyFolder, circumstances, job_of
@@ -31,17 +29,7 @@ targets: [gap_robust_loss]
 """
 
 
-def loaded() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evidence", ROOT / "scripts/evidence.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evidence"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-evidence = loaded()
+evidence = script("evidence")
 
 
 def run(level: float, seed: int, value: float, measure: float = 1.0) -> RunResult:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 import torch
 import yaml
 from scipy import stats
+from script_support import script
 from torch import Tensor, nn
 from train_support import config as run_config
 from train_support import values
@@ -40,16 +39,7 @@ RESULTS = ROOT / "docs/results/methods"
 CPU = torch.device("cpu")
 
 
-def script() -> ModuleType:
-    found = importlib.util.spec_from_file_location("methods", ROOT / "scripts/methods.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-methods = script()
+methods = script("methods")
 
 
 @cache

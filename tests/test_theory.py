@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from script_support import script
 from torch.func import functional_call
 
 import robustflat as rf
 
-
-def _script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "sharpness_notions.py"
-    spec = importlib.util.spec_from_file_location("sharpness_notions", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-notions = _script()
+notions = script("sharpness_notions")
 
 # The toy in closed form: lambda_k(theta) = BASE - DEPTH cos(theta - PLACE).
 BASE, DEPTH, PLACE = np.array([6.6, 4.6, 3.0]), np.array([1.0, 0.8, 0.6]), np.array([-1.3, 0, 1.3])
