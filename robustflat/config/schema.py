@@ -140,7 +140,7 @@ class ListenerSection(Built):
 def _known_measure(name: str) -> str:
     from robustflat.flatness.measures import find
 
-    find(name.partition(" with ")[0])
+    find(name)
     return name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -331,8 +331,13 @@ class Fingerprint:
 
 def fingerprint_of(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, by name."""
+    return fingerprint_of_state(model.state_dict())
+
+
+def fingerprint_of_state(state: Mapping[str, Any]) -> str:
+    """The same of a state_dict."""
     found = Fingerprint()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         if isinstance(value, Tensor):
             found.add(torch.tensor(list(name.encode()), dtype=torch.uint8))
             found.add(value)

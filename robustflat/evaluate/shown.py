@@ -30,6 +30,21 @@ class Shown(Kept):
     attacked: Tensor
 
 
+def magnified(x: Tensor, x_adv: Tensor) -> tuple[Tensor, float]:
+    """What an attack changed: the largest change of a pixel is at 0 or 1, none at 0.5.
+
+    Args:
+        x: images ``[N, C, H, W]``.
+        x_adv: the same, attacked.
+
+    Returns:
+        As many images in [0, 1], and that largest change.
+    """
+    difference = x_adv - x
+    largest = float(difference.abs().max())
+    return difference / (2 * largest or 1.0) + 0.5, largest
+
+
 def show(
     model: nn.Module,
     x: Tensor,

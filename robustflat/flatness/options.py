@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -215,18 +215,27 @@ def _per_entry(group: Group, weights: list[Tensor]) -> list[float]:
     return [1 / math.sqrt(max(n, 1)) for n in entries]
 
 
+def check_names(given: Iterable[str]) -> None:
+    """Refuse what is no option.
+
+    Raises:
+        UserError: with all that are.
+    """
+    known = sorted(field.name for field in fields(Options))
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"Flatness has no option {name!r}.{hint} Options: {', '.join(known)}.")
+
+
 def with_options(base: Options, changes: Mapping[str, Any]) -> Options:
     """``base`` with some options changed.
 
     Raises:
         UserError: for an unknown option or an impossible value.
     """
-    names = {field.name for field in fields(Options)}
-    for name in changes:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"Flatness has no option {name!r}.{hint} Options: {sorted(names)}.")
+    check_names(changes)
     try:
         return replace(base, **changes)
     except TypeError as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.evaluate.record import Fingerprint, fingerprint_of
 
 FORMAT = "robustflat-flatness-parts/2"
 # The key of the logits by which a network is known again; and of how many images.
@@ -150,25 +151,8 @@ def identity(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any
 
 def fingerprint(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any]) -> str:
     """A hash of a model's weights and buffers, some tensors and settings."""
-    digest = hashlib.sha256(tensors_digest(model.state_dict()).encode())
+    found = Fingerprint()
     for tensor in tensors:
-        digest.update(_bytes(tensor))
-    digest.update(json.dumps(settings, sort_keys=True, default=repr).encode())
-    return digest.hexdigest()
-
-
-def tensors_digest(state: Mapping[str, Any]) -> str:
-    """A hash of a state dict's names and tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(name.encode())
-        if isinstance(tensor, Tensor):
-            digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return (
-        f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
-    )
+        found.add(tensor)
+    parts = [fingerprint_of(model), found.text(), settings]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()

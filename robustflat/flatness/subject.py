@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -94,7 +95,7 @@ class Subject:
         fixed = self.once(
             ("fixed", options.attack), lambda: self._attacking(clean, options.attack).attacked()
         )
-        return Closure(**{**vars(clean), "x": fixed})
+        return replace(clean, x=fixed)
 
     def parameters(self, options: Options, default: str) -> dict[str, nn.Parameter]:
         """The weights that are moved or differentiated, by name."""
@@ -150,7 +151,7 @@ class Subject:
                 self.draw(partial(attack_starts, attack), [self.x] * starts_of(attack), "attack")
             ),
         )
-        return Closure(**{**vars(clean), "attack": attack, "starts": starts})
+        return replace(clean, attack=attack, starts=starts)
 
 
 def signs(blank: list[Tensor], generator: torch.Generator) -> list[Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.evaluate.record import fingerprint_of_state
 from robustflat.flatness.examples import Data
-from robustflat.flatness.store import tensors_digest
 from robustflat.flatness.undisturbed import undisturbed
 from robustflat.landscapes.directions import DIRECTIONS, RANDOM, Random, eigenvectors, gradient
 from robustflat.landscapes.record import Landscape
@@ -170,7 +170,7 @@ def between(
                 points=span.points,
                 about={"directions": "checkpoints", "parameters": "all", "margin": margin},
                 prepare=lambda: place,
-                states=[tensors_digest(state) for state in dicts.values()],
+                states=[fingerprint_of_state(state) for state in dicts.values()],
             )
 
 

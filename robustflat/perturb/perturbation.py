@@ -110,3 +110,9 @@ class Perturbation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+
+
+def radius_of(method: object) -> float | None:
+    """The radius of a method's ball, or of the method's within it; None where there is none."""
+    ball = getattr(getattr(method, "inner", method), "ball", None)
+    return None if ball is None else float(ball.radius)

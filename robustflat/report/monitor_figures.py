@@ -5,6 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from robustflat.evaluate.shown import magnified
 from robustflat.report.palette import colour
 from robustflat.train.pictures import Pictures
 
@@ -14,12 +15,11 @@ _SHOWN = 8
 def examples(pictures: Pictures) -> Figure:
     """Images, the same attacked, and the difference; over each what it is taken for."""
     count = min(_SHOWN, len(pictures.x))
-    difference = (pictures.x_adv - pictures.x)[:count]
-    largest = float(difference.abs().max())
+    difference, largest = magnified(pictures.x[:count], pictures.x_adv[:count])
     rows = {
         "clean": (pictures.x[:count], pictures.clean),
         "attacked": (pictures.x_adv[:count], pictures.attacked),
-        f"difference\n(full scale ±{largest:.3g})": (difference / (2 * largest or 1.0) + 0.5, None),
+        f"difference\n(full scale ±{largest:.3g})": (difference, None),
     }
     # One picture of all: axes of their own for each would take half a second.
     width = 1.3 * count + 1.5

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from robustflat.evaluate.shown import Shown
+from robustflat.evaluate.shown import Shown, magnified
 from robustflat.report.record import Record
 
 # Larger images are brought to this, in pixels, or a page would weigh too much.
@@ -51,8 +51,7 @@ def _of(record: Record) -> Iterator[Pictures]:
         if shown is None:
             continue
         labels = [image["label"] for image in said["images"]]
-        difference = shown.x_adv - shown.x
-        largest = float(difference.abs().max())
+        difference, largest = magnified(shown.x, shown.x_adv)
         rows = [
             (
                 head,
@@ -71,7 +70,7 @@ def _of(record: Record) -> Iterator[Pictures]:
                 (f"attacked by {said['attack']}", "attacked", shown.x_adv),
             )
         ]
-        grey = [Shot(source=_source(d / (2 * largest or 1.0) + 0.5), alt="") for d in difference]
+        grey = [Shot(source=_source(image), alt="") for image in difference]
         rows.append((f"difference, full scale ±{largest:.3g}", grey))
         yield Pictures(title=f"{record.name}, {checkpoint}", run=record.index, rows=rows)
 

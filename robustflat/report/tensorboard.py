@@ -12,6 +12,7 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch.utils.tensorboard import SummaryWriter
 
 from robustflat.config import RunConfig
+from robustflat.perturb.perturbation import radius_of
 from robustflat.report.curves import Curves, of_epoch, of_step
 from robustflat.report.monitor_figures import confusion, examples, line
 from robustflat.runs.comparison import method_of
@@ -148,11 +149,9 @@ class TensorBoard(Listener):
     def _describe(writer: SummaryWriter, config: RunConfig) -> None:
         """Settings, and where their outcome is: the page "HParams" sorts a sweep by it."""
         metrics = [hparams.Metric(chart, display_name=name) for chart, name in _FINAL.items()]
-        weights = config.weights.build()
-        ball = getattr(getattr(weights, "inner", weights), "ball", None)
         said: dict[str, str | float] = {"1-method": method_of(config)}
         # One column for the radii of all methods: the columns are those of the first run.
-        said["2-radius"] = 0.0 if ball is None else float(ball.radius)
+        said["2-radius"] = radius_of(config.weights.build()) or 0.0
         given = config.model_dump(mode="json")
         for path, value in flattened({key: given[key] for key in _SETTINGS}):
             if isinstance(value, (bool, int, float)) or (isinstance(value, str) and value):

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from robustflat.config import RunConfig
 from robustflat.config.choice import Built
 from robustflat.errors import UserError
-from robustflat.evaluate.threat import radius
 from robustflat.landscapes import Landscape, drawn_in
 from robustflat.runs import records
 from robustflat.runs.records import Measurement
@@ -281,10 +280,6 @@ def _model(one: Measurement) -> Circumstances:
     return {"model": f"{str(one.get('model'))[:6]}{said and f' ({said})'}"}
 
 
-def _threat(one: Measurement) -> str:
-    return f"{one['norm']} {radius(one['eps'])}"
-
-
 def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
     test = one["result"]
     images = f"{test['count']} images of {one['data']}"
@@ -292,7 +287,7 @@ def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
     prints = (test["settings"].get(key) for key in ("data", "labels"))
     about["fingerprint"] = "-".join((mark or "")[:6] for mark in prints)
     yield dict(about), _share(test["clean_accuracy"], test["clean_interval"], "clean")
-    about |= {"threat": _threat(one), "seed": one["seed"]}
+    about |= {"threat": records.threat_of(one), "seed": one["seed"]}
     for name, suite in test["suites"].items():
         metric = name.partition("#")[0].replace("autoattack", "AutoAttack")
         attacks = [attack.partition("#")[0] for attack in suite["attacks"]]
@@ -327,7 +322,7 @@ def _overfitting(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
 
 def _about_gap(one: Measurement, images: str) -> Circumstances:
     return {
-        "threat": _threat(one),
+        "threat": records.threat_of(one),
         "attacks": one["attack"],
         "images": images,
         "weights": one["weights"],
@@ -342,7 +337,10 @@ def _flat(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
         about["images"] = f"{one['samples']} {one['split']} images of {one['data']}"
         settings = details.get("settings", {})
         if details.get("loss") != "clean" or "attack" in settings:
-            about |= {"threat": _threat(one), "attacks": one["attack"] or "of the measure"}
+            about |= {
+                "threat": records.threat_of(one),
+                "attacks": one["attack"] or "of the measure",
+            }
         about |= {key: value for key, value in settings.items() if key not in _ELSEWHERE_SAID}
         keys = ("ball", "weight_norm", "radius", "parameters", "m")
         about |= {key: details[key] for key in keys if key in details}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,11 +10,12 @@ import torch
 from robustflat.errors import UserError
 from robustflat.evaluate import Team
 from robustflat.evaluate.attacks.ascent import title
-from robustflat.flatness import Options, Progress, flatness
+from robustflat.flatness import Progress, flatness
 from robustflat.flatness.asked import called
 from robustflat.flatness.closure import attack_of
 from robustflat.flatness.figure import Figure
 from robustflat.flatness.measures import find
+from robustflat.flatness.options import check_names
 from robustflat.perturb import InputPerturbation
 from robustflat.runs import records
 from robustflat.subject import Subject
@@ -70,7 +69,7 @@ def measure_subject(
         attack = None if attack is None else attack_of(attack, threat)
     else:
         attack = None
-    settings = _acting(chosen, {**config.options}) | _checked(chosen, options or {})
+    settings = _acting(chosen, config.options) | _checked(chosen, options or {})
     # On which images each measure is taken, and how many of them.
     places: dict[tuple[str, int], list[str]] = {}
     for name in chosen:
@@ -82,7 +81,7 @@ def measure_subject(
     for (where, count), names in places.items():
         x, y = subject.tensors(where, count)
         # A number that was asked for stands above a preset's own.
-        own = [find(name.partition(" with ")[0]).changes.get("examples") for name in names]
+        own = [find(name).changes.get("examples") for name in names]
         above = samples is not None and any(number and number < len(y) for number in own)
         asked: dict[str, Any] = {"examples": len(y)} if above and "examples" not in settings else {}
         found = flatness(
@@ -143,14 +142,9 @@ def _checked(measures: Sequence[str], options: Mapping[str, Any]) -> dict[str, A
     Raises:
         UserError: if one is none, or acts on no measure.
     """
-    known = sorted({f.name for f in fields(Options)} - {"attack"})
-    for key in options:
-        if key == "attack":
-            raise UserError("The attack is no option of the measures: it is said by --attack.")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"Flatness has no option {key!r}.{hint} Options: {', '.join(known)}.")
+    if "attack" in options:
+        raise UserError("The attack is no option of the measures: it is said by --attack.")
+    check_names(options)
     idle = options.keys() - _acting(measures, options).keys()
     if idle:
         raise UserError(
@@ -165,5 +159,5 @@ def _called(name: str, split: str, attack: InputPerturbation | None) -> str:
     measure = find(name)
     other = [] if split == (measure.split or "train") else [f"split={split}"]
     if attack is not None and measure.loss != "clean" and "attack=" not in name:
-        other.insert(0, f"attack={title(attack)}")
+        other.append(f"attack={title(attack)}")
     return called(name, other)

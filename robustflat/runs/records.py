@@ -104,16 +104,18 @@ def flatness_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
         return None
     keys = ("checkpoint", "epoch", "weights", "model")
     same = [one for one in found if all(one.get(key) == found[-1].get(key) for key in keys)]
-    measures = {
-        name: {**figure, "images": f"{one['samples']} {one['split']} images", "threat": _threat(one)
-               if (figure.get("details") or {}).get("loss") != "clean" else None}
-        for one in same
-        for name, figure in one["measures"].items()
-    }  # fmt: skip
+    measures = {}
+    for one in same:
+        images = f"{one['samples']} {one['split']} images"
+        for name, figure in one["measures"].items():
+            is_clean = (figure.get("details") or {}).get("loss") == "clean"
+            threat = None if is_clean else threat_of(one)
+            measures[name] = {**figure, "images": images, "threat": threat}
     return {**{key: found[-1].get(key) for key in keys}, "measures": measures}
 
 
-def _threat(one: Measurement) -> str:
+def threat_of(one: Measurement) -> str:
+    """Its threat in words: "linf 8/255"."""
     return f"{one['norm']} {radius(one['eps'])}"
 
 

@@ -17,6 +17,7 @@ from robustflat.data import Data
 from robustflat.errors import TrainingDivergedError, UserError
 from robustflat.numerics import deterministic, float32, warn_of_emulation
 from robustflat.perturb import InputPerturbation, Perturbation, Watch, no_perturbation
+from robustflat.perturb.perturbation import radius_of
 from robustflat.train.account import Account
 from robustflat.train.alarm import Alarm
 from robustflat.train.around import stop_signals
@@ -387,10 +388,10 @@ class Trainer:
     def _told(self, weights: Perturbation, attack: InputPerturbation | None) -> dict[str, float]:
         """The settings of a step that may change from step to step."""
         found = {"lr": float(self._step.optimizer.param_groups[0]["lr"])}
-        for name, whole in (("radius", getattr(weights, "inner", weights)), ("eps", attack)):
-            ball = getattr(whole, "ball", None)
-            if ball is not None:
-                found[name] = float(ball.radius)
+        for name, method in (("radius", weights), ("eps", attack)):
+            radius = radius_of(method)
+            if radius is not None:
+                found[name] = radius
         return found
 
     def _check_finite(self) -> None:
