@@ -777,10 +777,10 @@ def test_runs_of_one_setting_are_taken_together(tmp_path: Path) -> None:
     worst = heads.index("worst case") - 1
     cells_ = [t for _, t in page.find("td")][worst]
     # 0.5 and 0.3: their mean, and their sample deviation 0.1414.
-    assert cells_ == "40± 14%"
+    assert cells_ == "40%± 14%"
     assert "n = 2: seeds 0, 1" in first
     gap = [t for _, t in page.find("td")][heads.index("robust gap") - 1]
-    assert gap == "20.0± 0 pp"
+    assert gap == "20.0 pp± 0 pp"
     assert page.values()[worst] == pytest.approx(0.4)
     assert "<h2>Over seeds" not in written(tmp_path, folders[0], other)
 

@@ -259,8 +259,9 @@ def _lines(
     one: Landscape, name: str, quantity: Quantity, number_of: Mapping[str, int]
 ) -> Iterator[Series]:
     spread = one.spread(quantity)
-    for kind, mean in one.mean(quantity).items():
-        wide = spread.get(kind)
+    means = one.mean(quantity)
+    for kind in sorted(means, key=[*DASHES, *means].index):  # the legend shows the first
+        mean, wide = means[kind], spread.get(kind)
         yield Series(
             name=", ".join(part for part in (name, KINDS.get(kind, kind)) if part),
             legend=name if kind in DASHES else None,

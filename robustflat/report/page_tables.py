@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustflat.flatness import MEASURES
-from robustflat.report.chart import number, significant
+from robustflat.report.chart import UNITS, number, significant
 from robustflat.report.record import Record, state_of
 from robustflat.report.tables import LABELS, label_of, seeds_of, shown
 from robustflat.runs.comparison import Cell, Row, Unit, columns, effect_of, is_usual
@@ -192,6 +192,7 @@ def seeds(records: Sequence[Record]) -> Table | None:
 def _mean(cell: Cell | None, group: Row) -> Item:
     mean, _, spread = shown(cell, row=group).partition(" ± ")
     small = [f"± {spread}"] if spread else []
+    mean += UNITS[cell.unit] if cell and spread else ""
     return Item(text=mean, value=cell.value if cell else None, small=small)
 
 
@@ -203,7 +204,8 @@ def flatness(records: Sequence[Record]) -> Table:
         balls = dict.fromkeys(_ball(figure) for figure in found if figure is not None)
         one = len(balls) == 1
         about = [MEASURES[name].summary if name in MEASURES else "", *(balls if one else ())]
-        head = Item(text=LABELS.get(name, name), small=[line for line in about if line])
+        small = [line for line in about if line]
+        head = Item(text=LABELS.get(name, name), small=small, kind="long")
         cells = [_flatness(r, f, ball=not one) for r, f in zip(records, found, strict=True)]
         lines.append(Line(head=head, cells=cells))
     return Table(caption="Measures of flatness", heads=_heads(records), lines=lines)
