@@ -277,7 +277,9 @@ def test_a_whole_run_is_the_eager_one_and_resumes_bit_for_bit(tmp_path: Path) ->
 
 def test_nothing_is_compiled_unless_asked_and_nothing_that_is_not_attacked() -> None:
     assert config().train.compile is None
-    with pytest.raises(UserError, match="trains on the images as they are"):
+    with pytest.raises(
+        UserError, match=r"train\.compile makes .* trains on the images as they are"
+    ):
         config(objective={"name": "standard"}, train__compile="attack")
     for wrong in (True, "all"):
         with pytest.raises(UserError, match=r"train\.compile.*'attack'"):

@@ -37,11 +37,24 @@ def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
             f"objective {objective.name} trains on adversarial images but attack is none. "
             "Configure an attack, or use objective standard",
         )
-    if not needed and config.train.compile is not None:
+    faster = {"compile": config.train.compile is not None, "cuda_graphs": config.train.cuda_graphs}
+    for key in [key for key, said in faster.items() if said and not needed]:
         yield _told(
-            "train.compile",
-            f"train.compile is {config.train.compile}, but objective {objective.name} trains on "
-            "the images as they are. Leave train.compile out",
+            f"train.{key}",
+            f"train.{key} makes the passes of an attack faster, but objective {objective.name} "
+            f"trains on the images as they are. Leave train.{key} out",
+        )
+    if all(faster.values()):
+        yield _told(
+            "train.cuda_graphs",
+            "train.compile and train.cuda_graphs are two ways to make the same passes faster. "
+            "Leave one of them out",
+        )
+    if config.train.cuda_graphs and config.train.sync_batchnorm:
+        yield _told(
+            "train.cuda_graphs",
+            "train.cuda_graphs cannot record what processes tell each other, as "
+            "train.sync_batchnorm needs. Leave one of them out",
         )
     if config.threat is not None:
         try:

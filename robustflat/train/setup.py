@@ -14,6 +14,7 @@ from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
 from robustflat.perturb import select
 from robustflat.train.compiled import Compiled, check_compiler
+from robustflat.train.graphed import Graphed
 from robustflat.train.optim import build_optimizer
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import TrainStep
@@ -88,6 +89,12 @@ def perturbed_parameters(config: RunConfig, model: nn.Module) -> dict[str, nn.Pa
         raise UserError(f"weights.parameters: {error}") from None
 
 
+def _attacked(config: RunConfig, model: nn.Module) -> nn.Module | None:
+    if config.train.compile == "attack":
+        return Compiled(model)
+    return Graphed(model) if config.train.cuda_graphs else None
+
+
 def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> TrainStep:
     """What every step of a run does to ``model``.
 
@@ -103,6 +110,11 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
         )
     if config.train.compile is not None:
         check_compiler(device)
+    if config.train.cuda_graphs and device.type != "cuda":
+        raise UserError(
+            f"train.cuda_graphs is true, but device is {device}, and only a GPU of NVIDIA or AMD "
+            "has them. Leave train.cuda_graphs out."
+        )
     half = config.train.precision == "fp16"
     return TrainStep(
         attack=attack,
@@ -114,6 +126,6 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
         step_at=config.weights.step.at,
         reattack=config.weights.step.reattack,
         skip_nonfinite=config.train.on_nonfinite == "skip",
-        attacked=Compiled(model) if config.train.compile == "attack" else None,
+        attacked=_attacked(config, model),
         accumulate=config.train.accumulate,
     )
