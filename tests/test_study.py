@@ -727,13 +727,13 @@ def test_training_stops_at_a_common_loss_and_stays_stopped(tmp_path: Path) -> No
     limit = (losses[1] + losses[2]) / 2
     changes = {"name": "short", "train__epochs": 4, "train__stop_at_loss": limit}
     short = trained(tmp_path, **changes)
-    assert [row["reached_loss"] for row in rows(short)] == [False, False, True]
+    assert [row["ended"] for row in rows(short)] == [None, None, "stop_at_loss"]
     assert [row["monitor"] for row in rows(short)] == [row["monitor"] for row in whole[:3]]
     before = short.last.read_bytes()
     trained(tmp_path, resume=True, **changes)
     assert short.last.read_bytes() == before
     never = {"name": "never", "train__epochs": 2, "train__stop_at_loss": 1e-9}
-    assert [row["reached_loss"] for row in rows(trained(tmp_path, **never))] == [False, False]
+    assert [row["ended"] for row in rows(trained(tmp_path, **never))] == [None, None]
     with pytest.raises(ConfigError, match=r"monitor\.every is 0"):
         trained(tmp_path, name="x", train__stop_at_loss=1.0, monitor__every=0)
 
@@ -742,7 +742,7 @@ def test_the_clean_loss_is_looked_at_without_an_attack(tmp_path: Path) -> None:
     found = trained(
         tmp_path, attack={"name": "none"}, objective={"name": "standard"}, train__stop_at_loss=1e3
     )
-    assert [row["reached_loss"] for row in rows(found)] == [True]
+    assert [row["ended"] for row in rows(found)] == ["stop_at_loss"]
 
 
 # Ledger, tables and pictures

@@ -233,6 +233,15 @@ def _of_the_monitor(config: RunConfig) -> Iterator[Conflict]:
             "train.stop_at_loss is looked for by the monitor, and monitor.every is 0. Set "
             "monitor.every: 1",
         )
+    if config.train.patience is not None and not (
+        config.monitor.every and config.data.validation_samples
+    ):
+        yield _told(
+            "train.patience",
+            "train.patience waits for a better validation accuracy, which is not measured: "
+            f"monitor.every is {config.monitor.every}, data.validation_samples "
+            f"{config.data.validation_samples}. Set both, or leave train.patience out",
+        )
     if config.data.validation_samples == 0 and config.monitor.every:
         yield _told(
             "monitor.every",
