@@ -241,6 +241,10 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
         MINIMAL + "data: {validation_samples: 0}\n",
         ("validation_samples is 0", "monitor.every"),
     ),
+    "a new head on new weights": (
+        MINIMAL + "model: {head: new}\n",
+        ("model.head is new", "no model.weights"),
+    ),
     "patience without a look": (
         MINIMAL + "monitor: {every: 0}\ntrain: {patience: 3}\n",
         ("train.patience", "monitor.every is 0"),

@@ -167,7 +167,7 @@ def test_left_alone_an_optimizer_chooses_its_implementation_by_the_device() -> N
 def test_fused_where_there_is_no_such_thing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.*adadelta has no fused implementation"):
         check_config({"name": "a", "optimizer": {"name": "adadelta", "fused": True}})
-    with pytest.raises(ConfigError, match="foreach and fused.*one of them"):
+    with pytest.raises(ConfigError, match=r"foreach and fused.*one of them"):
         check_config({"name": "a", "optimizer": {"foreach": True, "fused": True}})
     with pytest.raises(UserError, match=r"optimizer.fused.*no fused sgd .* on meta.*Leave it out"):
         build_optimizer(optimizer_section(fused=True), conv_bn().to("meta"))

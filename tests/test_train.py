@@ -218,7 +218,7 @@ def test_what_is_built_is_what_the_configuration_says(digits: Data) -> None:
     assert differences(one.state_dict(), other.state_dict())
     for where in ("never", "ascent", "descent"):
         around = config(weights={"name": "awp", "steps": 2, "step": {"reattack": where}})
-        assert build_step(around, one, CPU).reattack == where
+        assert build_step(around, one, CPU, digits.shape).reattack == where
 
 
 def test_every_epoch_has_an_order_of_its_own(digits: Data) -> None:
@@ -557,6 +557,20 @@ def looks_at_the_statistics(
     (g,) = torch.autograd.grad(F.cross_entropy(model(moved), y), moved)
     model.train(training)
     return (x + 0.2 * g.sign()).clamp(0, 1)
+
+
+def test_a_run_goes_on_from_the_weights_of_other_classes_with_a_new_head(
+    tmp_path: Path, plain: RunFolder, digits: Data
+) -> None:
+    # A run's own checkpoint, as the file; the new layer is the seed's, as without a file.
+    said = {"model__weights": str(plain.best), "model__head": "new"}
+    made = build_model(config(tmp_path, model=dict(SMALL_CNN), seed=5, **said), digits, CPU)
+    fresh = build_model(config(tmp_path, model=dict(SMALL_CNN), seed=5), digits, CPU)
+    source = saved(plain.best)["model"]
+    for name, value in made.state_dict().items():
+        expected = fresh.state_dict() if name.startswith("net.linear.") else source
+        assert torch.equal(value, expected[name]), name
+    assert any(name.startswith("net.linear.") for name in source)
 
 
 # --- early stopping

@@ -233,11 +233,16 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which network; ``options`` are its own."""
+    """Which network; ``options`` are its own.
+
+    It begins with the ``weights`` of a file, with ``head: new`` all but those of its last layer,
+    which are drawn anew: so weights trained on other classes can be trained on.
+    """
 
     name: str = "small_cnn"
     options: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
+    head: Literal["loaded", "new"] = "loaded"
 
 
 class AlarmConfig(Section):

@@ -22,7 +22,7 @@ def conflicts(config: RunConfig) -> list[Conflict]:
         *_of_the_weights(config),
         *_of_the_parts(config),
         *_of_the_lengths(config),
-        *_of_the_images(config),
+        *_of_the_images_and_the_model(config),
         *_of_the_mix(config),
         *_of_the_monitor(config),
     ]
@@ -42,6 +42,12 @@ def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
             "train.compile",
             f"train.compile is {config.train.compile}, but objective {objective.name} trains on "
             "the images as they are. Leave train.compile out",
+        )
+    if config.train.sync_batchnorm and config.train.compile is not None:
+        yield _told(
+            "train.compile",
+            f"train.compile is {config.train.compile}, but train.sync_batchnorm lets processes "
+            "talk within a pass, which cannot be recorded as a whole. Leave one of them out",
         )
     if config.threat is not None:
         try:
@@ -198,8 +204,14 @@ def _of_the_lengths(config: RunConfig) -> Iterator[Conflict]:
         )
 
 
-def _of_the_images(config: RunConfig) -> Iterator[Conflict]:
+def _of_the_images_and_the_model(config: RunConfig) -> Iterator[Conflict]:
     data = config.data
+    if config.model.head == "new" and config.model.weights is None:
+        yield _told(
+            "model.head",
+            "model.head is new, but there are no model.weights, so that all layers are. Leave it "
+            "out, or name a file of weights",
+        )
     if data.name == "image_folder" and data.augment.name == "torchvision" and data.cache:
         yield _told(
             "data.cache",

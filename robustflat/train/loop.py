@@ -73,7 +73,7 @@ class Trainer:
             self._replica = replica(self.model, device)
         if config.train.precision == "bf16" and self.processes.is_first:
             warn_of_emulation(device)
-        self._step = build_step(config, self.model, device)
+        self._step = build_step(config, self.model, device, dataset.shape)
         self._objective = self._step.objective
         self._objective.start(Autocast(self.model, self._step.precision))
         self._curriculum = Curriculum(config)

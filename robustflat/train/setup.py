@@ -13,7 +13,7 @@ from robustflat.config import RunConfig
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
 from robustflat.perturb import select
-from robustflat.train.compiled import Compiled, check_compiler
+from robustflat.train.compiled import Compiled, check_compiled, check_compiler
 from robustflat.train.optim import build_optimizer
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import TrainStep
@@ -62,7 +62,8 @@ def build_model(config: RunConfig, dataset: data.Data, device: torch.device) -> 
             options=config.model.options,
         )
     if config.model.weights is not None:
-        models.load_state(model, read_tensors(config.model.weights))
+        new = config.model.head == "new"
+        models.load_state(model, read_tensors(config.model.weights), new_head=new)
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     return model.to(device).to(memory_format=layout)
 
@@ -88,8 +89,10 @@ def perturbed_parameters(config: RunConfig, model: nn.Module) -> dict[str, nn.Pa
         raise UserError(f"weights.parameters: {error}") from None
 
 
-def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> TrainStep:
-    """What every step of a run does to ``model``.
+def build_step(
+    config: RunConfig, model: nn.Module, device: torch.device, shape: tuple[int, ...]
+) -> TrainStep:
+    """What every step of a run does to ``model``, which takes images of ``shape``.
 
     Raises:
         UserError: if the selection of weights, the optimizer or the attack cannot work on it.
@@ -103,6 +106,7 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
         )
     if config.train.compile is not None:
         check_compiler(device)
+        check_compiled(model, shape, device, getattr(attack, "mode", "eval"))
     half = config.train.precision == "fp16"
     return TrainStep(
         attack=attack,
