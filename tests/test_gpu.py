@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import robustflat as rf
 from robustflat import models, numerics
 from robustflat.train.averaging import Average, ema
+from robustflat.train.compiled import Compiled
 from robustflat.train.step import TrainStep
 
 # A machine with a GPU may have little else: what only some tests need, they import themselves.
@@ -59,8 +60,10 @@ def network() -> nn.Module:
     ).train()
 
 
-def follow(weights: Any, device: torch.device, precision: str) -> Tensor:
-    """How far three steps move the weights."""
+def follow(
+    weights: Any, device: torch.device, precision: str, *, compiled: bool = False, parts: int = 1
+) -> Tensor:
+    """How far three steps move the weights; each takes its batch in so many parts."""
     model = network().to(device)
     before = [p.detach().clone() for p in model.parameters()]
     half = precision == "fp16"
@@ -71,6 +74,8 @@ def follow(weights: Any, device: torch.device, precision: str) -> Tensor:
         optimizer=torch.optim.SGD(model.parameters(), 0.05, momentum=0.9),
         precision=DTYPES[precision],
         scaler=torch.amp.GradScaler(device.type, init_scale=256.0) if half else None,
+        attacked=Compiled(model) if compiled else None,
+        accumulate=parts,
     )
     drawn = torch.Generator().manual_seed(1)
     for _ in range(3):
@@ -96,6 +101,17 @@ def test_steps_are_those_of_the_cpu(method: str, precision: str) -> None:
     assert float((got - expected).norm() / expected.norm()) < allowed
 
 
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("said", [{"compiled": True}, {"parts": 4}], ids=["compiled", "in parts"])
+def test_compiled_and_accumulated_steps_are_those_of_the_cpu(
+    said: dict[str, Any], precision: str
+) -> None:
+    weights = rf.awp(0.05)
+    expected = follow(weights, torch.device("cpu"), "fp32", parts=said.get("parts", 1))
+    got = follow(weights, DEVICE, precision, **said)
+    assert float((got - expected).norm() / expected.norm()) < TOLERANCE[precision]
+
+
 @pytest.mark.parametrize("method", RANDOM)
 def test_random_methods_take_a_step(method: str) -> None:
     assert follow(methods()[method], DEVICE, "fp32").isfinite().all()
@@ -110,9 +126,7 @@ def test_autoattack_and_flatness_find_what_the_cpu_finds() -> None:
     found: dict[str, Any] = {}
     for device in ("cpu", NAME):
         there = deepcopy(model).to(device)
-        result = rf.evaluate(
-            there, (x, y), attacks=["autoattack:fast"], norm="linf", eps=0.03, device=device
-        )
+        result = rf.evaluate(there, (x, y), attacks=["autoattack:fast"], norm="linf", eps=0.03)
         figures = rf.flatness(
             there, (x.to(device), y.to(device)), measures=["hessian_max", "ascent_robust"]
         )
@@ -214,8 +228,11 @@ def test_nccl_with_one_process(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("compiled", [None, "attack"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, precision: str) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tmp_path: Path, precision: str, compiled: str | None
+) -> None:
     pytest.importorskip("pydantic")
     from test_resume import stopped
     from train_support import SMALL_CNN, same_run, trained
@@ -226,6 +243,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, precision: str) -> No
         "data__augment": {"crop": 1},
         "train__deterministic": True,
         "train__precision": precision,
+        "train__compile": compiled,
         "train__epochs": 3,
     }
     one = trained(tmp_path / "one", **said)
