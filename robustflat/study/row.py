@@ -182,6 +182,7 @@ def _flatness(
         job["threat"]["norm"],
         config.seed,
         batch_size=config.evaluate.batch_size,
+        usual_attack=config.flatness.attack,
         initial=initial,
         store=subject.home.root / f"row-{network.epoch}-{len(data[1])}.parts.json",
         **options,
