@@ -159,8 +159,8 @@ def test_what_cannot_be_recorded_is_said() -> None:
 def test_the_setting_is_checked() -> None:
     settings = config(train__cuda_graphs=True)
     with pytest.raises(UserError, match=r"cuda_graphs is true, but device is cpu.*Leave"):
-        build_step(settings, conv_bn(), torch.device("cpu"))
-    step = build_step(settings, conv_bn(), torch.device("cuda"))
+        build_step(settings, conv_bn(), torch.device("cpu"), (1, 8, 8))
+    step = build_step(settings, conv_bn(), torch.device("cuda"), (1, 8, 8))
     assert isinstance(step.attacked, Graphed)
     for said, sentence in (
         ({"objective": {"name": "standard"}}, "trains on the images as they are"),

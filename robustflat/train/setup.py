@@ -13,7 +13,7 @@ from robustflat.config import RunConfig
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
 from robustflat.perturb import select
-from robustflat.train.compiled import Compiled, check_compiler
+from robustflat.train.compiled import Compiled, check_compiled, check_compiler
 from robustflat.train.graphed import Graphed
 from robustflat.train.optim import build_optimizer
 from robustflat.train.randomness import derived_seed
@@ -63,7 +63,8 @@ def build_model(config: RunConfig, dataset: data.Data, device: torch.device) -> 
             options=config.model.options,
         )
     if config.model.weights is not None:
-        models.load_state(model, read_tensors(config.model.weights))
+        new = config.model.head == "new"
+        models.load_state(model, read_tensors(config.model.weights), new_head=new)
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     return model.to(device).to(memory_format=layout)
 
@@ -95,8 +96,10 @@ def _attacked(config: RunConfig, model: nn.Module) -> nn.Module | None:
     return Graphed(model) if config.train.cuda_graphs else None
 
 
-def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> TrainStep:
-    """What every step of a run does to ``model``.
+def build_step(
+    config: RunConfig, model: nn.Module, device: torch.device, shape: tuple[int, ...]
+) -> TrainStep:
+    """What every step of a run does to ``model``, which takes images of ``shape``.
 
     Raises:
         UserError: if the selection of weights, the optimizer or the attack cannot work on it.
@@ -110,6 +113,7 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
         )
     if config.train.compile is not None:
         check_compiler(device)
+        check_compiled(model, shape, device, getattr(attack, "mode", "eval"))
     if config.train.cuda_graphs and device.type != "cuda":
         raise UserError(
             f"train.cuda_graphs is true, but device is {device}, and only a GPU of NVIDIA or AMD "
