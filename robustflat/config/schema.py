@@ -333,15 +333,17 @@ class MonitorConfig(Section):
     ``flatness_every`` epochs (0: never) the ``flatness`` measures, on training images. Of every
     ``step_every``-th step (0: none) the values that it has anyway: losses at the centre and at the
     perturbed weights, gradients' norms and cosines, the perturbation's size, the attack's losses.
-    Every ``pictures_every`` epochs and at the last (0: never) examples, confusion matrix and loss
-    along a line, for TensorBoard.
+    After the epoch that reaches a multiple of ``picture_steps`` steps, and at the end (0: never),
+    examples, confusion matrix and loss along a line, for TensorBoard.
     """
+
+    moved = {"pictures_every": "Write picture_steps: steps, not epochs"}  # noqa: RUF012
 
     every: Whole = 1
     steps: Count = 10
     train_samples: Count = 500
     step_every: Whole = 10
-    pictures_every: Whole = 20
+    picture_steps: Whole = 5000
     flatness_every: Whole = 0
     flatness: tuple[Measure, ...] = ("ascent_robust", "hessian_max")
     flatness_samples: Count = 256
