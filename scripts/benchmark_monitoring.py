@@ -12,7 +12,7 @@ person waits. At `monitor.step_every: 10`, the default, nine of ten steps are no
 cost is a tenth.
 
 Then what is done between epochs, in training steps and as the share of a run: measuring accuracy
-and loss on fixed images (`monitor.every`), and the pictures (`monitor.picture_steps`).
+and loss on fixed images (`monitor.every`), and the pictures (`monitor.pictures_every`).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _row(case: str, args: argparse.Namespace, place: Path) -> list[str]:
             f"{seconds / step:.1f} steps, {seconds / (step * steps):.2%}"
             for seconds, steps in (
                 (measuring, epoch * config.monitor.every),
-                (pictures, max(epoch, config.monitor.picture_steps)),
+                (pictures, 5000),
             )
         ),
     ]

@@ -277,7 +277,7 @@ RUN: dict[str, Any] = {
         "augment": {"name": "torchvision", "transforms": list(AUGMENT)},
     },
     "train__batch_size": 5,
-    "monitor": {"steps": 1, "train_samples": 6, "picture_steps": 0},
+    "monitor": {"steps": 1, "train_samples": 6, "pictures_every": 0},
 }
 
 

@@ -139,7 +139,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         model=SMALL_CNN,
         train__average={"name": "swa", "start_epoch": 1},
         monitor__step_every=2,
-        monitor__picture_steps=5,
+        monitor__pictures_every=5,
     )
     folder, _ = train(settings, listeners=lambda f: [TensorBoard(f.root)])
     return folder

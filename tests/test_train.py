@@ -257,7 +257,7 @@ def test_watching_changes_no_bit(tmp_path: Path, average: Any) -> None:
     said: dict[str, Any] = {"model": SMALL_CNN, "train__average": average}
     quiet = trained(tmp_path, name="quiet", monitor__every=0, monitor__step_every=0, **said)
     often = {"monitor__flatness_every": 1, "monitor__flatness": ["ascent_robust", "average_clean"]}
-    often |= {"monitor__step_every": 1, "monitor__picture_steps": 1}
+    often |= {"monitor__step_every": 1, "monitor__pictures_every": 1}
     watched = config(tmp_path, name="watched", listeners=["tensorboard"], **often, **said)
     folder, _ = train(watched, listeners=lambda f: [TensorBoard(f.root)])
     one, two = saved(quiet.last), saved(folder.last)
@@ -601,21 +601,22 @@ def scripted(trainer: Trainer, scores: list[float]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("steps", "changes", "seen"),
+    ("every", "changes", "seen"),
     [
         (0, {}, []),
         (1, {}, [4, 8, 12, 16, 20]),
-        (8, {}, [8, 16, 20]),
-        (6, {}, [8, 12, 20]),  # 6, 12 and 18 lie in the second, third and fifth epoch of 4 steps
+        (2, {}, [8, 16, 20]),
         (100, {}, [20]),  # at the end
         (100, {"train__stop_at_loss": 50.0}, [4]),  # wherever that is
+        (0, {"train__stop_at_loss": 50.0}, []),
+        (None, {}, [8, 12, 20]),  # 6, 12 and 18 lie in the second, third and fifth epoch
     ],
 )
-def test_pictures_come_by_steps_and_at_the_end(
-    digits: Data, monkeypatch: pytest.MonkeyPatch, steps: int, changes: Any, seen: list[int]
+def test_pictures_come_in_their_turn_and_at_the_end(
+    digits: Data, monkeypatch: pytest.MonkeyPatch, every: int | None, changes: Any, seen: list[int]
 ) -> None:
     settings = config(
-        train__epochs=5, monitor__picture_steps=steps, objective={"name": "standard"},
+        train__epochs=5, monitor__pictures_every=every, objective={"name": "standard"},
         weights={"name": "none"}, **changes,
     )  # fmt: skip
     told: list[int] = []
@@ -625,6 +626,7 @@ def test_pictures_come_by_steps_and_at_the_end(
             told.append(row["steps"])
 
     monkeypatch.setattr("robustflat.train.monitor.take", lambda *_, **__: None)
+    monkeypatch.setattr("robustflat.train.teller._PICTURE_STEPS", 6)
     Trainer(settings, digits, CPU, listeners=[Tell()]).run()
     assert told == seen
 

@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
     "weights": {"name": "awp", "gamma": 0.02},
     "train": {"epochs": 2, "batch_size": 16},
     "listeners": [],
-    "monitor": {"steps": 2, "train_samples": 40, "picture_steps": 0},
+    "monitor": {"steps": 2, "train_samples": 40, "pictures_every": 0},
 }
 SMALL_CNN = {"name": "small_cnn", "options": {"width": 4, "depth": 2}}
 

@@ -28,7 +28,7 @@ FREE_TO_CHANGE = (
     ("device",), ("data", "root"), ("data", "download"), ("data", "place"), ("data", "workers"),
     ("output",),
     ("evaluate",), ("flatness",),
-    ("listeners",), ("monitor", "step_every"), ("monitor", "picture_steps"),
+    ("listeners",), ("monitor", "step_every"), ("monitor", "pictures_every"),
 )  # fmt: skip
 
 

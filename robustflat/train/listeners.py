@@ -43,7 +43,7 @@ class Listener:
         """An epoch ended; ``row`` is its line of metrics.jsonl."""
 
     def on_pictures(self, row: dict[str, Any], pictures: Pictures) -> None:
-        """Told every ``monitor.picture_steps`` steps, before :meth:`on_epoch` of ``row``."""
+        """Told every ``monitor.pictures_every`` epochs, before :meth:`on_epoch` of ``row``."""
 
     def on_end(self) -> None:
         """The run ended or was stopped."""

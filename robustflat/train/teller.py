@@ -17,6 +17,8 @@ from robustflat.train.listeners import Listener, Outbox
 from robustflat.train.monitor import Monitor
 from robustflat.train.parallel import Processes
 
+_PICTURE_STEPS = 5000
+
 
 class Teller:
     """Looks at steps and tells of them; no bit of the training changes.
@@ -115,10 +117,13 @@ class Teller:
     def epoch(
         self, row: dict[str, Any], model: nn.Module, classes: tuple[str, ...], *, last: bool
     ) -> None:
-        """Tell of an epoch, and show pictures if enough steps lie behind those of before."""
-        every, now = self._config.monitor.picture_steps, row["steps"]
-        due = every > 0 and (last or now // every > (now - self._steps) // every)
-        if due and self.listeners:
+        """Tell of an epoch, and show pictures if their turn has come."""
+        every, now = self._config.monitor.pictures_every, row["steps"]
+        if every is None:
+            due = now // _PICTURE_STEPS > (now - self._steps) // _PICTURE_STEPS
+        else:
+            due = every > 0 and row["epoch"] % every == 0
+        if self.listeners and (due or (last and every != 0)):
             seen = self._monitor.pictures(model, classes)
             for listener in self.listeners:
                 listener.on_pictures(row, seen)
