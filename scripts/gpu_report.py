@@ -5,9 +5,9 @@
 It needs no network and no data, and runs from a checkout on any torch from 2.6 on; of robustflat's
 other packages only NumPy, SciPy and, for AutoAttack, pyautoattack must be there. A row is one
 network in one setting: seconds of a step with and without AWP, and how much longer each takes than
-the passes it consists of, timed alone (a forward pass, one with gradients of the images, one with
-gradients of the weights). ``--device cpu`` with small ``--width``, ``--batch`` and ``--images``
-tries it out where there is no GPU.
+the passes it consists of, timed alone and eager in the same setting (those with gradients of the
+images, those with gradients of the weights). ``--device cpu`` with small ``--width``, ``--batch``
+and ``--images`` tries it out where there is no GPU.
 """
 
 from __future__ import annotations
@@ -26,15 +26,33 @@ from torch import Tensor, nn
 
 import robustflat as rf
 from robustflat import models
+from robustflat.evaluate import Work
 from robustflat.files import write_json
 from robustflat.numerics import float32
+from robustflat.train.compiled import Compiled
+from robustflat.train.graphed import Graphed
 from robustflat.train.step import Autocast, TrainStep
 
 NETWORKS: dict[str, dict[str, Any]] = {
-    "preact_resnet18": {"name": "preact_resnet18", "options": {}},
-    "wrn-34-10": {"name": "wide_resnet", "options": {"depth": 34, "width": 10}},
+    "preact_resnet18": {"name": "preact_resnet18", "width": 64},
+    "wrn-34-10": {"name": "wide_resnet", "widen": 10, "depth": 34},
 }
-SETTINGS = ("fp32", "tf32", "bf16", "channels_last", "bf16+channels_last", "bf16+compiled")
+SETTINGS = (
+    "fp32",
+    "tf32",
+    "bf16",
+    "channels_last",
+    "bf16+channels_last",
+    "bf16+compiled",
+    # train.compile: attack
+    "fp32+compiled_attack",
+    "tf32+compiled_attack",
+    "bf16+channels_last+compiled_attack",
+    # train.cuda_graphs: true
+    "fp32+cuda_graphs",
+    "tf32+cuda_graphs",
+    "bf16+channels_last+cuda_graphs",
+)
 PGD_STEPS = 10
 
 
@@ -82,11 +100,12 @@ def main() -> None:
 def network(name: str, width: int | None) -> nn.Module:
     """A network for 32x32 images of ten classes, with weights of its own."""
     torch.manual_seed(0)
-    spec = NETWORKS[name]
-    options = spec["options"] | ({} if width is None else {"width": width})
+    options = dict(NETWORKS[name])
+    if width is not None:
+        options["widen" if "widen" in options else "width"] = width
     mean, std = (0.5,) * 3, (0.25,) * 3
     return models.build(
-        spec["name"], num_classes=10, in_channels=3, mean=mean, std=std, options=options
+        options.pop("name"), num_classes=10, in_channels=3, mean=mean, std=std, options=options
     )
 
 
@@ -101,13 +120,19 @@ def step_times(
         model = model.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
     precision = torch.bfloat16 if "bf16" in setting else None
-    used: Any = torch.compile(model) if "compiled" in setting else model
+    used: Any = torch.compile(model) if setting.endswith("+compiled") else model
+    attacked: nn.Module | None = None
+    if setting.endswith("compiled_attack"):
+        attacked = Compiled(model)
+    elif setting.endswith("cuda_graphs"):
+        attacked = Graphed(model)
     seen = Autocast(used, precision)
     step = TrainStep(
         attack=rf.pgd("linf", 8 / 255, PGD_STEPS, mode="batch"),
         objective=rf.adversarial(),
         optimizer=torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9),
         precision=precision,
+        attacked=attacked,
     )
 
     def to_images() -> None:
@@ -127,7 +152,7 @@ def step_times(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times: dict[str, list[float]] = {name: [] for name in parts}
-    with float32(tf32=setting == "tf32"):
+    with float32(tf32=setting.startswith("tf32")):
         for part in parts.values():  # compiling, tuning, allocating
             part()
         for _ in range(args.rounds):
@@ -161,8 +186,7 @@ def autoattack_speed(args: argparse.Namespace, device: torch.device) -> dict[str
         attacks=["autoattack:fast"],
         norm="linf",
         eps=1e-4,
-        batch_size=args.batch,
-        device=device,
+        work=Work(batch_size=args.batch),
     )
     took = time.perf_counter() - began
     return {

@@ -13,6 +13,25 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import robustflat as rf
+from robustflat.evaluate import Evaluation, Work, choose
+
+
+def evaluate(
+    model: Any,
+    data: Any,
+    attacks: Any = ("autoattack",),
+    norm: Any = "linf",
+    eps: Any = None,
+    seed: Any = 0,
+    *,
+    samples: Any = None,
+    shard: Any = None,
+    store: Any = None,
+    **work: Any,
+) -> Evaluation:
+    """The evaluation, with all that it takes as keywords."""
+    chosen = choose(data, samples, shard)
+    return rf.evaluate(model, chosen, attacks, norm, eps, seed, store=store, work=Work(**work))
 
 
 @functools.cache

@@ -13,14 +13,14 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluate_support import held_out, linear, trained
+from evaluate_support import evaluate, held_out, linear, trained
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import robustflat as rf
 import robustflat.data
 from robustflat.errors import UserError
-from robustflat.evaluate import evaluate, judge, measure, merge, wilson
+from robustflat.evaluate import judge, measure, merge, wilson
 
 INF = math.inf
 
@@ -300,16 +300,16 @@ def test_a_process_killed_for_good_leaves_a_store_that_goes_on(tmp_path):
     script = """
         import os, signal, sys, torch
         from torch import nn
-        from robustflat.evaluate import evaluate
+        from robustflat.evaluate import Work, evaluate
         def progress(name, done, total, standing):
             if name == "pgd-9" and done == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-        def go(**arguments):
+        def go(store=None, on_progress=None):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
             data = torch.rand(40, 1, 8, 8), torch.randint(4, (40,))
-            return evaluate(model, data, ["fgsm", "pgd-9"], eps=0.004, batch_size=4, sanity=0,
-                            **arguments)
+            work = Work(batch_size=4, sanity=0, on_progress=on_progress)
+            return evaluate(model, data, ["fgsm", "pgd-9"], eps=0.004, store=store, work=work)
         if __name__ == "__main__":
             torch.set_num_threads(1)
             go(store=sys.argv[1], on_progress=progress)

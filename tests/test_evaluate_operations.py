@@ -69,7 +69,7 @@ def strongest(x):
 
 
 def found(model, x=None, **kwargs):
-    with held(model, torch.device("cpu")):
+    with held(model):
         return operations.of_operations(Plain(model), held_out(9)[0] if x is None else x, **kwargs)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from evaluate_support import digits, held_out, trained
+from evaluate_support import digits, evaluate, held_out, trained
 from torch import nn
 
-from robustflat.evaluate import evaluate
 from robustflat.evaluate.doubts import of_record
 from robustflat.evaluate.record import Record
 

@@ -31,7 +31,7 @@ import robustflat
 from robustflat.cli import app
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
-from robustflat.files import locked
+from robustflat.files import locked, write_json
 from robustflat.report.study_figures import ranking_table, save_plots, save_tables, scatter
 from robustflat.study import Event, StudyConfig, StudyResult, read_study, run_study, status
 from robustflat.study.engine import Local, Order, Outcome, Processes, _visible_device, run_all
@@ -41,6 +41,7 @@ from robustflat.study.ledger import Ledger, ledger, save_ledger
 from robustflat.study.ranking import Estimate
 from robustflat.study.reading import check_study
 from robustflat.study.result import Failure, RunResult, rank_all
+from robustflat.study.row import _measures
 from robustflat.study.targets import TARGETS, figures
 from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
@@ -387,6 +388,27 @@ def _model_and_images(folder: Path) -> tuple[Any, Any]:
     return subject.network("last").model, subject.splits(20)["test"].tensors()
 
 
+def test_a_row_is_measured_with_the_attack_of_its_configuration(
+    uninterrupted: StudyResult, tmp_path: Path
+) -> None:
+    found = open_subject(uninterrupted.folder / "runs" / NONE, device="cpu")
+    subject = replace(found, home=RunFolder(tmp_path))
+    base = study_values()["base"]
+    base["flatness"] |= {"attack": "pgd-1"}
+    chosen = study(base=base, measures=["worst_robust"])
+    point = expand(chosen)[0]
+    network = subject.network("last")
+    measured, _ = _measures(subject, network, job_of(chosen, point), point.config)
+    options = point.config.flatness.options
+    data, threat = subject.tensors("train", 16), point.threat
+    for attack, same in (("pgd-1", True), ("pgd-10-5", False)):
+        (figure,) = robustflat.flatness(
+            network.model, data, ["worst_robust"], threat.eps, threat.norm, point.config.seed,
+            attack=attack, **options,
+        ).values()  # fmt: skip
+        assert (measured["worst_robust"]["value"] == figure.value) is same
+
+
 def test_a_failure_is_told_with_its_last_lines_and_tried_again(uninterrupted: StudyResult) -> None:
     (failure,) = uninterrupted.failed
     assert failure.factors["strength"] == 1e38
@@ -727,13 +749,13 @@ def test_training_stops_at_a_common_loss_and_stays_stopped(tmp_path: Path) -> No
     limit = (losses[1] + losses[2]) / 2
     changes = {"name": "short", "train__epochs": 4, "train__stop_at_loss": limit}
     short = trained(tmp_path, **changes)
-    assert [row["reached_loss"] for row in rows(short)] == [False, False, True]
+    assert [row["ended"] for row in rows(short)] == [None, None, "stop_at_loss"]
     assert [row["monitor"] for row in rows(short)] == [row["monitor"] for row in whole[:3]]
     before = short.last.read_bytes()
     trained(tmp_path, resume=True, **changes)
     assert short.last.read_bytes() == before
     never = {"name": "never", "train__epochs": 2, "train__stop_at_loss": 1e-9}
-    assert [row["reached_loss"] for row in rows(trained(tmp_path, **never))] == [False, False]
+    assert [row["ended"] for row in rows(trained(tmp_path, **never))] == [None, None]
     with pytest.raises(ConfigError, match=r"monitor\.every is 0"):
         trained(tmp_path, name="x", train__stop_at_loss=1.0, monitor__every=0)
 
@@ -742,7 +764,7 @@ def test_the_clean_loss_is_looked_at_without_an_attack(tmp_path: Path) -> None:
     found = trained(
         tmp_path, attack={"name": "none"}, objective={"name": "standard"}, train__stop_at_loss=1e3
     )
-    assert [row["reached_loss"] for row in rows(found)] == [True]
+    assert [row["ended"] for row in rows(found)] == ["stop_at_loss"]
 
 
 # Ledger, tables and pictures
@@ -887,11 +909,70 @@ def test_a_ledger_is_read_back_as_it_was_written(tmp_path: Path, suffix: str) ->
             for figure in measured["measures"].values():
                 figure.pop("error", None)
         assert found.measured(job_of(elsewhere, point)) == measured
-    # Trained otherwise, or measured otherwise: another run.
+    # Trained otherwise: another run. Measured otherwise: no row of the same ledger.
     (other, *_) = expand(study(grid={"weights": WEIGHTS, "train.batch_size": [4], "seed": [0]}))
     assert found.measured(job_of(result.study, other)) is None
     steps = result.study.model_copy(update={"attack": "pgd-3"})
-    assert found.measured(job_of(steps, expand(steps)[0])) is None
+    with pytest.raises(UserError, match=r"measured otherwise: attack is 'pgd-2' there and 'pgd-3'"):
+        found.measured(job_of(steps, expand(steps)[0]))
+
+
+def test_the_attack_of_robust_flatness_is_a_run_s_and_a_study_s(tmp_path: Path) -> None:
+    """Rows of another attack, or of none that is said, are refused before anything is trained."""
+    base = study_values()["base"]
+    base["flatness"] = base["flatness"] | {"attack": "pgd-3:dlr-2"}
+    with pytest.raises(ConfigError, match=r"flatness\.attack.*'pgd-3:dlr-2'"):
+        expand(study(base=base))
+    one = study_values()["base"]
+    one["flatness"] = one["flatness"] | {"attack": "pgd-3"}
+    there, here = (
+        made_up(tmp_path, base=one),
+        study(tmp_path / "here", grid=made_up(tmp_path).study.grid),
+    )
+    path = tmp_path / "ledger.csv"
+    save_ledger(there.runs, path, "")
+    sentence = "flatness_attack is 'pgd-3' there and 'pgd-10-5' here"
+    with pytest.raises(UserError, match=f"ledger.csv has none-batch_size8-seed0.*{sentence}"):
+        run_study(here, ledger=path, yes=True)
+    assert not list((tmp_path / "here").rglob("*.log"))
+    for run in there.runs:
+        del run.measured["circumstances"]["flatness_attack"]
+    save_ledger(there.runs, path, "")
+    with pytest.raises(UserError, match="flatness_attack is None there and 'pgd-10-5' here"):
+        run_study(here, ledger=path, yes=True)
+
+
+def test_a_run_s_row_is_in_the_ledger_as_soon_as_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so are those of before, in the order of the grid, whatever ends the study then."""
+    made = made_up(tmp_path)
+    folder, runs = StudyFolder(made.study), {r.run: r.measured for r in made.runs}
+    (first, second, third, *_) = runs
+
+    def finish(name: str) -> Event:
+        files = folder.files(name)
+        files.folder.root.mkdir(parents=True, exist_ok=True)
+        write_json(files.row, {"run": name, **runs[name]})
+        return Event(run=name, state="finished", text="", done=1, total=12)
+
+    def rows_there() -> list[str]:
+        with folder.ledger.open(newline="") as file:
+            return [row["run"] for row in csv.DictReader(file)]
+
+    def two_and_the_power_is_cut(*arguments: Any) -> None:
+        on_event = arguments[4]
+        on_event(finish(third))
+        assert rows_there() == [second, third]
+        on_event(finish(first))
+        raise KeyboardInterrupt
+
+    folder.prepare(made.study)
+    finish(second)
+    monkeypatch.setattr("robustflat.study.run.run_all", two_and_the_power_is_cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(made.study, yes=True)
+    assert rows_there() == [first, second, third]
 
 
 def test_rows_of_a_ledger_are_not_run_again(

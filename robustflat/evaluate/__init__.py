@@ -1,7 +1,8 @@
 """How well a model withstands attacks: accuracy, AutoAttack and others, doubts, the gap."""
 
 from robustflat.evaluate.accuracy import Metrics, measure
-from robustflat.evaluate.evaluation import evaluate
+from robustflat.evaluate.evaluation import Work, evaluate
+from robustflat.evaluate.examples import choose
 from robustflat.evaluate.gaps import Figure, Gap, Scores, gap, overfitting, scores
 from robustflat.evaluate.intervals import wilson
 from robustflat.evaluate.result import AttackResult, Evaluation, SuiteResult, merge
@@ -20,6 +21,8 @@ __all__ = [
     "Team",
     "Threat",
     "Verdict",
+    "Work",
+    "choose",
     "evaluate",
     "gap",
     "judge",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from robustflat.config import RunConfig, check_config
 from robustflat.errors import TrainingDivergedError, UserError
-from robustflat.evaluate import evaluate, gap, scores
+from robustflat.evaluate import Work, evaluate, gap, scores
 from robustflat.files import locked, write_json
 from robustflat.flatness import Figure, flatness
 from robustflat.perturb import pgd
@@ -98,7 +98,7 @@ def _run(files: RunFiles, job: dict[str, Any]) -> bool:
 
 def _reached(config: RunConfig, rows: list[dict[str, Any]]) -> bool | None:
     """Whether training ended at the common loss; None if none was asked for."""
-    return None if config.train.stop_at_loss is None else bool(rows[-1].get("reached_loss"))
+    return None if config.train.stop_at_loss is None else rows[-1]["ended"] == "stop_at_loss"
 
 
 def _targets(
@@ -112,9 +112,7 @@ def _targets(
     size = config.evaluate.batch_size
     splits = subject.splits(config.evaluate.gap_samples)
     measured = {
-        name: scores(
-            network.model, splits[name].tensors(), attack, batch_size=size, device=subject.device
-        )
+        name: scores(network.model, splits[name].tensors(), attack, batch_size=size)
         for name in ("train", "test")
     }
     found = gap(measured).to_dict()
@@ -126,9 +124,8 @@ def _targets(
             job["attacks"],
             norm,
             eps,
-            batch_size=size,
-            device=subject.device,
             store=subject.home.root / "attacked",
+            work=Work(batch_size=size),
         )
         low, high = result.robust_interval
         targets[ATTACKED] = {"value": result.robust_accuracy, "low": low, "high": high}
@@ -185,6 +182,7 @@ def _flatness(
         job["threat"]["norm"],
         config.seed,
         batch_size=config.evaluate.batch_size,
+        usual_attack=config.flatness.attack,
         initial=initial,
         store=subject.home.root / f"row-{network.epoch}-{len(data[1])}.parts.json",
         **options,
