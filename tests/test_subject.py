@@ -48,6 +48,10 @@ def takes_nothing(**options):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity())
     net.said = options
     return net
+def attack(model, x, y, *, seed, eps):
+    return (x + eps * (2 * torch.rand(x.shape) - 1).sign()).clamp(0, 1)
+def fails(model, x, y, *, seed):
+    raise OSError("no more room")
 def bare(num_classes):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
 """
@@ -153,6 +157,10 @@ Found = Callable[[dict[str, Any]], bool]
 TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("attack", ALL, ["--attack", "fgsm"], lambda one: list(one["result"]["attacks"]) == ["fgsm"]),
     ("attack", ALL, ["--attack", "apgd-ce"], lambda one: "apgd-ce" in one["result"]["suites"]),
+    ("attack", ALL, ["--attack", "subject_factory:attack"],
+     lambda one: one["result"]["attacks"]["subject_factory:attack"]["attacked"] > 10),
+    ("attack", ALL, ["--attack", "subject_factory:atack"], "Did you mean attack"),
+    ("attack", ALL, ["--attack", "subject_factory:bare"], "cannot be called"),
     ("attack", ALL, ["--attack", "pdg-20"], "Did you mean pgd-20"),
     ("attack", ALL, ["--attack", "pgd-0"], "no step is no attack"),
     ("checkpoint", ["run"], ["--checkpoint", "last"], lambda one: one["checkpoint"] == "last"),
@@ -237,6 +245,16 @@ def test_every_option_has_its_effect_or_is_refused(run: Any, tmp_path: Path, kin
             assert expected(one), said
             assert one["kind"] == "test"
             assert (home / "evaluate.log").is_file()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_an_own_attack_that_fails_loses_nothing(run: Any, tmp_path: Path, kind: str) -> None:
+    base = ("--samples", 30, "--no-gap", "--output", tmp_path, "--attack", "fgsm")
+    code, said = run(kind, *base, "--attack", "subject_factory:fails")
+    assert code == 2
+    assert "The attack subject_factory:fails raised OSError: no more room" in said
+    assert not (tmp_path / "evaluation.json").exists()
+    assert run(kind, *base)[0] == 0
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -17,7 +17,10 @@ def evaluate(
     subjects: Opener,
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="autoattack, autoattack:fast, pgd-20, pgd-50-10, torchattacks:CW, ..."),
+        typer.Option(
+            help="autoattack, autoattack:fast, pgd-20, pgd-50-10, torchattacks:CW, or your own "
+            "package.module:function, which is f(model, x, y, *, seed) -> x_adv."
+        ),
     ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: best (if left out), last or both.")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from robustflat.evaluate.accuracy import right
 from robustflat.evaluate.attacks import Attack, Request, Suite, plan
 from robustflat.evaluate.examples import Data, Examples, examples
 from robustflat.evaluate.frozen import Plain, device_of, held
-from robustflat.evaluate.record import Fingerprint, Record, file_for, fingerprint_of, resume
+from robustflat.evaluate.record import Entry, Fingerprint, Record, file_for, fingerprint_of, resume
 from robustflat.evaluate.result import Evaluation, from_record
 from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Task, Threat
@@ -27,11 +27,20 @@ from robustflat.evaluate.verdict import judge
 from robustflat.files import locked
 
 Progress = Callable[[str, int, int, int], None]
+T = TypeVar("T")
 
 # Seconds between two lines on one attack.
 _SILENCE = 60.0
 
 _log = logging.getLogger("robustflat.evaluate")
+
+
+class AttackError(UserError):
+    """An attack failed; ``result`` is the evaluation by the attacks that had ended."""
+
+    def __init__(self, sentence: str, result: Evaluation) -> None:
+        super().__init__(sentence)
+        self.result = result
 
 
 def evaluate(
@@ -66,7 +75,8 @@ def evaluate(
         model: Takes images in [0, 1], normalisation inside; returns logits [N, C].
         data: `(x, y)`, a loader of such batches, or a split of a data set. Images float
             [N, C, H, W] in [0, 1], labels whole numbers [N].
-        attacks: Names, mappings with options, or what `rf.pgd(...)` returns; see `plan`.
+        attacks: Names, mappings with options, what `rf.pgd(...)` returns, or functions of your own
+            `f(model, x, y, *, seed) -> x_adv`; see `plan`.
         norm: "linf", "l2" or "l1".
         eps: Radius of the ball, in image units; 8/255 for linf if None, and to be said for others.
         seed: Every batch of every attack is attacked with this seed, as AutoAttack does.
@@ -91,7 +101,7 @@ def evaluate(
         The evaluation.
 
     Raises:
-        UserError: If anything given cannot work.
+        UserError: If anything given cannot work. `AttackError`, if an attack fails on its way.
     """
     threat = Threat.said(norm, eps)
     _check(model, batch_size, precision, seed, sanity)
@@ -176,6 +186,9 @@ class _Run:
                 name = self.record.entries[places[0]].name
             self.record.suites[name] = places
             self.record.notes[name] = list(suite.notes)
+        for attack in todo.values():
+            if attack.tried_first:
+                self._tried(attack)
         if todo and self.team.is_first:
             _log.info("%s", _cost(list(todo.values()), int(self.record.right.sum())))
         for index, attack in todo.items():
@@ -197,7 +210,7 @@ class _Run:
 
         count = len(batches) if entry.attacked else 0
         said = began
-        for found in self.team.each(one, range(entry.batches, count)):
+        for found in self._kept(self.team.each(one, range(entry.batches, count)), entry, count):
             for broke, outside in found:
                 entry.broke = sorted([*entry.broke, *broke])
                 entry.outside += outside
@@ -225,6 +238,26 @@ class _Run:
                 "%s: %.2f %% of %s left after %.0f s",
                 entry.name, 100 * share, f"{total:,}", entry.seconds,
             )  # fmt: skip
+
+    def _tried(self, attack: Attack) -> None:
+        """Try an attack on two images, so that one that cannot work costs nothing."""
+        some = self.record.right.nonzero().flatten()[:2]
+        if len(some):
+            self._batch(attack, some)
+
+    def _kept(self, rounds: Iterator[T], entry: Entry, count: int) -> Iterator[T]:
+        """The rounds of an attack; if it fails, the error also says what is not lost."""
+        try:
+            yield from rounds
+        except UserError as error:
+            ended = [other.name for _, other in self.record.finished()]
+            done = [f"{entry.batches} of its {count} batches", *ended]
+            path = self.record.path
+            where = "the error's `result`" if path is None else f"{path}, and are not run again"
+            raise AttackError(
+                f"{error} What was done before is kept ({', '.join(done)}): it is in {where}.",
+                from_record(self.record),
+            ) from error
 
     def _batch(self, attack: Attack, positions: Tensor) -> tuple[list[int], int]:
         """Which examples of a batch the attack breaks, and how many images do not count."""
