@@ -1,6 +1,7 @@
 """How well a model withstands attacks: accuracy, AutoAttack and others, doubts, the gap."""
 
 from robustflat.evaluate.accuracy import Metrics, measure
+from robustflat.evaluate.adversarial import Adversarial
 from robustflat.evaluate.evaluation import AttackError, evaluate
 from robustflat.evaluate.gaps import Figure, Gap, Scores, gap, overfitting, scores
 from robustflat.evaluate.intervals import wilson
@@ -10,6 +11,7 @@ from robustflat.evaluate.threat import Threat
 from robustflat.evaluate.verdict import Verdict, judge
 
 __all__ = [
+    "Adversarial",
     "AttackError",
     "AttackResult",
     "Evaluation",

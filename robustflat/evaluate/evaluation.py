@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from robustflat.errors import UserError
 from robustflat.evaluate import doubts
 from robustflat.evaluate.accuracy import right
+from robustflat.evaluate.adversarial import Adversarial, Pictures, check_target
 from robustflat.evaluate.attacks import Attack, Request, Suite, plan
 from robustflat.evaluate.examples import Data, Examples, examples
 from robustflat.evaluate.frozen import Plain, device_of, held
@@ -58,6 +59,7 @@ def evaluate(
     shard: str | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     sanity: int = 32,
+    save_adversarial: str | Path | None = None,
     team: Team | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
@@ -92,6 +94,8 @@ def evaluate(
             attacks' names with "@bf16". Such a search may find less: evaluate in fp32 before
             reporting.
         sanity: Examples on which the sanity checks are made; 0 leaves them out.
+        save_adversarial: A new file ending in .npz for the adversarial examples (`Adversarial`).
+            Attacks whose images a store has not kept are run again. All images are in memory once.
         team: The processes that share the batches, all of which call this function alike and get
             the same result, that of one process.
         on_progress: Called with the attack's name, batches done, batches in all, and how many
@@ -105,6 +109,8 @@ def evaluate(
     """
     threat = Threat.said(norm, eps)
     _check(model, batch_size, precision, seed, sanity)
+    if save_adversarial is not None:
+        check_target(Path(save_adversarial))
     chosen = examples(data, samples, shard)
     place = device_of(model, torch.device("cpu")) if device is None else torch.device(device)
     team = Team() if team is None else team
@@ -113,9 +119,9 @@ def evaluate(
     training = model.training
     with alone, held(model, place):
         plain = Plain(model)
-        classes, correct, digest = _clean(plain, chosen, batch_size, place, team)
+        classes, correct, predictions, digest = _clean(plain, chosen, batch_size, place, team)
         task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
-        suites = plan(attacks, task, precision)
+        suites = plan(attacks, task, precision, chosen)
         settings: dict[str, Any] = {
             "norm": threat.norm_name,
             "eps": threat.eps,
@@ -128,7 +134,18 @@ def evaluate(
             "model": None if store is None else fingerprint_of(model),
             "classes": classes,
         }
-        record = _opened(path, settings, correct, team)
+        fresh = Record(
+            settings=settings,
+            right=correct,
+            positions=chosen.positions,
+            labels=chosen.labels,
+            predictions=predictions,
+            path=path,
+        )
+        record = team.once(lambda: _opened(fresh))
+        pictures = None
+        if save_adversarial is not None:
+            pictures = Pictures(chosen, record) if team.is_first else None
         run = _Run(
             record=record,
             plain=plain,
@@ -137,9 +154,10 @@ def evaluate(
             task=task,
             device=place,
             team=team,
+            pictures=pictures,
             on_progress=on_progress,
         )
-        run.suites(suites)
+        run.suites(suites, again=save_adversarial is not None)
         if sanity:
             record.probes = team.once(
                 lambda: doubts.probes(
@@ -148,6 +166,8 @@ def evaluate(
             )
         if team.is_first:
             record.save()
+        if pictures is not None:
+            _saved(pictures, record, plain, threat, batch_size, place).save(Path(save_adversarial))
     return from_record(record)
 
 
@@ -162,10 +182,16 @@ class _Run:
     task: Task
     device: torch.device
     team: Team
+    pictures: Pictures | None
     on_progress: Progress | None
 
-    def suites(self, suites: Sequence[Suite]) -> None:
-        """Put all attacks on record, say what they cost, and run those that have not ended."""
+    def suites(self, suites: Sequence[Suite], *, again: bool) -> None:
+        """Put all attacks on record, say what they cost, and run those that have not ended.
+
+        Args:
+            suites: What was asked for.
+            again: Whether images are kept, so that those whose images were not are run again.
+        """
         todo: dict[int, Attack] = {}
         for suite in suites:
             after = None
@@ -179,7 +205,11 @@ class _Run:
                     bounded=attack.bounded,
                 )
                 places.append(after)
-                if not self.record.entries[after].finished:
+                entry = self.record.entries[after]
+                if again and not entry.pictured:
+                    entry.pictured, entry.finished, entry.batches = True, False, 0
+                    entry.broke, entry.taken, entry.outside, entry.seconds = [], [], 0, 0.0
+                if not entry.finished:
                     todo.setdefault(after, attack)
             name = suite.name
             if len(places) == 1 and name == suite.attacks[0].name:
@@ -205,16 +235,19 @@ class _Run:
         batches = standing.nonzero().flatten().split(record.settings["batch_size"])
         began = time.perf_counter()
 
-        def one(number: int) -> tuple[list[int], int]:
-            return self._batch(attack, batches[number])
+        def one(number: int) -> _Found:
+            return self._batch(attack, batches[number], entry.pictured)
 
         count = len(batches) if entry.attacked else 0
         said = began
         for found in self._kept(self.team.each(one, range(entry.batches, count)), entry, count):
-            for broke, outside in found:
-                entry.broke = sorted([*entry.broke, *broke])
-                entry.outside += outside
-            entry.batches += len(found)
+            for each in found:
+                entry.broke += each.broke
+                entry.taken += each.taken
+                entry.outside += each.outside
+                if self.pictures is not None and each.images is not None:
+                    self.pictures.keep(index, batches[entry.batches], each.broke, each.images)
+                entry.batches += 1
             entry.finished = entry.batches == count
             entry.seconds += time.perf_counter() - began
             began = time.perf_counter()
@@ -243,7 +276,7 @@ class _Run:
         """Try an attack on two images, so that one that cannot work costs nothing."""
         some = self.record.right.nonzero().flatten()[:2]
         if len(some):
-            self._batch(attack, some)
+            self._batch(attack, some, False)
 
     def _kept(self, rounds: Iterator[T], entry: Entry, count: int) -> Iterator[T]:
         """The rounds of an attack; if it fails, the error also says what is not lost."""
@@ -259,19 +292,58 @@ class _Run:
                 from_record(self.record),
             ) from error
 
-    def _batch(self, attack: Attack, positions: Tensor) -> tuple[list[int], int]:
-        """Which examples of a batch the attack breaks, and how many images do not count."""
-        x = self.examples.images(positions).to(self.device)
-        y = self.examples.labels[positions].to(self.device)
+    def _batch(self, attack: Attack, places: Tensor, pictured: bool) -> _Found:
+        """What the attack does to the examples at some places."""
+        x = self.examples.images(places).to(self.device)
+        y = self.examples.labels[places].to(self.device)
         try:
-            seed = self.record.settings["seed"]
-            found = attack.run(self.searched, x, y, seed) if self.task.eps else x
+            if attack.stored is not None:
+                found = attack.stored(places).to(self.device)
+            else:
+                seed = self.record.settings["seed"]
+                found = attack.run(self.searched, x, y, seed) if self.task.eps else x
         except (RuntimeError, ArithmeticError, LookupError) as error:
             raise UserError(
                 f"The attack {attack.name} failed on this model ({type(error).__name__}: {error})."
             ) from error
         verdict = judge(self.plain, x, found, y, norm=self.task.norm, eps=self.task.eps)
-        return positions[verdict.broken].tolist(), int(verdict.outside.sum())
+        return _Found(
+            broke=places[verdict.broken].tolist(),
+            taken=verdict.predictions[verdict.broken].tolist(),
+            outside=int(verdict.outside.sum()),
+            images=verdict.x_adv.cpu() if pictured else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    """What an attack did to a batch: places broken, what for, images that do not count, images."""
+
+    broke: list[int]
+    taken: list[int]
+    outside: int
+    images: Tensor | None
+
+
+def _saved(
+    pictures: Pictures,
+    record: Record,
+    plain: nn.Module,
+    threat: Threat,
+    batch_size: int,
+    device: torch.device,
+) -> Adversarial:
+    """What was kept, and what the model takes it for."""
+    x_adv = pictures.all()
+    found = [plain(some.to(device)).argmax(1).cpu() for some in x_adv.split(batch_size)]
+    return Adversarial(
+        positions=record.positions,
+        x_adv=x_adv,
+        labels=record.labels,
+        predictions=torch.cat(found),
+        threat=Threat.of(threat.norm, threat.eps),
+        model=fingerprint_of(plain.net),
+    )
 
 
 def _check(model: nn.Module, batch_size: int, precision: str, seed: int, sanity: int) -> None:
@@ -310,11 +382,11 @@ def _fingerprint(tensor: Tensor) -> str:
 
 def _clean(
     model: nn.Module, data: Examples, batch_size: int, device: torch.device, team: Team
-) -> tuple[int, Tensor, str]:
-    """Number of classes, which examples (bool [N]) are right, and the images' fingerprint."""
+) -> tuple[int, Tensor, Tensor, str]:
+    """Number of classes, which are right (bool [N]), predictions, and the images' fingerprint."""
     parts = torch.arange(len(data)).split(batch_size)
 
-    def one(number: int) -> tuple[int, Tensor, list[str]]:
+    def one(number: int) -> tuple[Tensor, Tensor, list[str], int]:
         positions = parts[number]
         images, labels = data.images(positions), data.labels[positions]
         logits = _logits(model, images.to(device))
@@ -330,11 +402,12 @@ def _clean(
                 f"{int(positions[bad.nonzero()[0]])}), without any attack. It has diverged, or its "
                 "weights are damaged."
             )
-        return logits.shape[1], right(logits, labels.to(device)).cpu(), _prints(images)
+        correct = right(logits, labels.to(device)).cpu()
+        return correct, logits.argmax(1).cpu(), _prints(images), logits.shape[1]
 
     found = [result for results in team.each(one, range(len(parts))) for result in results]
-    digest = _joined([prints for _, _, prints in found])
-    return found[0][0], torch.cat([correct for _, correct, _ in found]), digest
+    correct, predictions, prints, classes = zip(*found, strict=True)
+    return classes[0], torch.cat(correct), torch.cat(predictions), _joined(prints)
 
 
 def fingerprint_of_images(data: Examples, batch_size: int) -> str:
@@ -380,19 +453,16 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _opened(path: Path | None, settings: dict[str, Any], correct: Tensor, team: Team) -> Record:
-    """The record to go on with: the one in the store, or a new one; the same in all processes."""
-
-    def opened() -> Record:
-        record = None if path is None else resume(path, settings)
-        if record is None:
-            record = Record(settings=settings, right=correct, path=path)
-            record.save()
-        elif len(record.right) != len(correct):
-            raise UserError(
-                f"{path} has {len(record.right)} outcomes for {len(correct)} examples: it is "
-                "damaged. Name another file or folder."
-            )
-        return record
-
-    return team.once(opened)
+def _opened(fresh: Record) -> Record:
+    """The record to go on with: the one in the store, or this new one."""
+    path = fresh.path
+    record = None if path is None else resume(path, fresh.settings)
+    if record is None:
+        fresh.save()
+        return fresh
+    if len(record.right) != len(fresh.right):
+        raise UserError(
+            f"{path} has {len(record.right)} outcomes for {len(fresh.right)} examples: it is "
+            "damaged. Name another file or folder."
+        )
+    return record

@@ -23,12 +23,14 @@ class Examples:
 
     Attributes:
         labels: int64 [N].
+        positions: Where each stands in the data, int64 [N].
         shape: Of an image: channels, height, width.
         all_labels: Also of the examples that were not chosen.
         read: From positions, int64 [M], to images as `images` gives them.
     """
 
     labels: Tensor
+    positions: Tensor
     shape: tuple[int, int, int]
     all_labels: Tensor
     read: Callable[[Tensor], Tensor]
@@ -66,6 +68,7 @@ def examples(data: Data, samples: int | None = None, shard: str | None = None) -
         chosen = _chosen(labels, samples, shard)
         return Examples(
             labels=labels[chosen],
+            positions=chosen,
             shape=data.shape,
             all_labels=labels,
             read=lambda positions: to_float(data.fetch(chosen[positions])).cpu(),
@@ -74,6 +77,7 @@ def examples(data: Data, samples: int | None = None, shard: str | None = None) -
     chosen = _chosen(labels, samples, shard)
     return Examples(
         labels=labels[chosen],
+        positions=chosen,
         shape=(x.shape[1], x.shape[2], x.shape[3]),
         all_labels=labels,
         read=lambda positions: x[chosen[positions]],

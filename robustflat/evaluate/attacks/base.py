@@ -32,6 +32,7 @@ class Attack:
         bounded: Whether it keeps to the ball by itself; if not, its images outside are no surprise.
         passes: Forward passes that it takes for an image at most, one with a gradient counted
             twice; None where nobody knows.
+        stored: From places among the examples to images that were made before, in place of `run`.
         tried_first: Whether it is tried on two images before anything is paid for, as nobody knows
             what it does.
     """
@@ -42,6 +43,7 @@ class Attack:
     black_box: bool = False
     bounded: bool = True
     passes: int | None = None
+    stored: Callable[[Tensor], Tensor] | None = None
     tried_first: bool = False
 
     def searching_in(self, precision: str) -> Attack:

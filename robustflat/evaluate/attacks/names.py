@@ -10,6 +10,8 @@ from robustflat.errors import UserError
 from robustflat.evaluate.attacks import ascent, autoattack, torchattacks
 from robustflat.evaluate.attacks.base import Suite
 from robustflat.evaluate.attacks.own import own
+from robustflat.evaluate.attacks.transfer import transfer
+from robustflat.evaluate.examples import Examples
 from robustflat.evaluate.threat import Task
 from robustflat.perturb import InputPerturbation
 from robustflat.plugins import imported, is_plugin
@@ -17,20 +19,28 @@ from robustflat.plugins import imported, is_plugin
 Request = str | Mapping[str, Any] | InputPerturbation | Callable[..., Any]
 
 
-def plan(requests: Sequence[Request] | Request, task: Task, precision: str = "fp32") -> list[Suite]:
+def plan(
+    requests: Sequence[Request] | Request,
+    task: Task,
+    precision: str = "fp32",
+    examples: Examples | None = None,
+) -> list[Suite]:
     """Turn names, mappings and perturbations into attacks.
 
     Known names: "fgsm"; "pgd", "pgd-STEPS", "pgd-STEPS-RESTARTS", each optionally followed by
     ":LOSS" (ce, margin, dlr, kl); "autoattack" and "autoattack:VERSION" with the versions
     standard, plus, rand, fast and custom=ATTACK,ATTACK; each component of AutoAttack by its own
     name, with the settings of `standard`; "torchattacks:NAME"; "package.module:function" or a
-    function of your own (`own`). A mapping has such a name or function under "name", and options
+    function of your own (`own`); "transfer:FILE.npz", examples that were saved before, or with the
+    option "model" those of that surrogate (`transfer`). A mapping has such a name or function under "name", and options
     beside it. What is asked for twice is run once.
 
     Args:
         requests: What to run, in this order.
         task: The threat, the number of classes and the shape of the images.
         precision: In which they search.
+        examples: What is attacked, with which stored examples are compared; None if only the names
+            are looked at.
 
     Returns:
         A suite for every request.
@@ -42,7 +52,7 @@ def plan(requests: Sequence[Request] | Request, task: Task, precision: str = "fp
         requests = [requests]
     suites: list[Suite] = []
     for request in requests:
-        suite = _suite(request, task)
+        suite = _suite(request, task, examples)
         made = [attack.searching_in(precision) for attack in suite.attacks]
         identities = [attack.identity for attack in made]
         if any(identities == [a.identity for a in other.attacks] for other in suites):
@@ -52,7 +62,7 @@ def plan(requests: Sequence[Request] | Request, task: Task, precision: str = "fp
     return suites
 
 
-def _suite(request: Request, task: Task) -> Suite:
+def _suite(request: Request, task: Task, examples: Examples | None) -> Suite:
     if isinstance(request, InputPerturbation):
         return _single(ascent.perturbation(request, task))
     name: Any = request
@@ -72,6 +82,8 @@ def _suite(request: Request, task: Task) -> Suite:
         return autoattack.suite(rest, options, task)
     if name in autoattack.COMPONENTS:
         return autoattack.alone(name, options, task)
+    if kind == "transfer":
+        return transfer(rest, options, task, examples)
     if kind == "torchattacks":
         return _single(torchattacks.torchattack(rest, options, task))
     found = ascent.by_name(name, options, task)
@@ -84,7 +96,7 @@ def _suite(request: Request, task: Task) -> Suite:
         raise UserError(
             f"Unknown attack {name!r}.{hint} There are fgsm, pgd, pgd-STEPS, pgd-STEPS-RESTARTS, "
             f"autoattack, autoattack:VERSION, {', '.join(autoattack.COMPONENTS)}, "
-            "torchattacks:NAME and package.module:function."
+            "torchattacks:NAME, transfer:FILE.npz and package.module:function."
         )
     return _single(found)
 
