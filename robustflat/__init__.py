@@ -116,12 +116,18 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'perturb')}")
-    globals()[name] = getattr(module, name)
-    return globals()[name]
+    found = globals()[name] = getattr(module, name)
+    if _MODULES.get(name) == name:
+        # So that `import robustflat.evaluate.gaps as gaps`, which looks here, finds the module.
+        found.__dict__ = vars(module)
+    return found
 
 
 class _Package(ModuleType):
-    """A package whose functions keep their names although packages inside are called the same."""
+    """A package whose functions keep their names although packages inside are called the same.
+
+    Such a function has the attributes of the package, too.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import robustflat as rf
 from robustflat import models
+from robustflat.evaluate import Work
 from robustflat.files import write_json
 from robustflat.numerics import float32
 from robustflat.train.compiled import Compiled
@@ -175,8 +176,7 @@ def autoattack_speed(args: argparse.Namespace, device: torch.device) -> dict[str
         attacks=["autoattack:fast"],
         norm="linf",
         eps=1e-4,
-        batch_size=args.batch,
-        device=device,
+        work=Work(batch_size=args.batch),
     )
     took = time.perf_counter() - began
     return {

@@ -13,6 +13,26 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import robustflat as rf
+from robustflat.evaluate import Evaluation, Work, choose
+from robustflat.evaluate.record import Record
+
+
+def evaluate(
+    model: Any,
+    data: Any,
+    attacks: Any = ("autoattack",),
+    norm: Any = "linf",
+    eps: Any = None,
+    seed: Any = 0,
+    *,
+    samples: Any = None,
+    shard: Any = None,
+    store: Any = None,
+    **work: Any,
+) -> Evaluation:
+    """The evaluation, with all that it takes as keywords."""
+    chosen = choose(data, samples, shard)
+    return rf.evaluate(model, chosen, attacks, norm, eps, seed, store=store, work=Work(**work))
 
 
 @functools.cache
@@ -94,3 +114,15 @@ def shorten(monkeypatch: pytest.MonkeyPatch) -> type:
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", Short)
     return Short
+
+
+def empty_record(count: int, **settings: Any) -> Record:
+    """A record of examples that the model classifies, before any attack."""
+    nothing = torch.zeros(count, dtype=torch.int64)
+    return Record(
+        settings=settings,
+        right=torch.ones(count, dtype=torch.bool),
+        positions=nothing,
+        labels=nothing,
+        predictions=nothing,
+    )

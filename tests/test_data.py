@@ -478,7 +478,7 @@ def test_a_disk_without_room_leaves_nothing_half_written(tree, monkeypatch, trou
 
 
 def test_statistics_of_streamed_images_are_of_all_classes(tree, monkeypatch):
-    monkeypatch.setattr(sys.modules["robustflat.data.load"], "_STREAMED_SAMPLE", 4)
+    monkeypatch.setattr(sys.modules["robustflat.data.named"], "_STREAMED_SAMPLE", 4)
     data = rd.load("image_folder", root=tree, cache=False)
     # Sorted by class, the first four are all cats: 0 to 3 where dogs are 10 to 13.
     assert 5 < data.mean[0] * 255 < 8

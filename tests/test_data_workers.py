@@ -18,7 +18,7 @@ from train_support import config, same_run, stopped, trained
 
 import robustflat.data as rd
 from robustflat.config import read_config
-from robustflat.data.batches import Augmentation
+from robustflat.data.epochs import Augmentation
 from robustflat.data.transforms import torchvision
 from robustflat.data.workers import in_workers
 from robustflat.errors import UserError
@@ -337,7 +337,7 @@ def test_a_run_asks_for_the_workers_it_was_told_of(
         asked.append(workers)
         return map(make, numbers)
 
-    monkeypatch.setattr(sys.modules["robustflat.data.batches"], "in_workers", spy)
+    monkeypatch.setattr(sys.modules["robustflat.data.epochs"], "in_workers", spy)
     flip = {"name": "torchvision", "transforms": [{"name": "RandomHorizontalFlip"}]}
     said = {"data__workers": 3, "data__augment": flip}
     if name == "image_folder":

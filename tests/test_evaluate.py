@@ -13,14 +13,14 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluate_support import held_out, linear, trained
+from evaluate_support import empty_record, evaluate, held_out, linear, trained
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import robustflat as rf
 import robustflat.data
 from robustflat.errors import UserError
-from robustflat.evaluate import evaluate, judge, measure, merge, wilson
+from robustflat.evaluate import judge, measure, merge, wilson
 
 INF = math.inf
 
@@ -300,16 +300,16 @@ def test_a_process_killed_for_good_leaves_a_store_that_goes_on(tmp_path):
     script = """
         import os, signal, sys, torch
         from torch import nn
-        from robustflat.evaluate import evaluate
+        from robustflat.evaluate import Work, evaluate
         def progress(name, done, total, standing):
             if name == "pgd-9" and done == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-        def go(**arguments):
+        def go(store=None, on_progress=None):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
             data = torch.rand(40, 1, 8, 8), torch.randint(4, (40,))
-            return evaluate(model, data, ["fgsm", "pgd-9"], eps=0.004, batch_size=4, sanity=0,
-                            **arguments)
+            work = Work(batch_size=4, sanity=0, on_progress=on_progress)
+            return evaluate(model, data, ["fgsm", "pgd-9"], eps=0.004, store=store, work=work)
         if __name__ == "__main__":
             torch.set_num_threads(1)
             go(store=sys.argv[1], on_progress=progress)
@@ -697,14 +697,11 @@ def test_after_a_merge_the_doubts_are_those_of_the_whole(tmp_path, monkeypatch):
 
     # Square broke one of 600 in each shard: below 0.2 %, but 2 of 200 in one alone are not.
     for part, broke in ((1, [3, 4]), (2, []), (3, []), (4, []), (5, [])):
-        made = records.Record(
-            settings={"shard": f"{part}/5", "data": str(part)},
-            right=torch.ones(200, dtype=torch.bool),
-            path=tmp_path / f"outcomes-{part}-of-5.json",
-        )
+        made = empty_record(200, shard=f"{part}/5", data=str(part))
+        made.path = tmp_path / f"outcomes-{part}-of-5.json"
         made.add("apgd-ce", {"attack": "autoattack:apgd-ce"})
         made.add("square", {"attack": "autoattack:square"}, 0, black_box=True)
-        made.entries[1].broke = broke
+        made.entries[1].broke, made.entries[1].taken = broke, [0] * len(broke)
         for entry in made.entries:
             entry.finished = True
         made.save()

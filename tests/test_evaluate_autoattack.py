@@ -9,12 +9,12 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
-from evaluate_support import held_out, linear, shorten, trained
+from evaluate_support import evaluate, held_out, linear, shorten, trained
 from torch import nn
 
 import robustflat as rf
 from robustflat.errors import UserError
-from robustflat.evaluate import evaluate, evaluation
+from robustflat.evaluate import evaluation
 from robustflat.evaluate.attacks import plan
 from robustflat.evaluate.threat import Task
 from robustflat.perturb import Ball

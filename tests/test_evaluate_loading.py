@@ -9,12 +9,11 @@ import zipfile
 
 import pytest
 import torch
-from evaluate_support import held_out, trained
+from evaluate_support import evaluate, held_out, trained
 from torch import nn
 
 from robustflat import models
 from robustflat.errors import UserError
-from robustflat.evaluate import evaluate
 from robustflat.models import load_model, read_weights
 
 

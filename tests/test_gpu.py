@@ -126,9 +126,7 @@ def test_autoattack_and_flatness_find_what_the_cpu_finds() -> None:
     found: dict[str, Any] = {}
     for device in ("cpu", NAME):
         there = deepcopy(model).to(device)
-        result = rf.evaluate(
-            there, (x, y), attacks=["autoattack:fast"], norm="linf", eps=0.03, device=device
-        )
+        result = rf.evaluate(there, (x, y), attacks=["autoattack:fast"], norm="linf", eps=0.03)
         figures = rf.flatness(
             there, (x.to(device), y.to(device)), measures=["hessian_max", "ascent_robust"]
         )

@@ -9,10 +9,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from evaluate_support import held_out, linear, trained
+from evaluate_support import evaluate, held_out, linear, trained
 
+import robustflat as rf
 from robustflat.errors import UserError
-from robustflat.evaluate import AttackError, evaluate
+from robustflat.evaluate import AttackError
 
 EPS = 0.06
 
@@ -82,6 +83,18 @@ def test_an_own_attack_is_judged_like_any_other(attack):
     assert torch.equal(x, before), "it works on copies"
 
 
+def test_the_package_s_own_attacks_can_be_part_of_one():
+    model, data = trained(), held_out(20)
+    assert list(model.buffers()), "which attacks keep and put back"
+
+    def attack(model, x, y, *, seed, eps):
+        made = rf.pgd(eps=eps, steps=4)
+        return made(model, x, y, generator=torch.Generator().manual_seed(seed))
+
+    found = evaluate(model, data, [attack, "pgd-4"], eps=0.15, sanity=0)
+    assert found.attacks["attack"].broken == found.attacks["pgd-4"].broken > 0
+
+
 def test_eps_and_classes_are_given_to_who_names_them():
     seen = []
 
@@ -142,6 +155,11 @@ def retrains(model, x, y, *, seed):
     return x
 
 
+def recounts(model, x, y, *, seed):
+    next(model.buffers()).add_(1)
+    return x
+
+
 def thaws(model, x, y, *, seed):
     next(model.parameters()).requires_grad_()
     return x
@@ -158,6 +176,7 @@ WRONG = [
     (other_shape, r"images of the shape it was given, \[2, 1, 4, 4\], got \[1, 1, 4, 4\]"),
     (no_tensor, "must return images of the shape .* got NoneType"),
     (retrains, "retrains changed the model"),
+    (recounts, "recounts changed the model"),
     (thaws, "thaws changed the model"),
     (switches, "switches changed the model"),
     (lambda model, x: x, r"<lambda> cannot be called: .* f\(model, x, y, \*, seed\)"),
@@ -171,6 +190,7 @@ WRONG = [
 @pytest.mark.parametrize(("attack", "sentence"), WRONG)
 def test_an_attack_that_cannot_work_costs_nothing(attack, sentence):
     model, x, y, _ = two_classes()
+    model.register_buffer("count", torch.zeros(()))
     ran = []
 
     def other(model, x, y, *, seed):

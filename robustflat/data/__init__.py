@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from robustflat.data.augment import Augment
-from robustflat.data.batches import Extra, batch_count, batches, share
+from robustflat.data.epochs import Extra, batch_count, batches, share
 from robustflat.data.extra import load_extra
 from robustflat.data.images import FileImages, Images, MemoryImages
-from robustflat.data.load import DESCRIPTIONS, NAMES, Data, load, statistics
 from robustflat.data.mix import cutmix, mixup
+from robustflat.data.named import DESCRIPTIONS, NAMES, Data, load, statistics
 from robustflat.data.noise import LabelNoise
 from robustflat.data.seeding import generator_for
 from robustflat.data.shards import ShardImages, StoredArray

@@ -2,7 +2,8 @@
 
 from robustflat.evaluate.accuracy import Metrics, measure
 from robustflat.evaluate.adversarial import Adversarial
-from robustflat.evaluate.evaluation import AttackError, evaluate
+from robustflat.evaluate.evaluation import AttackError, Work, evaluate
+from robustflat.evaluate.examples import choose
 from robustflat.evaluate.gaps import Figure, Gap, Scores, gap, overfitting, scores
 from robustflat.evaluate.intervals import wilson
 from robustflat.evaluate.result import AttackResult, Evaluation, SuiteResult, merge
@@ -23,6 +24,8 @@ __all__ = [
     "Team",
     "Threat",
     "Verdict",
+    "Work",
+    "choose",
     "evaluate",
     "gap",
     "judge",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,16 +49,19 @@ class Adversarial:
             UserError: If it cannot be written.
         """
         content = io.BytesIO()
-        arrays = {
-            f.name: value.numpy()
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        about = {"norm": self.threat.norm_name, "eps": self.threat.eps, "model": self.model}
-        np.savez(content, **arrays, **{key: np.array(value) for key, value in about.items()})
+        np.savez(
+            content,
+            positions=self.positions.numpy(),
+            x_adv=self.x_adv.numpy(),
+            labels=self.labels.numpy(),
+            predictions=self.predictions.numpy(),
+            norm=np.array(self.threat.norm_name),
+            eps=np.array(self.threat.eps),
+            model=np.array(self.model),
+        )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content.getbuffer())
+            write_whole(path, content.getvalue())
         except OSError as error:
             raise UserError(f"The file {path} cannot be written: {error.strerror}.") from error
 
@@ -170,6 +174,7 @@ class Pictures:
     def __init__(self, examples: Examples, record: Record) -> None:
         self._record = record
         shape = (len(examples), *examples.shape)
+        self._rows: np.ndarray[Any, Any]
         path = None if record.path is None else record.path.with_suffix(".npy")
         try:
             if path is not None and any(entry.pictured for entry in record.entries):

@@ -16,7 +16,7 @@ from robustflat.data import balanced
 from robustflat.evaluate.accuracy import right
 from robustflat.evaluate.attacks.autoattack import square, square_fits
 from robustflat.evaluate.examples import Examples
-from robustflat.evaluate.frozen import Plain
+from robustflat.evaluate.frozen import Plain, device_of
 from robustflat.evaluate.record import Entry, Record
 from robustflat.evaluate.threat import Task
 from robustflat.models import Normalized
@@ -42,7 +42,6 @@ def probes(
     *,
     sample: int,
     training: bool,
-    device: torch.device,
 ) -> list[list[str]]:
     """All checks that look at the model, on a fixed class-balanced choice of examples.
 
@@ -56,12 +55,11 @@ def probes(
         task: The task.
         sample: How many to attack.
         training: Whether the model was given in train mode.
-        device: Where to compute.
 
     Returns:
         For every finding its kind, `MASKING` or "", and a sentence.
     """
-    y = examples.labels
+    y, device = examples.labels, device_of(model, torch.device("cpu"))
     pick = balanced(y, min(_PROBE, len(y)), seed=0)
     some, labels = examples.images(pick).to(device), y[pick].to(device)
     found, masking = [], []

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from robustflat.evaluate import doubts
 from robustflat.evaluate.accuracy import right
 from robustflat.evaluate.adversarial import Adversarial, Pictures, check_target
 from robustflat.evaluate.attacks import Attack, Request, Suite, plan
-from robustflat.evaluate.examples import Data, Examples, examples
+from robustflat.evaluate.examples import Data, Examples, choose
 from robustflat.evaluate.frozen import Plain, device_of, held
 from robustflat.evaluate.record import Entry, Fingerprint, Record, file_for, fingerprint_of, resume
 from robustflat.evaluate.result import Evaluation, from_record
@@ -44,6 +44,43 @@ class AttackError(UserError):
         self.result = result
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How an evaluation is done.
+
+    Attributes:
+        batch_size: Images at a time. Other sizes give other random starts.
+        precision: "bf16" searches under autocast to bfloat16, verifies in float32, and marks the
+            attacks' names with "@bf16". Such a search may find less: evaluate in fp32 before
+            reporting.
+        sanity: Examples on which the sanity checks are made; 0 leaves them out.
+        save_adversarial: A new file ending in .npz for the adversarial examples (`Adversarial`).
+            Attacks whose images a store has not kept are run again. All images are in memory once.
+        team: The processes that share the batches, all of which call `evaluate` alike and get the
+            same result, that of one process.
+        on_progress: Called with the attack's name, batches done, batches in all, and how many
+            examples withstand it so far.
+
+    Raises:
+        UserError: If a value cannot work.
+    """
+
+    batch_size: int = 128
+    precision: Literal["fp32", "bf16"] = "fp32"
+    sanity: int = 32
+    save_adversarial: Path | None = None
+    team: Team = field(default_factory=Team)
+    on_progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"The precision must be 'fp32' or 'bf16', got {self.precision!r}.")
+        whole_number("batch_size", self.batch_size, 1)
+        whole_number("sanity", self.sanity, 0)
+        if self.save_adversarial is not None:
+            check_target(self.save_adversarial)
+
+
 def evaluate(
     model: nn.Module,
     data: Data,
@@ -52,16 +89,8 @@ def evaluate(
     eps: float | None = None,
     seed: int = 0,
     *,
-    batch_size: int = 128,
-    device: torch.device | str | None = None,
     store: str | Path | None = None,
-    samples: int | None = None,
-    shard: str | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    sanity: int = 32,
-    save_adversarial: str | Path | None = None,
-    team: Team | None = None,
-    on_progress: Progress | None = None,
+    work: Work | None = None,
 ) -> Evaluation:
     """Robust accuracy of a model: the share of examples that no attack breaks.
 
@@ -74,32 +103,22 @@ def evaluate(
     modes, buffers, requires_grad, gradients, and torch's random state too.
 
     Args:
-        model: Takes images in [0, 1], normalisation inside; returns logits [N, C].
-        data: `(x, y)`, a loader of such batches, or a split of a data set. Images float
-            [N, C, H, W] in [0, 1], labels whole numbers [N].
+        model: Takes images in [0, 1], normalisation inside; returns logits [N, C]. It computes
+            where it is.
+        data: `(x, y)`, a loader of such batches, or a split of a data set; a part of it, or a
+            shard, is what `choose` returns. Images float [N, C, H, W] in [0, 1], labels whole
+            numbers [N].
         attacks: Names, mappings with options, what `rf.pgd(...)` returns, or functions of your own
             `f(model, x, y, *, seed) -> x_adv`; see `plan`.
         norm: "linf", "l2" or "l1".
         eps: Radius of the ball, in image units; 8/255 for linf if None, and to be said for others.
         seed: Every batch of every attack is attacked with this seed, as AutoAttack does.
-        batch_size: Images at a time. Other sizes give other random starts.
-        device: Where to compute; the model is brought back. None: where it is.
         store: A folder, or a file ending in .json, that keeps the outcome of every example. A
             killed evaluation, called again, goes on where it stood and ends with the same figure;
             one with further attacks runs only those. Attacks that the store has seen count in the
-            result even if not asked for again. Another process that uses it is waited for.
-        samples: Evaluate a fixed class-balanced subset of this size (`examples`).
-        shard: "i/n": evaluate every n-th example, from the i-th; `merge` joins the shards.
-        precision: "bf16" searches under autocast to bfloat16, verifies in float32, and marks the
-            attacks' names with "@bf16". Such a search may find less: evaluate in fp32 before
-            reporting.
-        sanity: Examples on which the sanity checks are made; 0 leaves them out.
-        save_adversarial: A new file ending in .npz for the adversarial examples (`Adversarial`).
-            Attacks whose images a store has not kept are run again. All images are in memory once.
-        team: The processes that share the batches, all of which call this function alike and get
-            the same result, that of one process.
-        on_progress: Called with the attack's name, batches done, batches in all, and how many
-            examples withstand it so far.
+            result even if not asked for again. Another process that uses it is waited for. It can
+            be that of all shards, which `merge` joins.
+        work: How it is done.
 
     Returns:
         The evaluation.
@@ -108,27 +127,26 @@ def evaluate(
         UserError: If anything given cannot work. `AttackError`, if an attack fails on its way.
     """
     threat = Threat.said(norm, eps)
-    _check(model, batch_size, precision, seed, sanity)
-    if save_adversarial is not None:
-        check_target(Path(save_adversarial))
-    chosen = examples(data, samples, shard)
-    place = device_of(model, torch.device("cpu")) if device is None else torch.device(device)
-    team = Team() if team is None else team
-    path = None if store is None else file_for(store, shard)
+    work = Work() if work is None else work
+    whole_number("seed", seed, 0)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
+    chosen, team = choose(data), work.team
+    path = None if store is None else file_for(store, chosen.shard)
     alone = locked(path) if path is not None and team.is_first else nullcontext()
     training = model.training
-    with alone, held(model, place):
+    with alone, held(model) as place:
         plain = Plain(model)
-        classes, correct, predictions, digest = _clean(plain, chosen, batch_size, place, team)
+        classes, correct, predictions, digest = _clean(plain, chosen, work.batch_size, place, team)
         task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
-        suites = plan(attacks, task, precision, chosen)
+        suites = plan(attacks, task, work.precision, chosen)
         settings: dict[str, Any] = {
             "norm": threat.norm_name,
             "eps": threat.eps,
             "seed": seed,
-            "batch_size": batch_size,
-            "samples": samples,
-            "shard": shard,
+            "batch_size": work.batch_size,
+            "samples": chosen.samples,
+            "shard": chosen.shard,
             "data": None if store is None else digest,
             "labels": None if store is None else _fingerprint(chosen.all_labels),
             "model": None if store is None else fingerprint_of(model),
@@ -144,30 +162,30 @@ def evaluate(
         )
         record = team.once(lambda: _opened(fresh))
         pictures = None
-        if save_adversarial is not None:
+        if work.save_adversarial is not None:
             pictures = Pictures(chosen, record) if team.is_first else None
         run = _Run(
             record=record,
             plain=plain,
-            searched=Plain(model, bf16=precision == "bf16"),
+            searched=Plain(model, bf16=work.precision == "bf16"),
             examples=chosen,
             task=task,
             device=place,
-            team=team,
+            work=work,
             pictures=pictures,
-            on_progress=on_progress,
         )
-        run.suites(suites, again=save_adversarial is not None)
-        if sanity:
+        run.suites(suites)
+        if work.sanity:
             record.probes = team.once(
                 lambda: doubts.probes(
-                    plain, chosen, correct, task, sample=sanity, training=training, device=place
+                    plain, chosen, correct, task, sample=work.sanity, training=training
                 )
             )
         if team.is_first:
             record.save()
-        if pictures is not None:
-            _saved(pictures, record, plain, threat, batch_size, place).save(Path(save_adversarial))
+        if pictures is not None and work.save_adversarial is not None:
+            found = _saved(pictures, record, plain, fingerprint_of(model), threat, work.batch_size)
+            found.save(work.save_adversarial)
     return from_record(record)
 
 
@@ -181,17 +199,11 @@ class _Run:
     examples: Examples
     task: Task
     device: torch.device
-    team: Team
+    work: Work
     pictures: Pictures | None
-    on_progress: Progress | None
 
-    def suites(self, suites: Sequence[Suite], *, again: bool) -> None:
-        """Put all attacks on record, say what they cost, and run those that have not ended.
-
-        Args:
-            suites: What was asked for.
-            again: Whether images are kept, so that those whose images were not are run again.
-        """
+    def suites(self, suites: Sequence[Suite]) -> None:
+        """Put all attacks on record, say what they cost, and run those that have not ended."""
         todo: dict[int, Attack] = {}
         for suite in suites:
             after = None
@@ -206,7 +218,7 @@ class _Run:
                 )
                 places.append(after)
                 entry = self.record.entries[after]
-                if again and not entry.pictured:
+                if self.work.save_adversarial is not None and not entry.pictured:
                     entry.pictured, entry.finished, entry.batches = True, False, 0
                     entry.broke, entry.taken, entry.outside, entry.seconds = [], [], 0, 0.0
                 if not entry.finished:
@@ -219,14 +231,14 @@ class _Run:
         for attack in todo.values():
             if attack.tried_first:
                 self._tried(attack)
-        if todo and self.team.is_first:
+        if todo and self.work.team.is_first:
             _log.info("%s", _cost(list(todo.values()), int(self.record.right.sum())))
         for index, attack in todo.items():
             self._attack(index, attack)
 
     def _attack(self, index: int, attack: Attack) -> None:
         """Run one attack, or the rest of it, on what stood when it began; save as it goes."""
-        record, entry = self.record, self.record.entries[index]
+        record, entry, team = self.record, self.record.entries[index], self.work.team
         # What stands is counted once what it follows has ended.
         standing = record.standing(entry.after)
         entry.attacked = int(standing.sum())
@@ -240,7 +252,7 @@ class _Run:
 
         count = len(batches) if entry.attacked else 0
         said = began
-        for found in self._kept(self.team.each(one, range(entry.batches, count)), entry, count):
+        for found in self._kept(team.each(one, range(entry.batches, count)), entry, count):
             for each in found:
                 entry.broke += each.broke
                 entry.taken += each.taken
@@ -251,11 +263,11 @@ class _Run:
             entry.finished = entry.batches == count
             entry.seconds += time.perf_counter() - began
             began = time.perf_counter()
-            if self.team.is_first:
+            if team.is_first:
                 record.save()
                 left = entry.attacked - len(entry.broke)
-                if self.on_progress is not None:
-                    self.on_progress(entry.name, entry.batches, count, left)
+                if self.work.on_progress is not None:
+                    self.work.on_progress(entry.name, entry.batches, count, left)
                 if began - said > _SILENCE and not entry.finished:
                     said = began
                     _log.info(
@@ -263,7 +275,7 @@ class _Run:
                         count, f"{left:,}", f"{entry.attacked:,}", entry.seconds,
                     )  # fmt: skip
         entry.finished = True
-        if self.team.is_first:
+        if team.is_first:
             record.save()
             total = len(record.right)
             share = (entry.attacked - len(entry.broke)) / total
@@ -329,39 +341,31 @@ def _saved(
     pictures: Pictures,
     record: Record,
     plain: nn.Module,
+    model: str,
     threat: Threat,
     batch_size: int,
-    device: torch.device,
 ) -> Adversarial:
     """What was kept, and what the model takes it for."""
-    x_adv = pictures.all()
-    found = [plain(some.to(device)).argmax(1).cpu() for some in x_adv.split(batch_size)]
+    x_adv, place = pictures.all(), device_of(plain, torch.device("cpu"))
+    found = [plain(some.to(place)).argmax(1).cpu() for some in x_adv.split(batch_size)]
     return Adversarial(
         positions=record.positions,
         x_adv=x_adv,
         labels=record.labels,
         predictions=torch.cat(found),
-        threat=Threat.of(threat.norm, threat.eps),
-        model=fingerprint_of(plain.net),
+        threat=threat,
+        model=model,
     )
 
 
-def _check(model: nn.Module, batch_size: int, precision: str, seed: int, sanity: int) -> None:
-    """Refuse arguments that cannot work."""
-    if not isinstance(model, nn.Module):
-        raise UserError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
-    if precision not in ("fp32", "bf16"):
-        raise UserError(f"The precision must be 'fp32' or 'bf16', got {precision!r}.")
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("sanity", sanity, 0),
-    ):
-        # Generators take 64 bits.
-        if not isinstance(value, int) or not least <= value < 2**63:
-            raise UserError(
-                f"{name} must be a whole number >= {least} and below 2^63, got {value!r}."
-            )
+def whole_number(name: str, value: Any, least: int) -> None:
+    """Refuse what is none, is less, or is more than generators take as a seed.
+
+    Raises:
+        UserError: Naming it.
+    """
+    if not isinstance(value, int) or not least <= value < 2**63:
+        raise UserError(f"{name} must be a whole number >= {least} and below 2^63, got {value!r}.")
 
 
 def _cost(attacks: Sequence[Attack], count: int) -> str:
@@ -426,13 +430,13 @@ def _joined(prints: Sequence[Sequence[str]]) -> str:
     return _fingerprint(torch.tensor(list(joined.encode()), dtype=torch.uint8))
 
 
-def classes_of(model: nn.Module, data: Examples, device: torch.device) -> int:
+def classes_of(model: nn.Module, data: Examples) -> int:
     """The number of classes, from the logits of the first image: that can be had before any work.
 
     Raises:
         UserError: If the model cannot classify it.
     """
-    with held(model, device):
+    with held(model) as device:
         return _logits(Plain(model), data.images(torch.tensor([0])).to(device)).shape[1]
 
 

@@ -27,6 +27,8 @@ class Examples:
         shape: Of an image: channels, height, width.
         all_labels: Also of the examples that were not chosen.
         read: From positions, int64 [M], to images as `images` gives them.
+        samples: How many were asked for, before they were split; None: all.
+        shard: Which part of those they are, "i/n"; None: the whole.
     """
 
     labels: Tensor
@@ -34,6 +36,8 @@ class Examples:
     shape: tuple[int, int, int]
     all_labels: Tensor
     read: Callable[[Tensor], Tensor]
+    samples: int | None = None
+    shard: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +51,7 @@ class Examples:
         return self.read(positions).contiguous(memory_format=torch.contiguous_format)
 
 
-def examples(data: Data, samples: int | None = None, shard: str | None = None) -> Examples:
+def choose(data: Data, samples: int | None = None, shard: str | None = None) -> Examples:
     """The examples to evaluate; of a split of a data set, images are read when they are needed.
 
     `samples` takes `robustflat.data.balanced(labels, samples, seed=0)`: equally many of every
@@ -56,31 +60,36 @@ def examples(data: Data, samples: int | None = None, shard: str | None = None) -
 
     Args:
         data: `(x, y)`, a loader of such batches, a TensorDataset, or a split of a data set
-            (`data.test`).
+            (`data.test`); what was chosen already stays as it is.
         samples: How many, or None for all.
         shard: "i/n" with 1 <= i <= n, or None for all.
 
     Raises:
         UserError: If they are not images in [0, 1] with one class each, or there are not so many.
     """
+    if isinstance(data, Examples):
+        return data
     if callable(getattr(data, "fetch", None)) and isinstance(data.labels, Tensor):
-        labels = _labels(data.labels, len(data))
-        chosen = _chosen(labels, samples, shard)
-        return Examples(
-            labels=labels[chosen],
-            positions=chosen,
-            shape=data.shape,
-            all_labels=labels,
-            read=lambda positions: to_float(data.fetch(chosen[positions])).cpu(),
-        )
-    x, labels = _tensors(data)
-    chosen = _chosen(labels, samples, shard)
+        labels, shape = _labels(data.labels, len(data)), data.shape
+
+        def read(positions: Tensor) -> Tensor:
+            return to_float(data.fetch(positions)).cpu()
+    else:
+        x, labels = _tensors(data)
+        shape = x.shape[1:]
+
+        def read(positions: Tensor) -> Tensor:
+            return x[positions]
+
+    at = _positions(labels, samples, shard)
     return Examples(
-        labels=labels[chosen],
-        positions=chosen,
-        shape=(x.shape[1], x.shape[2], x.shape[3]),
+        labels=labels[at],
+        positions=at,
+        shape=shape,
         all_labels=labels,
-        read=lambda positions: x[chosen[positions]],
+        read=lambda positions: read(at[positions]),
+        samples=samples,
+        shard=shard,
     )
 
 
@@ -160,7 +169,7 @@ def _labels(y: Tensor, count: int) -> Tensor:
     return y
 
 
-def _chosen(labels: Tensor, samples: int | None, shard: str | None) -> Tensor:
+def _positions(labels: Tensor, samples: int | None, shard: str | None) -> Tensor:
     """Positions of the examples to evaluate, int64 [M], ascending."""
     if samples is None:
         indices = torch.arange(len(labels))

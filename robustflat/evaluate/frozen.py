@@ -52,15 +52,17 @@ def device_of(model: nn.Module, default: torch.device) -> torch.device:
 
 
 @contextmanager
-def held(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Hold `model` on `device` in eval mode, its parameters frozen, outside autocast and autograd.
+def held(model: nn.Module) -> Iterator[torch.device]:
+    """Hold `model` in eval mode, its parameters frozen, outside autocast and autograd.
 
-    On exit, whatever happened: modes, buffers, requires_grad and device of the model are as
-    before, no gradient has been left on it, and torch's generators stand where they stood.
+    On exit, whatever happened: modes, buffers and requires_grad of the model are as before, no
+    gradient has been left on it, and torch's generators stand where they stood.
 
     Args:
         model: The model.
-        device: Where to compute.
+
+    Yields:
+        Where it computes.
 
     Raises:
         UserError: If its weights are not float32, or were made in inference mode.
@@ -76,11 +78,8 @@ def held(model: nn.Module, device: torch.device) -> Iterator[None]:
                 f"Models are evaluated in float32, but the parameter {name} is {parameter.dtype}. "
                 "Convert the model with model.float(); precision='bf16' speeds the search up."
             )
-    home = device_of(model, device)
+    device = device_of(model, torch.device("cpu"))
     with ExitStack() as stack:
-        if home != device:
-            stack.callback(model.to, home)
-            model.to(device)
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         # A seed set by an attack reaches every CUDA device in use.
         stack.enter_context(
@@ -93,4 +92,4 @@ def held(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(evaluating(model))
         stack.enter_context(buffers_kept(model))
         stack.enter_context(frozen(model))  # FAB would leave a gradient on each
-        yield
+        yield device

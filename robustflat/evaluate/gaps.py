@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.evaluate.accuracy import Metrics, measure
-from robustflat.evaluate.examples import Data, examples
-from robustflat.evaluate.frozen import device_of, held
+from robustflat.evaluate.examples import Data, choose
+from robustflat.evaluate.frozen import held
 from robustflat.evaluate.intervals import LEVEL, bootstrap_means, percentiles
 from robustflat.evaluate.kept import Kept
 from robustflat.perturb import InputPerturbation
@@ -99,17 +99,15 @@ def scores(
     *,
     batch_size: int = 128,
     seed: int = 0,
-    device: torch.device | str | None = None,
 ) -> Scores:
     """Attack every example of a split; in eval mode, at the weights the model has.
 
     Args:
-        model: Takes images in [0, 1], returns logits.
+        model: Takes images in [0, 1], returns logits; computes where it is.
         data: The split, un-augmented: `(x, y)`, a loader, or a split of a data set.
         attack: The same one for every split that is compared.
         batch_size: Images at a time.
         seed: Of the attack's random starts.
-        device: Where to compute; None: where the model is.
 
     Returns:
         Scores of all examples, on the CPU.
@@ -117,9 +115,8 @@ def scores(
     Raises:
         UserError: If the data cannot be used.
     """
-    chosen = examples(data)
-    place = device_of(model, torch.device("cpu")) if device is None else torch.device(device)
-    with held(model, place):
+    chosen = choose(data)
+    with held(model) as place:
 
         def run(adversary: InputPerturbation | None) -> Metrics:
             parts = torch.arange(len(chosen)).split(batch_size)

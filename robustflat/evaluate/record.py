@@ -19,8 +19,6 @@ from robustflat.files import write_whole
 FORMAT = "robustflat-outcomes-3"
 
 _Settings = dict[str, Any]
-# What a record knows of every example, besides whether it is right.
-_EXAMPLES = ("positions", "labels", "predictions")
 
 
 @dataclass(kw_only=True)
@@ -180,7 +178,9 @@ class Record:
             "format": FORMAT,
             "settings": self.settings,
             "right": self.right.int().tolist(),
-            **{name: getattr(self, name).tolist() for name in _EXAMPLES},
+            "positions": self.positions.tolist(),
+            "labels": self.labels.tolist(),
+            "predictions": self.predictions.tolist(),
             "attacks": [asdict(entry) for entry in self.entries],
             "suites": self.suites,
             "notes": self.notes,
@@ -211,7 +211,9 @@ def load(path: Path) -> Record:
         record = Record(
             settings=dict(content["settings"]),
             right=torch.tensor(content["right"], dtype=torch.int8).bool(),
-            **{name: torch.tensor(content[name], dtype=torch.int64) for name in _EXAMPLES},
+            positions=torch.tensor(content["positions"], dtype=torch.int64),
+            labels=torch.tensor(content["labels"], dtype=torch.int64),
+            predictions=torch.tensor(content["predictions"], dtype=torch.int64),
             entries=entries,
             suites={name: list(map(int, which)) for name, which in content["suites"].items()},
             notes={name: list(map(str, said)) for name, said in content["notes"].items()},
@@ -322,7 +324,9 @@ def merged(records: Sequence[Record]) -> Record:
     whole = Record(
         settings={**shared[0], "shard": None, "data": None},
         right=joined("right"),
-        **{name: joined(name) for name in _EXAMPLES},
+        positions=joined("positions"),
+        labels=joined("labels"),
+        predictions=joined("predictions"),
         suites=records[0].suites,
         notes=records[0].notes,
         probes=[list(p) for p in dict.fromkeys(tuple(p) for r in records for p in r.probes)],

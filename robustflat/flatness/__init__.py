@@ -1,7 +1,7 @@
 """How flat the weight landscape is: sharpness, curvature, mechanism."""
 
+from robustflat.flatness.decorator import MEASURES, Measure, measure
 from robustflat.flatness.figure import Cost, Figure, Passes, Progress
-from robustflat.flatness.measure import MEASURES, Measure, measure
 from robustflat.flatness.measuring import cost, flatness
 from robustflat.flatness.options import BALLS, Options
 

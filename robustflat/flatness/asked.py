@@ -13,7 +13,7 @@ from robustflat.errors import UserError
 from robustflat.evaluate.attacks.ascent import title
 from robustflat.evaluate.threat import Threat
 from robustflat.flatness.closure import attack_of
-from robustflat.flatness.measure import Measure
+from robustflat.flatness.decorator import Measure
 from robustflat.flatness.measures import find
 from robustflat.flatness.options import Options, with_options
 from robustflat.perturb import InputPerturbation, parse_norm

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from robustflat.errors import UserError
+from robustflat.flatness.decorator import CURVED, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.measure import CURVED, measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.spectrum import DENSE, Eigenpairs, Hessian, extreme, quadrature
 from robustflat.flatness.subject import LossKind, Subject, normal, signs

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from robustflat.flatness.closure import Closure
+from robustflat.flatness.decorator import measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.measure import measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.perturb import Ascent, maximise

@@ -10,7 +10,7 @@ from robustflat.errors import UserError
 # Whose functions are the measures.
 from robustflat.flatness import curvature, inputs, mechanism, sharpness  # noqa: F401
 from robustflat.flatness.complexity import bayes, margins, norms  # noqa: F401
-from robustflat.flatness.measure import MEASURES, Measure
+from robustflat.flatness.decorator import MEASURES, Measure
 from robustflat.flatness.presets import PRESETS
 from robustflat.plugins import imported, is_plugin
 

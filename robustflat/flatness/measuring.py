@@ -17,9 +17,9 @@ from robustflat.evaluate.team import Team
 from robustflat.flatness.asked import called, settle
 from robustflat.flatness.closure import Kind
 from robustflat.flatness.curvature import curvlinops
+from robustflat.flatness.decorator import Measure
 from robustflat.flatness.examples import Data, read_examples
 from robustflat.flatness.figure import UNITS, Cost, Figure, Passes, Progress
-from robustflat.flatness.measure import Measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.store import Store, identity
 from robustflat.flatness.subject import Subject

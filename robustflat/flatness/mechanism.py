@@ -20,8 +20,8 @@ from robustflat.flatness.curvature import (
     pairs_of,
     top_passes,
 )
+from robustflat.flatness.decorator import CURVED, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.measure import CURVED, measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject, signs
 from robustflat.perturb import WeightPerturbation, awp, sam

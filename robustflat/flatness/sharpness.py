@@ -20,8 +20,8 @@ from torch import Tensor
 from robustflat.errors import UserError
 from robustflat.evaluate.team import Team
 from robustflat.flatness.closure import Closure, Kind, attack_cost
+from robustflat.flatness.decorator import SHARPNESS, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.measure import SHARPNESS, measure
 from robustflat.flatness.options import AVERAGE_RADIUS, WORST_RADIUS, Options
 from robustflat.flatness.subject import Draw, LossKind, Subject, normal
 from robustflat.perturb import Ascent, Ball, displaced, maximise

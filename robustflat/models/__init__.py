@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from robustflat.models.build import MODELS, build
 from robustflat.models.loading import load_model, read_weights
+from robustflat.models.named import MODELS, build
 from robustflat.models.normalized import Normalize, Normalized
 from robustflat.models.resnet import preact_resnet18
 from robustflat.models.small import mlp, small_cnn

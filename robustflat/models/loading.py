@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.models.build import build
 from robustflat.models.files import read_tensors
+from robustflat.models.named import build
 from robustflat.models.normalized import Normalize, Normalized
 from robustflat.models.state import load_state
 

@@ -14,16 +14,28 @@ from typing import Any, Literal
 
 from robustflat.data import balanced
 from robustflat.errors import UserError
-from robustflat.evaluate import Evaluation, Scores, Team, evaluate, gap, merge, overfitting, scores
+from robustflat.evaluate import (
+    Evaluation,
+    Scores,
+    Team,
+    Work,
+    evaluate,
+    gap,
+    merge,
+    overfitting,
+    scores,
+)
+from robustflat.evaluate.adversarial import check_target
 from robustflat.evaluate.attacks import plan
 from robustflat.evaluate.evaluation import classes_of, fingerprint_of_images
-from robustflat.evaluate.examples import examples
+from robustflat.evaluate.examples import choose
 from robustflat.evaluate.frozen import held
 from robustflat.evaluate.record import fingerprint_of
 from robustflat.evaluate.shown import show
 from robustflat.evaluate.threat import Task
 from robustflat.perturb import pgd
 from robustflat.runs import records
+from robustflat.runs.surrogates import with_surrogates
 from robustflat.subject import Network, Subject
 from robustflat.train.folder import environment
 
@@ -56,6 +68,7 @@ class Wanted:
             ``evaluation.json`` is left alone: when all shards are done, call again with ``merge``.
         merge: Take the outcomes that all shards left instead of attacking.
         precision: "bf16" searches in bfloat16 and verifies in float32.
+        save_adversarial: A new .npz file for the adversarial examples.
     """
 
     attacks: Sequence[Any] | None = None
@@ -67,6 +80,7 @@ class Wanted:
     shard: str | None = None
     merge: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    save_adversarial: Path | None = None
 
 
 def check(subject: Subject, wanted: Wanted) -> None:
@@ -80,18 +94,24 @@ def check(subject: Subject, wanted: Wanted) -> None:
         raise UserError("--merge joins all shards: leave --shard out.")
     if wanted.shard is not None and wanted.gap_samples:
         raise UserError("A shard has no gap: leave --gap-samples out, and say it with --merge.")
+    if wanted.save_adversarial is not None:
+        check_target(wanted.save_adversarial)
+        if wanted.merge:
+            raise UserError("--merge has no images: say --save-adversarial with every --shard.")
+        if len(_attacked_at(subject, wanted)) > 1:
+            raise UserError("--save-adversarial is one file: name one --checkpoint, best or last.")
     bounds = (("samples", wanted.samples, 1), ("gap-samples", wanted.gap_samples, 0),
               ("seed", wanted.seed, 0))  # fmt: skip
     for name, value, least in bounds:
         if value is not None and not least <= value < 2**63:
             raise UserError(f"--{name} must be at least {least} and below 2^63, got {value}.")
     records.read(subject.home.evaluation, "evaluate")
-    chosen = examples(subject.images().test, _samples(subject, wanted), wanted.shard)
+    chosen = choose(subject.images().test, _samples(subject, wanted), wanted.shard)
     for name in _attacked_at(subject, wanted):
         network = subject.network(name, wanted.weights)
-        classes = classes_of(network.model, chosen, subject.device)
+        classes = classes_of(network.model, chosen)
         task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
-        plan(_requests(subject, wanted), task, wanted.precision)
+        plan(_requests(subject, wanted), task, wanted.precision, chosen)
         if wanted.merge:
             _merged(subject, network, wanted)
 
@@ -202,7 +222,7 @@ def _by_class(
     subject: Subject, samples: int | None, result: Evaluation
 ) -> dict[str, dict[str, int]]:
     """By class how many images there are, are classified, and still are after all attacks."""
-    labels = examples(subject.images().test, samples).labels
+    labels = choose(subject.images().test, samples).labels
     if len(labels) != result.count:  # a shard, whose figures nobody shows
         return {}
     kinds = {"count": labels >= 0, "clean": result.outcomes != -2, "robust": result.outcomes == -1}
@@ -220,9 +240,9 @@ def _samples(subject: Subject, wanted: Wanted) -> int | None:
 def _shown(subject: Subject, network: Network, samples: int | None) -> dict[str, Any]:
     """What a few test images are taken for, clean and under the gap's attack; the images' file."""
     threat, names = subject.the_threat(), subject.images().classes
-    chosen = examples(subject.images().test, samples)
+    chosen = choose(subject.images().test, samples)
     some = balanced(chosen.labels, min(_SHOWN, len(chosen)), seed=0)
-    with held(network.model, subject.device):
+    with held(network.model):
         shown = show(
             network.model,
             chosen.images(some).to(subject.device),
@@ -258,7 +278,8 @@ def _gap_samples(subject: Subject, wanted: Wanted) -> int:
 
 
 def _requests(subject: Subject, wanted: Wanted) -> Sequence[Any]:
-    return subject.evaluation.attacks if wanted.attacks is None else wanted.attacks
+    asked = subject.evaluation.attacks if wanted.attacks is None else wanted.attacks
+    return with_surrogates(asked, subject)
 
 
 def _attacked_at(subject: Subject, wanted: Wanted) -> tuple[str, ...]:
@@ -280,19 +301,19 @@ def _attacked(
         return _merged(subject, network, wanted)
     result = evaluate(
         network.model,
-        subject.images().test,
+        choose(subject.images().test, _samples(subject, wanted), wanted.shard),
         _requests(subject, wanted),
         threat.norm,
         threat.eps,
         wanted.seed,
-        batch_size=config.batch_size,
-        device=subject.device,
         store=_store(subject, network, wanted),
-        samples=_samples(subject, wanted),
-        shard=wanted.shard,
-        precision=wanted.precision,
-        team=team,
-        on_progress=on_progress,
+        work=Work(
+            batch_size=config.batch_size,
+            precision=wanted.precision,
+            save_adversarial=wanted.save_adversarial,
+            team=team,
+            on_progress=on_progress,
+        ),
     )
     _log.info(
         "%s, %s, %s: %.2f %% of %s right, %.2f %% in the worst case",
@@ -309,7 +330,7 @@ def _store(subject: Subject, network: Network, wanted: Wanted) -> Path:
 
 
 def _merged(subject: Subject, network: Network, wanted: Wanted) -> Evaluation:
-    chosen = examples(subject.images().test, _samples(subject, wanted))
+    chosen = choose(subject.images().test, _samples(subject, wanted))
     digest = fingerprint_of_images(chosen, subject.evaluation.batch_size)
     found = merge(_store(subject, network, wanted), digest)
     asked = [name for name in wanted.attacks or () if isinstance(name, str)]
@@ -342,7 +363,7 @@ def _scores(
         if found is not None:
             return found, None
         began = time.perf_counter()
-        found = scores(network.model, chosen, attack, batch_size=batch_size, device=subject.device)
+        found = scores(network.model, chosen, attack, batch_size=batch_size)
         found.save(path)
         return found, time.perf_counter() - began
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from robustflat.config import RunConfig, check_config
 from robustflat.errors import TrainingDivergedError, UserError
-from robustflat.evaluate import evaluate, gap, scores
+from robustflat.evaluate import Work, evaluate, gap, scores
 from robustflat.files import locked, write_json
 from robustflat.flatness import Figure, flatness
 from robustflat.perturb import pgd
@@ -112,9 +112,7 @@ def _targets(
     size = config.evaluate.batch_size
     splits = subject.splits(config.evaluate.gap_samples)
     measured = {
-        name: scores(
-            network.model, splits[name].tensors(), attack, batch_size=size, device=subject.device
-        )
+        name: scores(network.model, splits[name].tensors(), attack, batch_size=size)
         for name in ("train", "test")
     }
     found = gap(measured).to_dict()
@@ -126,9 +124,8 @@ def _targets(
             job["attacks"],
             norm,
             eps,
-            batch_size=size,
-            device=subject.device,
             store=subject.home.root / "attacked",
+            work=Work(batch_size=size),
         )
         low, high = result.robust_interval
         targets[ATTACKED] = {"value": result.robust_accuracy, "low": low, "high": high}

@@ -32,8 +32,8 @@ def plan(
     standard, plus, rand, fast and custom=ATTACK,ATTACK; each component of AutoAttack by its own
     name, with the settings of `standard`; "torchattacks:NAME"; "package.module:function" or a
     function of your own (`own`); "transfer:FILE.npz", examples that were saved before, or with the
-    option "model" those of that surrogate (`transfer`). A mapping has such a name or function under "name", and options
-    beside it. What is asked for twice is run once.
+    option "model" those of that surrogate (`transfer`). A mapping has such a name or function under
+    "name", and options beside it. What is asked for twice is run once.
 
     Args:
         requests: What to run, in this order.

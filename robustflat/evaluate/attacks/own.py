@@ -75,7 +75,7 @@ def own(
                 f"The attack {name} changed {changed} of the {len(y)} labels it was given; they "
                 "are its input. Work on a copy."
             )
-        if _state(model) != before:
+        if not _same(_state(model), before):
             raise UserError(
                 f"The attack {name} changed the model: its weights, buffers or modes, which judge "
                 "what it finds. Work on a copy (copy.deepcopy)."
@@ -101,13 +101,18 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _state(model: nn.Module) -> list[Any]:
-    """What must be as before: tensors, how often each was written to, and modes."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return [
-        *((id(t), t._version, t.requires_grad) for t in tensors),
-        *(module.training for module in model.modules()),
-    ]
+def _state(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
+    """What must be as before: modes, how often each parameter was written to; and the buffers.
+
+    Buffers may be written to and put back, as the package's own attacks do.
+    """
+    parameters = [(id(p), p._version, p.requires_grad) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    return [parameters, modes], [buffer.clone() for buffer in model.buffers()]
+
+
+def _same(one: tuple[list[Any], list[Tensor]], other: tuple[list[Any], list[Tensor]]) -> bool:
+    return one[0] == other[0] and all(map(torch.equal, one[1], other[1]))
 
 
 def _source(function: Callable[..., Any]) -> str:

@@ -77,8 +77,7 @@ def _surrogate(name: str, options: dict[str, Any], task: Task) -> Attack:
             f"The surrogate of {name} is attacked by fgsm, pgd-STEPS or pgd-STEPS-RESTARTS, got "
             f"{by!r}. Examples of any other attack are saved first (--save-adversarial)."
         )
-    place = next(model.parameters(), torch.empty(0)).device
-    with held(model, place):
+    with held(model) as place:
         try:
             logits = model(torch.zeros(1, *task.shape, device=place))
             shape = tuple(logits.shape)
@@ -91,9 +90,10 @@ def _surrogate(name: str, options: dict[str, Any], task: Task) -> Attack:
         )
 
     def run(_: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
-        generator = torch.Generator(x.device).manual_seed(seed)
-        with held(model, x.device):
-            return attack(Plain(model), x, y, generator=generator)
+        with held(model) as place:
+            generator = torch.Generator(place).manual_seed(seed)
+            found = attack(Plain(model), x.to(place), y.to(place), generator=generator)
+        return found.to(x.device)
 
     identity = {"attack": "transfer", "model": fingerprint_of(model), "by": by}
     return Attack(name=name, identity=identity, run=run, black_box=True)

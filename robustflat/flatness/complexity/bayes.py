@@ -13,8 +13,8 @@ from torch.func import functional_call, jvp
 from robustflat.errors import UserError
 from robustflat.flatness import curvature
 from robustflat.flatness.closure import Closure
+from robustflat.flatness.decorator import CURVED, FIXED, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.measure import CURVED, FIXED, measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject, normal
 from robustflat.perturb import displaced

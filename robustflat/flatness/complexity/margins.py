@@ -15,8 +15,8 @@ from torch import Tensor
 
 from robustflat.errors import UserError
 from robustflat.flatness.closure import Closure
+from robustflat.flatness.decorator import FIXED, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.measure import FIXED, measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.perturb import Ascent, maximise

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
+from robustflat.flatness.decorator import measure
 from robustflat.flatness.figure import Figure
-from robustflat.flatness.measure import measure
 from robustflat.flatness.options import Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.models.normalized import Normalize
