@@ -322,9 +322,10 @@ def test_rows_say_what_the_files_say(tmp_path: Path) -> None:
     assert cells["worst case"].value == pytest.approx(0.3)
     assert cells["robust gap"].value == 0.3, "that of the last checkpoint"
     assert cells["best - last"].value == 0.05
-    assert (cells["loss gap"].value, cells["loss gap"].share) == (0.4, False)
+    assert (cells["loss gap"].value, cells["loss gap"].unit) == (0.4, "")
+    assert [cells[name].unit for name in ("clean", "robust gap")] == ["%", "pp"]
     low, high = pytest.approx(0.2), pytest.approx(0.3)
-    assert cells["worst_robust"] == Cell(0.25, low, high, False, "worst_robust")
+    assert cells["worst_robust"] == Cell(0.25, low, high, "", "worst_robust")
     assert cells["none"].value is None, "it was measured, and is not finite"
     assert set(rows[1].cells) == {"worst_robust", "none"}
     assert columns(rows) == ["clean", "pgd-20", "AutoAttack", "worst case", "robust gap",

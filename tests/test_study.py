@@ -32,6 +32,7 @@ from robustflat.cli import app
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
 from robustflat.files import locked, write_json
+from robustflat.report import paper
 from robustflat.report.study_figures import ranking_table, save_plots, save_tables, scatter
 from robustflat.study import Event, StudyConfig, StudyResult, read_study, run_study, status
 from robustflat.study.engine import Local, Order, Outcome, Processes, _visible_device, run_all
@@ -749,13 +750,13 @@ def test_training_stops_at_a_common_loss_and_stays_stopped(tmp_path: Path) -> No
     limit = (losses[1] + losses[2]) / 2
     changes = {"name": "short", "train__epochs": 4, "train__stop_at_loss": limit}
     short = trained(tmp_path, **changes)
-    assert [row["reached_loss"] for row in rows(short)] == [False, False, True]
+    assert [row["ended"] for row in rows(short)] == [None, None, "stop_at_loss"]
     assert [row["monitor"] for row in rows(short)] == [row["monitor"] for row in whole[:3]]
     before = short.last.read_bytes()
     trained(tmp_path, resume=True, **changes)
     assert short.last.read_bytes() == before
     never = {"name": "never", "train__epochs": 2, "train__stop_at_loss": 1e-9}
-    assert [row["reached_loss"] for row in rows(trained(tmp_path, **never))] == [False, False]
+    assert [row["ended"] for row in rows(trained(tmp_path, **never))] == [None, None]
     with pytest.raises(ConfigError, match=r"monitor\.every is 0"):
         trained(tmp_path, name="x", train__stop_at_loss=1.0, monitor__every=0)
 
@@ -764,7 +765,7 @@ def test_the_clean_loss_is_looked_at_without_an_attack(tmp_path: Path) -> None:
     found = trained(
         tmp_path, attack={"name": "none"}, objective={"name": "standard"}, train__stop_at_loss=1e3
     )
-    assert [row["reached_loss"] for row in rows(found)] == [True]
+    assert [row["ended"] for row in rows(found)] == ["stop_at_loss"]
 
 
 # Ledger, tables and pictures
@@ -1040,7 +1041,7 @@ def test_runs_above_the_common_loss_are_not_ranked(
     assert folder.ledger.is_file()
 
 
-def test_tables_and_plots_show_the_figures(tmp_path: Path) -> None:
+def test_tables_and_plots_show_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = made_up(tmp_path)
     text = save_tables(result, tmp_path / "study.txt").read_text()
     assert "robust accuracy gap, 12 runs" in text
@@ -1058,20 +1059,30 @@ def test_tables_and_plots_show_the_figures(tmp_path: Path) -> None:
     assert "note: Varied: everything." in text
 
     drawn = scatter(result, "worst_clean", "gap_robust_accuracy")
-    assert drawn.get_suptitle().startswith("tau +1.00 [")
-    titles = [panel.get_title() for panel in drawn.axes]
-    assert [t.split(",")[0] for t in titles] == ["method", "strength", "batch_size"]
-    panel = drawn.axes[2]
-    assert panel.get_xscale() == "log"
-    assert panel.get_ylabel() == "robust accuracy gap (points)"
-    points = [line for line in panel.lines if line.get_marker() != "None"]
-    assert [p.get_label() for p in points] == ["8", "16"]
-    assert [float(y) for y in points[0].get_ydata()] == pytest.approx([10, 15, 30, 35, 50, 55])
-    assert len({p.get_color() for p in points}) == 2, "a colour a level"
-    missing = scatter(result, "distance_frobenius", "gap_robust_accuracy").axes[2]
-    shown = sum(len(x.get_xdata()) for x in missing.lines if x.get_marker() != "None")
-    assert shown == 11, "what is not finite is not drawn"
-    paths = save_plots(result, tmp_path / "plots", dpi=30)
+    assert [c.title.split(",")[0] for c in drawn] == ["method", "strength", "batch_size"]
+    axis = result.rankings["gap_robust_accuracy"]["worst_clean"].axes["batch_size"]
+    assert drawn[2].title.startswith(f"batch_size, granulated {axis.value:+.2f} [")
+    assert (drawn[2].x.log, drawn[2].x.label) == (True, "worst clean")
+    assert drawn[2].y.title == "robust accuracy gap (pp)"
+    few, many = drawn[2].series
+    assert [few.name, many.name] == ["8", "16"]
+    assert few.y == pytest.approx([0.1, 0.15, 0.3, 0.35, 0.5, 0.55])
+    runs = [r for r in result.runs if r.factors["batch_size"] == 8]
+    assert few.x == [r.measure("worst_clean") for r in runs]
+    figures = [r.measured["targets"]["gap_robust_accuracy"] for r in runs]
+    assert (few.low, few.high) == tuple([f[key] for f in figures] for key in ("low", "high"))
+    assert {few.run, many.run} == {0, 1}, "a colour a level"
+    missing = scatter(result, "distance_frobenius", "gap_robust_accuracy")[2]
+    assert sum(len(s.x) for s in missing.series) == 11, "what is not finite is not drawn"
+    seen = {}
+    monkeypatch.setattr(paper, "save", lambda picture, path: seen.update({path: picture}))
+    save_plots(result, tmp_path)
+    picture = seen[tmp_path / "worst_clean-gap_robust_accuracy.png"]
+    assert picture.get_suptitle().startswith("tau +1.00 [")
+    assert picture.axes[2].get_ylabel() == "robust accuracy gap (pp)"
+    assert max(picture.axes[2].lines[0].get_ydata()) == pytest.approx(55)
+    monkeypatch.undo()
+    paths = save_plots(result, tmp_path / "plots")
     assert len(paths) == 2 * 3
     assert paths[0].name == "worst_clean-gap_robust_accuracy.png"
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)

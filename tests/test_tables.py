@@ -57,8 +57,13 @@ def monitored(train: float | None, validation: float | None) -> dict[str, Any]:
 
 def test_comparison_has_every_column_and_leaves_out_nothing() -> None:
     rows = [
-        Row("one", "AT", (0,), {"clean": Cell(0.9012), "worst_clean": Cell(0.01234, share=False)}),
-        Row("two", "AT + awp(gamma=0.01)", (1,), {"clean": Cell(0.5), "best - last": Cell(-0.025)}),
+        Row("one", "AT", (0,), {"clean": Cell(0.9012), "worst_clean": Cell(0.01234, unit="")}),
+        Row(
+            "two",
+            "AT + awp(gamma=0.01)",
+            (1,),
+            {"clean": Cell(0.5), "best - last": Cell(-0.025, unit="pp")},
+        ),
     ]
     assert columns(rows) == ["clean", "worst_clean", "best - last"]
     text = shown(Comparison(rows))
@@ -67,13 +72,13 @@ def test_comparison_has_every_column_and_leaves_out_nothing() -> None:
     assert line(text, "seed") == ["seed", "0", "1"]
     assert line(text, "clean ") == ["clean", "90.1%", "50.0%"]
     assert line(text, "worst clean") == ["worst clean", "0.0123", "-"]
-    assert line(text, "best - last ") == ["best - last", "-", "-2.5%"]
+    assert line(text, "best - last ") == ["best - last", "-", "-2.5 pp"]
 
 
 @pytest.mark.parametrize(("width", "tables"), [(60, 4), (80, 3), (100, 2), (130, 2), (200, 1)])
 def test_no_name_is_cut_however_narrow_the_terminal(width: int, tables: int) -> None:
     names = [f"cifar10-preact-resnet18-{method}" for method in ("at", "awp", "sam", "trades-awp")]
-    cells = {"AutoAttack": Cell(0.5), "worst_robust": Cell(0.0009, share=False)}
+    cells = {"AutoAttack": Cell(0.5), "worst_robust": Cell(0.0009, unit="")}
     rows = [Row(name, f"AT + method{i}(gamma=0.01)", (i,), cells) for i, name in enumerate(names)]
     text = shown(Comparison(rows), width)
     for i, name in enumerate(names):

@@ -139,7 +139,8 @@ def _of_outcomes(record: Record) -> list[str]:
         if entry.outside and entry.bounded:
             found.append(
                 f"{entry.outside} images that {entry.name} returned lay outside the ball or "
-                "[0, 1] and were not counted: check its options."
+                "[0, 1], or were not finite, and were not counted; the "
+                f"{len(entry.broke)} that it broke are. Check its options."
             )
     begun = [entry.name for entry in record.entries if entry.batches and not entry.finished]
     if begun:

@@ -25,6 +25,7 @@ from robustflat.evaluate import (
     overfitting,
     scores,
 )
+from robustflat.evaluate.adversarial import check_target
 from robustflat.evaluate.attacks import plan
 from robustflat.evaluate.evaluation import classes_of, fingerprint_of_images
 from robustflat.evaluate.examples import choose
@@ -34,6 +35,7 @@ from robustflat.evaluate.shown import show
 from robustflat.evaluate.threat import Task
 from robustflat.perturb import pgd
 from robustflat.runs import records
+from robustflat.runs.surrogates import with_surrogates
 from robustflat.subject import Network, Subject
 from robustflat.train.folder import environment
 
@@ -66,6 +68,7 @@ class Wanted:
             ``evaluation.json`` is left alone: when all shards are done, call again with ``merge``.
         merge: Take the outcomes that all shards left instead of attacking.
         precision: "bf16" searches in bfloat16 and verifies in float32.
+        save_adversarial: A new .npz file for the adversarial examples.
     """
 
     attacks: Sequence[Any] | None = None
@@ -77,6 +80,7 @@ class Wanted:
     shard: str | None = None
     merge: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    save_adversarial: Path | None = None
 
 
 def check(subject: Subject, wanted: Wanted) -> None:
@@ -90,6 +94,12 @@ def check(subject: Subject, wanted: Wanted) -> None:
         raise UserError("--merge joins all shards: leave --shard out.")
     if wanted.shard is not None and wanted.gap_samples:
         raise UserError("A shard has no gap: leave --gap-samples out, and say it with --merge.")
+    if wanted.save_adversarial is not None:
+        check_target(wanted.save_adversarial)
+        if wanted.merge:
+            raise UserError("--merge has no images: say --save-adversarial with every --shard.")
+        if len(_attacked_at(subject, wanted)) > 1:
+            raise UserError("--save-adversarial is one file: name one --checkpoint, best or last.")
     bounds = (("samples", wanted.samples, 1), ("gap-samples", wanted.gap_samples, 0),
               ("seed", wanted.seed, 0))  # fmt: skip
     for name, value, least in bounds:
@@ -101,7 +111,7 @@ def check(subject: Subject, wanted: Wanted) -> None:
         network = subject.network(name, wanted.weights)
         classes = classes_of(network.model, chosen)
         task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
-        plan(_requests(subject, wanted), task, wanted.precision)
+        plan(_requests(subject, wanted), task, wanted.precision, chosen)
         if wanted.merge:
             _merged(subject, network, wanted)
 
@@ -268,7 +278,8 @@ def _gap_samples(subject: Subject, wanted: Wanted) -> int:
 
 
 def _requests(subject: Subject, wanted: Wanted) -> Sequence[Any]:
-    return subject.evaluation.attacks if wanted.attacks is None else wanted.attacks
+    asked = subject.evaluation.attacks if wanted.attacks is None else wanted.attacks
+    return with_surrogates(asked, subject)
 
 
 def _attacked_at(subject: Subject, wanted: Wanted) -> tuple[str, ...]:
@@ -299,6 +310,7 @@ def _attacked(
         work=Work(
             batch_size=config.batch_size,
             precision=wanted.precision,
+            save_adversarial=wanted.save_adversarial,
             team=team,
             on_progress=on_progress,
         ),
