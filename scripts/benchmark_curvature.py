@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ Batches = list[tuple[Tensor, Tensor]]
 # Its eigenvalue, and the products that it took.
 Found = tuple[float, int]
 # By the number of weights: the model, its options, the images and the size of batches.
-NETWORKS = {
+NETWORKS: dict[int, tuple[str, dict[str, Any], int, int]] = {
     85_002: ("mlp", {"hidden": [256, 256]}, 300, 128),
     2_796_138: ("preact_resnet18", {"width": 32}, 128, 50),
 }
@@ -89,8 +90,9 @@ def solvers(model: nn.Module, x: Tensor, y: Tensor, size: int) -> dict[str, Call
     batches = list(zip(x.split(size), y.split(size), strict=True))
 
     def ours() -> Found:
-        options = {"tolerance": TOLERANCE, "max_hvps": MOST}
-        figure = flatness(model, (x, y), ["hessian_max"], batch_size=size, **options)["hessian_max"]
+        figure = flatness(
+            model, (x, y), ["hessian_max"], batch_size=size, tolerance=TOLERANCE, max_hvps=MOST
+        )["hessian_max"]
         return figure.value, figure.details["products"]
 
     found: dict[str, Callable[[], Found]] = {"robustflat": ours}
@@ -171,11 +173,11 @@ def reference(model: nn.Module, batches: Batches) -> float:
     return by_scipy(double, [(x.double(), y) for x, y in batches], 20, 1e-9)[0]
 
 
-def trained(name: str, options: dict[str, object], x: Tensor, y: Tensor) -> nn.Module:
+def trained(name: str, options: dict[str, Any], x: Tensor, y: Tensor) -> nn.Module:
     """A network that has learned the digits in part."""
     torch.manual_seed(0)
     model = models.build(
-        name, num_classes=10, in_channels=1, mean=(0.3,), std=(0.4,), image_size=x.shape[2:],
+        name, num_classes=10, in_channels=1, mean=(0.3,), std=(0.4,), image_size=(8, 8),
         options=options,
     ).train()  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
