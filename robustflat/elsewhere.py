@@ -47,13 +47,12 @@ class Elsewhere:
         return {name: value for name, value in said.items() if value}
 
 
-def check(target: str, elsewhere: Elsewhere, threat: bool) -> None:
+def check(target: str, elsewhere: Elsewhere) -> None:
     """Refuse a target that is no model, or of which not enough was said; nothing is loaded.
 
     Args:
         target: A model's name or a file.
         elsewhere: What was said of it.
-        threat: Whether a threat was.
 
     Raises:
         UserError: Naming what is wrong or missing.
@@ -87,12 +86,10 @@ def check(target: str, elsewhere: Elsewhere, threat: bool) -> None:
             f"The data set {elsewhere.data} comes with a package, not from a folder: leave --root "
             "out."
         )
-    missing = ["--data"] if elsewhere.data is None else []
-    missing += [] if threat else ["--norm", "--eps"]
-    if missing:
+    if elsewhere.data is None:
         raise UserError(
-            f"To measure the model {target}, say also {', '.join(missing)}: a model alone names "
-            "no images and no threat. For example: --data cifar10 --norm linf --eps 8/255."
+            f"To measure the model {target}, say also --data: a model alone names no images and no "
+            "threat. For example: --data cifar10 --norm linf --eps 8/255."
         )
 
 

@@ -307,7 +307,7 @@ def _of_model(
     output: Path | None,
     elsewhere: Elsewhere,
 ) -> Subject:
-    check(target, elsewhere, threat is not None)
+    check(target, elsewhere)
     name, root = str(elsewhere.data), elsewhere.root or Path("data")
     images = cache(
         lambda: datasets.load(name, root=root, cache=False, image_size=elsewhere.image_size)
