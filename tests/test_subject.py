@@ -160,7 +160,7 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("weights", ["run"], ["--weights", "raw"], lambda one: one["weights"] == "raw"),
     ("weights", MODELS, ["--weights", "raw"], "leave --checkpoint and --weights out"),
     ("samples", ALL, ["--samples", 12], lambda one: one["result"]["count"] == 12),
-    ("samples", ALL, ["--samples", 0], "samples must be at least 1"),
+    ("samples", ALL, ["--samples", 0], "samples must be a whole number >= 1"),
     ("samples", ALL, ["--samples", 3000], "Asked for 3000 samples of"),
     ("no_gap", ALL, [], lambda one: True),
     ("no_gap", ALL, ["--gap-samples", 3], "contradict each other"),
@@ -454,7 +454,7 @@ def test_every_target_is_looked_at_before_any_is_paid_for(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     paid: list[Any] = []
-    monkeypatch.setattr("robustflat.runs.evaluation.evaluate_subject", paid.append)
+    monkeypatch.setattr("robustflat.runs.evaluation.Job.run", lambda *a: paid.append(a))
     monkeypatch.setattr(sys, "argv", ["robustflat", "evaluate", str(place / "a"), "b=1"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -508,13 +508,13 @@ def test_images_on_the_disk_are_decoded_only_where_they_are_needed(
 def test_the_gap_is_kept_and_not_measured_twice(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robustflat.runs import evaluation
+    import robustflat.evaluate.gaps as gaps
 
     subject = open_subject(place / "a", device="cpu", output=tmp_path)
     once = evaluate_subject(subject, Wanted(attacks=[]))
     calls: list[Any] = []
-    scores = evaluation.scores
-    monkeypatch.setattr(evaluation, "scores", lambda *a, **k: (calls.append(a), scores(*a, **k))[1])
+    scores = gaps.scores
+    monkeypatch.setattr(gaps, "scores", lambda *a, **k: (calls.append(a), scores(*a, **k))[1])
     assert evaluate_subject(subject, Wanted(attacks=[])) == once
     assert not calls
     # Each figure is that of its own split and checkpoint.
