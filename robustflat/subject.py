@@ -17,7 +17,7 @@ from robustflat import models
 from robustflat.config import RunConfig
 from robustflat.config.schema import EvaluateConfig, FlatnessConfig
 from robustflat.data import Data, Images
-from robustflat.elsewhere import Elsewhere, check, make
+from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
 from robustflat.evaluate.record import fingerprint_of
 from robustflat.evaluate.threat import Threat
@@ -314,7 +314,7 @@ def _of_model(
     output: Path | None,
     elsewhere: Elsewhere,
 ) -> Subject:
-    check(target, elsewhere, threat is not None)
+    elsewhere.checked(target)
     name, root = str(elsewhere.data), elsewhere.root or Path("data")
     images = cache(
         lambda: datasets.load(name, root=root, cache=False, image_size=elsewhere.image_size)
@@ -334,7 +334,7 @@ def _of_model(
         images=images,
         restore=cache(
             lambda checkpoint, _: Network(
-                model=make(target, elsewhere, images(), device),
+                model=elsewhere.load(target, images()).to(device),
                 checkpoint=checkpoint,
                 epoch=None,
                 weights="raw",

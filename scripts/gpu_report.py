@@ -30,11 +30,12 @@ from robustflat.evaluate import Work
 from robustflat.files import write_json
 from robustflat.numerics import float32
 from robustflat.train.compiled import Compiled
+from robustflat.train.graphed import Graphed
 from robustflat.train.step import Autocast, TrainStep
 
 NETWORKS: dict[str, dict[str, Any]] = {
-    "preact_resnet18": {"name": "preact_resnet18", "options": {}},
-    "wrn-34-10": {"name": "wide_resnet", "options": {"depth": 34, "width": 10}},
+    "preact_resnet18": {"name": "preact_resnet18", "width": 64},
+    "wrn-34-10": {"name": "wide_resnet", "widen": 10, "depth": 34},
 }
 SETTINGS = (
     "fp32",
@@ -47,6 +48,10 @@ SETTINGS = (
     "fp32+compiled_attack",
     "tf32+compiled_attack",
     "bf16+channels_last+compiled_attack",
+    # train.cuda_graphs: true
+    "fp32+cuda_graphs",
+    "tf32+cuda_graphs",
+    "bf16+channels_last+cuda_graphs",
 )
 PGD_STEPS = 10
 
@@ -95,11 +100,12 @@ def main() -> None:
 def network(name: str, width: int | None) -> nn.Module:
     """A network for 32x32 images of ten classes, with weights of its own."""
     torch.manual_seed(0)
-    spec = NETWORKS[name]
-    options = spec["options"] | ({} if width is None else {"width": width})
+    options = dict(NETWORKS[name])
+    if width is not None:
+        options["widen" if "widen" in options else "width"] = width
     mean, std = (0.5,) * 3, (0.25,) * 3
     return models.build(
-        spec["name"], num_classes=10, in_channels=3, mean=mean, std=std, options=options
+        options.pop("name"), num_classes=10, in_channels=3, mean=mean, std=std, options=options
     )
 
 
@@ -115,7 +121,11 @@ def step_times(
         x = x.contiguous(memory_format=torch.channels_last)
     precision = torch.bfloat16 if "bf16" in setting else None
     used: Any = torch.compile(model) if setting.endswith("+compiled") else model
-    attacked = Compiled(model) if setting.endswith("compiled_attack") else None
+    attacked: nn.Module | None = None
+    if setting.endswith("compiled_attack"):
+        attacked = Compiled(model)
+    elif setting.endswith("cuda_graphs"):
+        attacked = Graphed(model)
     seen = Autocast(used, precision)
     step = TrainStep(
         attack=rf.pgd("linf", 8 / 255, PGD_STEPS, mode="batch"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import robustflat as rf
 from robustflat.evaluate import Evaluation, Work, choose
+from robustflat.evaluate.record import Record
 
 
 def evaluate(
@@ -113,3 +114,15 @@ def shorten(monkeypatch: pytest.MonkeyPatch) -> type:
 
     monkeypatch.setattr(pyautoattack, "AutoAttack", Short)
     return Short
+
+
+def empty_record(count: int, **settings: Any) -> Record:
+    """A record of examples that the model classifies, before any attack."""
+    nothing = torch.zeros(count, dtype=torch.int64)
+    return Record(
+        settings=settings,
+        right=torch.ones(count, dtype=torch.bool),
+        positions=nothing,
+        labels=nothing,
+        predictions=nothing,
+    )

@@ -21,7 +21,8 @@ from train_support import config, same_run, saved, stopped, trained
 import robustflat as rf
 from robustflat import models
 from robustflat.errors import UserError
-from robustflat.train.compiled import Compiled, check_compiler
+from robustflat.runs.description import describe
+from robustflat.train.compiled import Compiled, check_compiled, check_compiler
 from robustflat.train.folder import RunFolder
 from robustflat.train.step import Autocast, TrainStep
 
@@ -252,6 +253,46 @@ def test_what_cannot_be_compiled_is_said_and_leaves_the_weights_free() -> None:
     assert model.scale.requires_grad
 
 
+class Unrecorded(nn.Module):
+    """What a pass does hangs on a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.bn = nn.BatchNorm1d(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x.flatten(1))[:, :10] * (2 if self.scale.item() > 0 else 1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["eval", "batch"])
+def test_a_run_of_what_cannot_be_compiled_is_refused_before_anything_is_written(
+    tmp_path: Path, mode: str
+) -> None:
+    said = {
+        "model": {"name": f"{__name__}:Unrecorded"},
+        "weights": {"name": "none"},
+        "train__compile": "attack",
+        "attack": {"name": "pgd", "eps": 0.1, "steps": 1, "mode": mode},
+    }
+    with pytest.raises(UserError, match="cannot compile this model as a whole"):
+        trained(tmp_path, **said)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="cannot compile this model as a whole"):
+        describe(config(tmp_path, **said))
+
+
+def test_trying_a_model_leaves_it_as_it_is() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    check_compiled(model, (1, 8, 8), torch.device("cpu"), "batch")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    assert graphs() == 1
+
+
 @needs_compiler
 def test_a_whole_run_is_the_eager_one_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     # float32 and all stages of torch.compile: sums are taken in another order, and no more.
@@ -265,7 +306,7 @@ def test_a_whole_run_is_the_eager_one_and_resumes_bit_for_bit(tmp_path: Path) ->
     whole = trained(tmp_path / "whole", **asked, train__compile="attack")
     for name, weight in saved(eager.last)["model"].items():
         assert torch.allclose(weight, saved(whole.last)["model"][name], rtol=1e-4, atol=1e-6), name
-    assert graphs() == 2  # the trial and the network
+    assert graphs() == 3  # the trials of compiler and network, and the network
     half = config(tmp_path / "half", **asked, train__compile="attack")
     folder = RunFolder(tmp_path / "half" / "run")
     folder.prepare(half, resume=False, machines=[])
@@ -277,8 +318,12 @@ def test_a_whole_run_is_the_eager_one_and_resumes_bit_for_bit(tmp_path: Path) ->
 
 def test_nothing_is_compiled_unless_asked_and_nothing_that_is_not_attacked() -> None:
     assert config().train.compile is None
-    with pytest.raises(UserError, match="trains on the images as they are"):
+    with pytest.raises(
+        UserError, match=r"train\.compile makes .* trains on the images as they are"
+    ):
         config(objective={"name": "standard"}, train__compile="attack")
+    with pytest.raises(UserError, match=r"train\.compile is attack, but train\.sync_batchnorm"):
+        config(train__compile="attack", train__sync_batchnorm=True)
     for wrong in (True, "all"):
         with pytest.raises(UserError, match=r"train\.compile.*'attack'"):
             config(train__compile=wrong)

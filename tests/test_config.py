@@ -241,6 +241,18 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
         MINIMAL + "data: {validation_samples: 0}\n",
         ("validation_samples is 0", "monitor.every"),
     ),
+    "a new head on new weights": (
+        MINIMAL + "model: {head: new}\n",
+        ("model.head is new", "no model.weights"),
+    ),
+    "patience without a look": (
+        MINIMAL + "monitor: {every: 0}\ntrain: {patience: 3}\n",
+        ("train.patience", "monitor.every is 0"),
+    ),
+    "patience without validation": (
+        MINIMAL + "data: {validation_samples: 0}\ntrain: {patience: 3}\n",
+        ("train.patience", "data.validation_samples"),
+    ),
     "average that never starts": (
         MINIMAL + "train: {average: {name: swa, start_epoch: 20}}\n",
         ("train.average.start_epoch is 20",),

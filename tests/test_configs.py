@@ -168,7 +168,7 @@ def one_step(config: RunConfig, model: nn.Module, weights: Perturbation) -> tupl
     dataset = load_data(config)
     batches = next(Feed(config, dataset, CPU, Processes(), weights).batches(0, 0))
     model.train()
-    step = build_step(config, model, CPU)
+    step = build_step(config, model, CPU, dataset.shape)
     step.objective.start(model)
     return step(model, batches, weights, torch.Generator().manual_seed(0))
 

@@ -13,7 +13,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluate_support import evaluate, held_out, linear, trained
+from evaluate_support import empty_record, evaluate, held_out, linear, trained
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -574,7 +574,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
         ({"shard": "1/7"}, "cannot be split into 7"),
         ({"attacks": "pdg-20"}, "Unknown attack 'pdg-20'. Did you mean pgd-20"),
         ({"attacks": [{"name": "pgd", "step": 3}]}, "no option 'step'. Did you mean 'steps'"),
-        ({"attacks": [{"steps": 3}]}, "key 'name'"),
+        ({"attacks": [{"steps": 3}]}, "under 'name'"),
         ({"attacks": [rf.pgd(eps=0.2)]}, "same norm and eps"),
         ({"attacks": [rf.pgd("l2", eps=0.1)]}, "same norm and eps"),
         ({"attacks": "pgd-5:nonsense"}, "loss"),
@@ -697,14 +697,11 @@ def test_after_a_merge_the_doubts_are_those_of_the_whole(tmp_path, monkeypatch):
 
     # Square broke one of 600 in each shard: below 0.2 %, but 2 of 200 in one alone are not.
     for part, broke in ((1, [3, 4]), (2, []), (3, []), (4, []), (5, [])):
-        made = records.Record(
-            settings={"shard": f"{part}/5", "data": str(part)},
-            right=torch.ones(200, dtype=torch.bool),
-            path=tmp_path / f"outcomes-{part}-of-5.json",
-        )
+        made = empty_record(200, shard=f"{part}/5", data=str(part))
+        made.path = tmp_path / f"outcomes-{part}-of-5.json"
         made.add("apgd-ce", {"attack": "autoattack:apgd-ce"})
         made.add("square", {"attack": "autoattack:square"}, 0, black_box=True)
-        made.entries[1].broke = broke
+        made.entries[1].broke, made.entries[1].taken = broke, [0] * len(broke)
         for entry in made.entries:
             entry.finished = True
         made.save()

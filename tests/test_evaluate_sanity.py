@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from evaluate_support import digits, evaluate, held_out, trained
+from evaluate_support import digits, empty_record, evaluate, held_out, trained
 from torch import nn
 
 from robustflat.evaluate.doubts import of_record
-from robustflat.evaluate.record import Record
 
 WORDS = {
     "softmax": "look like probabilities",
-    "random": "gave different outputs",
+    "random": "for a randomised model",
+    "gradient": "of the change of its margins unexplained",
+    "saturated": "gradients vanish numerically",
     "optimises": "computes gradients while it classifies",
     "range": "does not seem to take images in [0, 1]",
     "zero": "exactly zero",
@@ -108,6 +109,18 @@ def test_gradients_that_vanish_in_saturated_outputs():
     assert "zero" in found
 
 
+def test_probabilities_that_round_to_one():
+    class Sure(Wrapped):
+        def forward(self, x):
+            return 12 * self.net(x)
+
+    found = findings(Sure(trained()).eval())
+    assert "saturated" in found
+    record = record_of()
+    record.probes = [["masking", "gradients vanish numerically"]]
+    assert of_record(record) == []
+
+
 def test_gradients_shattered_by_quantisation():
     class Quantised(Wrapped):
         def forward(self, x):
@@ -168,7 +181,7 @@ def test_a_larger_eps_that_does_less():
 
 def record_of(*broken, after=True):
     """A record of 1,000 examples: APGD broke the first 100, Square these besides."""
-    made = Record(settings={}, right=torch.ones(1000, dtype=torch.bool))
+    made = empty_record(1000)
     made.add("apgd-ce", {"attack": "autoattack:apgd-ce"})
     made.add("square", {"attack": "autoattack:square"}, 0 if after else None, black_box=True)
     made.entries[0].broke, made.entries[1].broke = list(range(100)), list(broken)
@@ -186,7 +199,7 @@ def test_black_box_after_white_box_is_read_from_the_outcomes():
     assert of_record(record_of(*range(102), after=False)) == []
     (sentence,) = of_record(record_of(*range(50, 103), after=False))
     assert "square broke 3 of 1000" in sentence
-    alone = Record(settings={}, right=torch.ones(10, dtype=torch.bool))
+    alone = empty_record(10)
     alone.add("square", {"attack": "autoattack:square"}, black_box=True)
     alone.entries[0].broke, alone.entries[0].finished = list(range(5)), True
     assert of_record(alone) == []

@@ -99,7 +99,7 @@ def test_a_run_that_stops_early_says_so(tmp_path: Path) -> None:
     trace.on_end()
     file = RunFolder(tmp_path).progress_file
     assert json.loads(file.read_text())["state"] == "stopped"
-    trace.on_epoch(row(2, reached_loss=True))
+    trace.on_epoch(row(2, ended="patience"))
     trace.on_end()
     assert json.loads(file.read_text())["state"] == "finished"
 

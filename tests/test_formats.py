@@ -28,7 +28,7 @@ def share(value: float | None) -> Cell:
 
 
 def loss(value: float) -> Cell:
-    return Cell(value, share=False, metric="worst_clean")
+    return Cell(value, unit="", metric="worst_clean")
 
 
 ROWS = [
@@ -47,10 +47,10 @@ def test_runs_of_one_setting_become_one_row() -> None:
     clean = at.cells["clean"]
     assert clean.value == pytest.approx(sum(values) / 3)
     assert clean.deviation == pytest.approx(statistics.stdev(values))
-    assert (clean.count, clean.share, clean.metric) == (3, True, "clean")
+    assert (clean.count, clean.unit, clean.metric) == (3, "%", "clean")
     assert (clean.low, clean.high) == (None, None), "an interval over images is none over seeds"
     worst = at.cells["worst_clean"]
-    assert (worst.value, worst.count, worst.share) == (pytest.approx(0.03), 2, False)
+    assert (worst.value, worst.count, worst.unit) == (pytest.approx(0.03), 2, "")
     assert awp.cells["clean"].deviation is None
     assert "worst_clean" not in awp.cells
 
@@ -93,6 +93,9 @@ def test_rows_are_ordered_by_a_figure() -> None:
         row("y", 0, **{"clean [last]": share(0.2)}),
     ]
     assert names(ordered(apart, "clean")) == ["y", "x"]
+    for written in ("Worst_Clean", "worst clean", "WORST CLEAN"):
+        assert names(ordered(ROWS, written))[:2] == ["at-1", "at-0"]
+    assert names(ordered([row("a", 0, AutoAttack=share(0.1))], "autoattack")) == ["a"]
     with pytest.raises(UserError, match=r"names no figure.*clean, worst_clean"):
         ordered(ROWS, "speed")
 
@@ -105,14 +108,17 @@ def test_rows_are_ordered_by_a_figure() -> None:
         (Cell(0.8125), 3, "81.2%"),
         (Cell(0.8125), 5, "81.250%"),
         (Cell(0.8125), 2, "81%"),
-        (Cell(0.01234, share=False), 3, "0.0123"),
-        (Cell(0.01234, share=False), 2, "0.012"),
+        (Cell(0.01234, unit=""), 3, "0.0123"),
+        (Cell(0.01234, unit=""), 2, "0.012"),
         # The second digit of the deviation is the last of the mean.
         (Cell(0.8123, deviation=0.0131, count=3), 3, "81.2 ± 1.3%"),
         (Cell(0.8123, deviation=0.131, count=3), 3, "81 ± 13%"),
-        (Cell(0.012341, share=False, deviation=0.00021, count=3), 3, "0.01234 ± 0.00021"),
-        (Cell(123.4, share=False, deviation=12.3, count=2), 3, "123 ± 12"),
+        (Cell(0.012341, unit="", deviation=0.00021, count=3), 3, "0.01234 ± 0.00021"),
+        (Cell(123.4, unit="", deviation=12.3, count=2), 3, "123 ± 12"),
         (Cell(0.5, deviation=0.0, count=2), 3, "50.0 ± 0%"),
+        # A difference of two shares is in points.
+        (Cell(0.2512, unit="pp"), 3, "25.1 pp"),
+        (Cell(0.2512, unit="pp", deviation=0.0131, count=2), 3, "25.1 ± 1.3 pp"),
     ],
 )
 def test_significant_digits(cell: Cell | None, digits: int, said: str) -> None:
@@ -128,13 +134,13 @@ def test_fewer_seeds_than_the_row_has_are_told() -> None:
 def test_markdown_and_latex() -> None:
     rows = [
         row("a|b_1", 0, clean=share(0.8125), worst_clean=loss(0.5)),
-        row("c", 1, clean=share(0.5)),
+        row("c", 1, clean=share(0.5), gap=Cell(0.25, unit="pp")),
     ]
     assert table(rows, "md").splitlines() == [
-        "| run | method | seed | weights | clean (%) | worst clean |",
-        "| --- | --- | --- | --- | ---: | ---: |",
-        "| a\\|b_1 | AT | 0 | raw | 81.2 | 0.500 |",
-        "| c | AT | 1 | raw | 50.0 | - |",
+        "| run | method | seed | weights | clean (%) | worst clean | gap (pp) |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: |",
+        "| a\\|b_1 | AT | 0 | raw | 81.2 | 0.500 | - |",
+        "| c | AT | 1 | raw | 50.0 | - | 25.0 |",
     ]
     text = table(by_seed(ROWS), "latex", 2)
     lines = text.splitlines()

@@ -20,9 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import robustflat as rf
 from robustflat import models, numerics
+from robustflat.errors import UserError
 from robustflat.train.averaging import Average, ema
 from robustflat.train.compiled import Compiled
-from robustflat.train.step import TrainStep
+from robustflat.train.graphed import Graphed
+from robustflat.train.step import Autocast, TrainStep
 
 # A machine with a GPU may have little else: what only some tests need, they import themselves.
 # With ROBUSTFLAT_GPU=cpu the tests that can run on the CPU do: it keeps this file honest.
@@ -228,11 +230,70 @@ def test_nccl_with_one_process(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("compiled", [None, "attack"])
+@needs_cuda
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("mode", ["eval", "batch"])
+def test_graphs_replay_the_eager_attack_bit_for_bit(mode: Any, precision: str) -> None:
+    drawn = torch.Generator(DEVICE).manual_seed(3)
+    model = network().to(DEVICE)
+    graphed, weights = Graphed(model), rf.awp(0.3)
+    attack = rf.pgd("linf", 0.1, 3, mode=mode)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+
+    def agree(rows: int) -> Tensor:
+        x = torch.rand(rows, 3, 16, 16, device=DEVICE, generator=drawn)
+        y = torch.randint(10, (rows,), device=DEVICE, generator=drawn)
+        found = [
+            attack(Autocast(seen, DTYPES[precision]), x, y, generator=torch.Generator(DEVICE))
+            for seen in (model, graphed)
+        ]
+        assert torch.equal(*found)
+        return x
+
+    with numerics.float32(tf32=precision == "tf32"), numerics.deterministic():
+        before = torch.cuda.get_rng_state(DEVICE)
+        for rows in (16, 6, 16):
+            x = agree(rows)
+        assert torch.equal(torch.cuda.get_rng_state(DEVICE), before)
+        loss = lambda: F.cross_entropy(model(x), x.new_zeros(16, dtype=torch.long))  # noqa: E731
+        with weights.perturbed(loss, model):
+            agree(16)
+        loss().backward()
+        optimizer.step()
+        agree(16)
+        recorded = dict(graphed._passes)
+        assert len(recorded) == 2
+        for p in model.parameters():
+            p.data = p.data * 2
+        agree(16)
+    assert all(graphed._passes[key] is not recorded[key] for key in graphed._passes)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@needs_cuda
+def test_a_pass_that_waits_for_the_gpu_is_refused_with_a_sentence() -> None:
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :3] * x.sum().item()
+
+    x, y = torch.rand(4, 3, 4, 4, device=DEVICE), torch.zeros(4, dtype=torch.long, device=DEVICE)
+    with pytest.raises(UserError, match=r"train\.cuda_graphs is true, but .* Leave"):
+        rf.pgd(steps=1)(Graphed(Waits()), x, y)
+    assert torch.equal(rf.pgd(steps=1)(network().to(DEVICE), x, y) >= 0, x >= 0)  # as usual
+
+
+FASTER: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"train__compile": "attack"},
+    "graphs": {"train__cuda_graphs": True},
+}
+
+
+@pytest.mark.parametrize("faster", FASTER)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_stopped_run_goes_on_bit_for_bit(
-    tmp_path: Path, precision: str, compiled: str | None
-) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, precision: str, faster: str) -> None:
+    if faster == "graphs" and NAME != "cuda":
+        pytest.skip("CUDA graphs need CUDA.")
     pytest.importorskip("pydantic")
     from test_resume import stopped
     from train_support import SMALL_CNN, same_run, trained
@@ -243,9 +304,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         "data__augment": {"crop": 1},
         "train__deterministic": True,
         "train__precision": precision,
-        "train__compile": compiled,
         "train__epochs": 3,
     }
+    plain, said = said, said | FASTER[faster]
     one = trained(tmp_path / "one", **said)
+    if faster == "graphs":
+        same_run(one, trained(tmp_path / "eager", **plain))
     stopped(tmp_path / "two", 1, 1, **said)
     same_run(one, trained(tmp_path / "two", resume=True, **said))

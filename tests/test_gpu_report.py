@@ -29,6 +29,17 @@ def test_the_report_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert report["autoattack"]["images_per_second"] > 0
 
 
+def test_the_networks_are_those_they_are_called() -> None:
+    count = {
+        name: sum(p.numel() for p in gpu_report.network(name, None).parameters())
+        for name in gpu_report.NETWORKS
+    }
+    # The released ones have 11.17 and 46.16 million weights.
+    assert count == {"preact_resnet18": 11_172_170, "wrn-34-10": 46_160_474}
+    narrow = gpu_report.network("wrn-34-10", 1)
+    assert sum(p.numel() for p in narrow.parameters()) < 500_000
+
+
 def test_the_report_needs_no_packages_beside_torch_numpy_and_scipy() -> None:
     others = ["pydantic", "yaml", "typer", "rich", "pyautoattack", "sklearn", "matplotlib"]
     others += ["tensorboard", "torchvision"]

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import socket
 from dataclasses import replace
-from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -530,7 +529,7 @@ def test_a_record_tells_its_circumstances_and_is_json(tmp_path):
         "grid": [3, 3], "draws": 1, "span": 1.0,
         "losses": ["clean", "robust"], "norm": "l2", "eps": 0.5, "attack": "pgd-3-2:margin",
         "seed": 4, "examples": 9, "batch_size": 5, "batchnorm": "keep", "dtype": "float64",
-        "device": "cpu", "versions": {"robustflat": rf.__version__, "torch": version("torch")},
+        "device": "cpu", "versions": {"robustflat": rf.__version__, "torch": torch.__version__},
     }  # fmt: skip
     assert Landscape.load(path).to_dict() == drawn.to_dict()
     assert Landscape.load(path).points == {"model": (0.0, 0.0)}

@@ -85,10 +85,18 @@ def test_figures_show_the_files_numbers_and_are_saved(tmp_path: Path) -> None:
     drawing = run.figure()
     picture = drawing.picture()
     robust = lines(picture, "Robust accuracy")
-    assert list(robust["a, train"].get_ydata()) == pytest.approx([30, 60, 90])
-    assert list(robust["a, validation"].get_xdata()) == [2, 4, 6]
-    assert robust["a, train"].get_linestyle() == "--"
-    assert robust["a, train"].get_color() == LIGHT[0]
+    assert list(robust["a"].get_xdata()) == [2, 4, 6]
+    assert list(robust["a"].get_ydata()) == pytest.approx([58, 56, 54])
+    # Train has no line in the legend but in its key: dashed.
+    (train,) = [at for at in picture.axes[0].get_lines() if at.get_linestyle() == "--"]
+    assert list(train.get_ydata()) == pytest.approx([30, 60, 90])
+    assert train.get_color() == LIGHT[0]
+    legend = picture.axes[0].get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == [
+        "a", "validation", "train", "best checkpoint",
+    ]  # fmt: skip
+    styles = [(at.get_linestyle(), at.get_marker()) for at in legend.get_lines()]
+    assert styles == [("-", "None"), ("-", "None"), ("--", "None"), ("None", "o")]
     gap = lines(picture, "Gap of the robust accuracy (train − validation)")
     assert list(gap["a"].get_ydata()) == pytest.approx([30 - 58, 60 - 56, 90 - 54])
     assert "<svg" in drawing._repr_html_()
@@ -96,7 +104,7 @@ def test_figures_show_the_files_numbers_and_are_saved(tmp_path: Path) -> None:
         target = drawing.save(tmp_path / "o" / f"curves.{ending}")
         assert target.stat().st_size > 5000
     (interactive, *_) = drawing.plotly()
-    assert list(interactive.data[0].y) == pytest.approx([30, 60, 90])
+    assert list(interactive.data[0].y) == pytest.approx([58, 56, 54])
     assert interactive.data[0].line.color == LIGHT[0]
     landscape(planar=True).save(run.folder.landscapes / "plane.json")
     assert [f.data[0].type for f in run.figure("landscapes").plotly()][-2:] == [
@@ -119,9 +127,10 @@ def test_attacks_on_paper_run_downwards_with_their_intervals(tmp_path: Path) -> 
     (marks,) = [line for line in panel.get_lines() if line.get_label() == "a"]
     assert list(marks.get_xdata()) == pytest.approx([81.3, 54.3, 50.0])
     whiskers = [line.get_xdata() for line in panel.get_lines() if line is not marks]
+    assert [(t.get_text(), t.xy[0]) for t in panel.texts][2] == ("50.0", pytest.approx(55.87))
     assert [list(w) for w in whiskers][-1] == pytest.approx([43.87, 55.87])
     names = [tick.get_text() for tick in panel.get_yticklabels()]
-    assert names == ["no attack", "after pgd-20", "after square"]
+    assert names == ["no attack", "pgd-20", "square"]
 
 
 def test_bands_bars_gaps_and_scales_on_paper() -> None:
@@ -177,8 +186,17 @@ def test_colours_are_told_apart_by_everybody(colours: tuple[str, ...], vision: s
     seen = [lab(VISIONS[vision] @ linear(one)) for one in colours]
     for i, one in enumerate(seen):
         for other in seen[:i]:
-            # Cube roots alone are a little off the standard in the dark, so 30 and not 38.
+            # Cube roots alone are a little off the standard in the dark, so 30 and not 32.
             assert np.linalg.norm(one - other) > 30
+
+
+def test_a_run_has_the_same_hue_on_both_pages() -> None:
+    """Who speaks of the orange curve means the same run as who looks at it in the dark."""
+    for light, dark in zip(LIGHT, DARK, strict=True):
+        (_, *one), (_, *other) = lab(linear(light)), lab(linear(dark))
+        angle = np.angle(complex(*one) / complex(*other), deg=True)
+        grey = max(np.linalg.norm(one), np.linalg.norm(other)) < 10
+        assert grey or abs(angle) < 25, (light, dark)
 
 
 @pytest.mark.parametrize(("colours", "theme"), [(LIGHT, "light"), (DARK, "dark")])

@@ -161,7 +161,7 @@ def test_units_are_what_steps_do(points: list[Point]) -> None:
         weights = config.weights.build()
         feed = Feed(config, data, CPU, Processes(), weights)
         model = Meter(build_model(config, data, CPU)).train()
-        step = build_step(config, model, CPU)
+        step = build_step(config, model, CPU, data.shape)
         generator = torch.Generator().manual_seed(0)
         period = 5 if config.weights.name == "looksam" else 1
         for batches in [*feed.batches(0, 0)][:period]:

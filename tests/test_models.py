@@ -492,3 +492,34 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded():
     refuse({}, "it is empty")
     refuse({"model": nn.Linear(1, 1)}, "also holds 'model'")
     refuse([1], "got list")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*TINY, ("timm:test_resnet", {}), ("timm:test_vit", {})]
+)
+@pytest.mark.parametrize("classes", [3, 10])
+def test_a_new_head_keeps_its_own_weights_and_loads_all_others(name, options, classes):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    source = make(name, 10, **options)
+    torch.manual_seed(1)
+    model = make(name, classes, **options)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    saved = {k: v + 1 for k, v in source.state_dict().items()}
+    assert rm.load_state(model, {"model": saved}, new_head=True) == "whole"
+    after = model.state_dict()
+    kept = [k for k in after if torch.equal(after[k], before[k])]
+    head = [k for k in after if k in kept and not k.endswith("num_batches_tracked")]
+    assert [k.rpartition(".")[2] for k in head] == ["weight", "bias"]
+    assert all(after[k].shape[0] == classes for k in head)
+    assert all(torch.equal(after[k], saved[k]) for k in after if k not in kept)
+    # What else is missing is told as ever, and the head's own absence is none.
+    for key in head:
+        del saved[key]
+    rm.load_state(model, saved, new_head=True)
+    with pytest.raises(UserError, match="2 missing"):
+        rm.load_state(model, saved)
+    del saved[next(k for k in saved if k.endswith("weight"))]
+    with pytest.raises(UserError, match="1 missing"):
+        rm.load_state(model, saved, new_head=True)

@@ -12,7 +12,9 @@ from pydantic import TypeAdapter
 from reference.nets import conv_bn, images
 from torch import Tensor, nn
 
+from robustflat.config import ConfigError, check_config
 from robustflat.config.schema import Optimizer
+from robustflat.errors import UserError
 from robustflat.train.averaging import Average, ema, swa
 from robustflat.train.optim import OPTIMIZERS as NAMED
 from robustflat.train.optim import SCHEDULES, build_optimizer
@@ -140,6 +142,35 @@ def test_optimizers_are_torch_s(name: str, decay_all: bool) -> None:
     got, expected = follow(build_optimizer(config, one), one), follow(theirs(groups), two)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adam"])
+@pytest.mark.parametrize("way", ["foreach", "fused"])
+def test_fused_and_foreach_are_torch_s_and_the_same_update(name: str, way: str) -> None:
+    plain, other = conv_bn(), conv_bn()
+    expected = follow(build_optimizer(optimizer_section(name=name, lr=0.1), plain), plain)
+    optimizer = build_optimizer(optimizer_section(name=name, lr=0.1, **{way: True}), other)
+    assert all(group[way] is True for group in optimizer.param_groups)
+    for a, b in zip(follow(optimizer, other), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_left_alone_an_optimizer_chooses_its_implementation_by_the_device() -> None:
+    for name in ("sgd", "adamw"):
+        (group,) = build_optimizer(optimizer_section(name=name), conv_bn()).param_groups
+        assert group["foreach"] in (None, False)  # torch's default on a CPU; on CUDA foreach
+        assert not group["fused"]
+    (group,) = build_optimizer(optimizer_section(foreach=False), conv_bn()).param_groups
+    assert group["foreach"] is False
+
+
+def test_fused_where_there_is_no_such_thing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.*adadelta has no fused implementation"):
+        check_config({"name": "a", "optimizer": {"name": "adadelta", "fused": True}})
+    with pytest.raises(ConfigError, match=r"foreach and fused.*one of them"):
+        check_config({"name": "a", "optimizer": {"foreach": True, "fused": True}})
+    with pytest.raises(UserError, match=r"optimizer.fused.*no fused sgd .* on meta.*Leave it out"):
+        build_optimizer(optimizer_section(fused=True), conv_bn().to("meta"))
 
 
 def test_exempt_parameters_do_not_decay() -> None:

@@ -140,6 +140,7 @@ def evaluation(robust: float, *, warnings: tuple[str, ...] = (), gap: float = 0.
 
 def flatness(scale: float = 1.0) -> dict[str, Any]:
     details = {"loss": "clean", "ball": "tensor", "weight_norm": "l2", "radius": 0.1}
+    details["example_standard_error"] = 0.0032
     one = {
         "kind": "flatness", "checkpoint": "last", "epoch": 6, "weights": "raw", "samples": 60,
         "norm": "linf", "eps": 0.1, "data": "digits", "split": "train", "attack": None,
@@ -243,7 +244,7 @@ def specs(page: str) -> dict[str, dict[str, Any]]:
 
 def traces(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A drawing's curves by name."""
-    return {trace["name"]: trace for trace in spec["data"] if trace.get("name")}
+    return {n: trace for trace in spec["data"] if (n := trace["meta"].get("name"))}
 
 
 def test_page_is_well_formed_and_loads_nothing(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_hostile_names_and_text_are_only_text(tmp_path: Path) -> None:
     # Neither does the name become an attribute anywhere.
     assert not {k for _, a, _ in page.elements for k in a if k.startswith("on")}
     # Nor markup, or a value, in what Plotly shows when pointed at.
-    (trace, *_) = [t for t in specs(text)["Robust accuracy"]["data"] if t["name"]]
+    (trace, *_) = traces(specs(text)["Robust accuracy"]).values()
     assert "<script" not in trace["hovertemplate"]
     assert "%{x}" not in trace["hovertemplate"].split("<extra>")[1]
 
@@ -306,15 +307,16 @@ def test_comparison_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
         "Robust gap, accuracy": ([0.2, 0.35], ["20.0 pp", "35.0 pp"]),
         "Robust gap, loss": ([0.7, 0.7], ["0.700", "0.700"]),
         "Robust overfitting": ([0.0371, 0.0371], ["3.7 pp", "3.7 pp"]),
-        "avg clean": ([0.0271, 0.0271], ["0.0271", "0.0271"]),
+        "average clean": ([0.0271, 0.0271], ["0.0271", "0.0271"]),
     }
     for label, (numbers, shown) in expected.items():
         found = cells(text, label)
         assert [n for _, _, inner in found for n in inner] == pytest.approx(numbers), label
         assert all(t.startswith(s) for (_, t, _), s in zip(found, shown, strict=True)), label
-    # The interval of the worst case, and the standard error of the sharpness.
+    # The interval of the worst case, and the standard error of the sharpness: of directions and
+    # of images, hypot(0.0011, 0.0032).
     assert cells(text, "worst case")[0][1].endswith("43.9 to 55.9%")
-    assert cells(text, "avg clean")[0][1].endswith("± 0.0011")
+    assert cells(text, "average clean")[0][1].endswith("± 0.0034")
     assert cells(text, "square")[0][1].startswith("50.0%")
     parts = [t for _, t in Page(text).find("tr", "part")]
     assert parts == [
@@ -363,9 +365,9 @@ def test_other_circumstances_are_told_in_the_cell_and_none_is_better(tmp_path: P
         # Gaps of +- 0.03: 0.2 and 0.13 are apart, and the smaller is the better one.
         (0.5, 0.13, 1.0, {"Robust gap, accuracy": 1}),
         (0.5, 0.15, 1.0, {}),
-        # Standard errors 0.0011: 2 * 1.96 * 0.0011 = 0.0043 apart is enough, 0.0027 is not.
-        (0.5, 0.2, 0.83, {"avg clean": 1}),
-        (0.5, 0.2, 0.9, {}),
+        # Standard errors 0.0034: 2 * 1.96 * 0.0034 = 0.0133 apart is enough, 0.0122 is not.
+        (0.5, 0.2, 0.5, {"average clean": 1}),
+        (0.5, 0.2, 0.55, {}),
     ],
 )
 def test_better_only_beyond_the_intervals(
@@ -375,7 +377,7 @@ def test_better_only_beyond_the_intervals(
     write_json(two.evaluation, measurements(evaluation(robust, gap=gap)))
     write_json(two.flatness, flatness(scale))
     text = written(tmp_path, one, two)
-    for label in ("worst case", "pgd-20", "Robust gap, accuracy", "avg clean"):
+    for label in ("worst case", "pgd-20", "Robust gap, accuracy", "average clean"):
         marked = [i for i, (a, _, _) in enumerate(cells(text, label)) if "better" in str(a)]
         # The intervals of PGD's accuracies are as wide and as far apart.
         expected = better.get("worst case" if label == "pgd-20" else label)
@@ -404,7 +406,11 @@ def test_curves_hold_the_metrics(tmp_path: Path) -> None:
     # Each run has its own colour.
     assert robust["z, train"]["line"]["color"] == "@0@"
     assert robust["a, train"]["line"]["color"] == "@1@"
-    assert robust["a, train"]["meta"] == {"run": 1}
+    assert robust["a, train"]["meta"]["run"] == 1
+    # The legend has each run once, by a solid line.
+    listed = [t for t in drawn["Robust accuracy"]["data"] if t["showlegend"]]
+    assert [(t["name"], t["line"]["dash"]) for t in listed] == [("z", "solid"), ("a", "solid")]
+    assert robust["a, train"]["legendgroup"] == "a"
     # The gap is larger where it is worse: train minus validation, for the loss the other way.
     gap = drawn["Gap of the robust accuracy (train − validation)"]
     assert traces(gap)["a"]["y"] == pytest.approx([30 - 58, 60 - 56, 90 - 54])
@@ -439,6 +445,7 @@ def test_marks_stand_where_the_files_say(tmp_path: Path) -> None:
     test["suites"]["autoattack"] = {
         "accuracy": 0.5, "interval": [0.4, 0.6], "attacks": ["pgd-20", "square"],
     }  # fmt: skip
+    test["attacks"]["square"]["after"] = "pgd-20"
     last = json.loads(json.dumps(test))
     last["clean_accuracy"] = 0.7
     found["checkpoints"]["last"]["test"] = last
@@ -447,23 +454,25 @@ def test_marks_stand_where_the_files_say(tmp_path: Path) -> None:
     best, late = traces(spec)["a, best"], traces(spec)["a, last"]
     assert best["x"] == pytest.approx([81.3, 54.3, 50.0])
     assert late["x"][0] == pytest.approx(70.0)
-    assert best["text"] == ["81.3", "54.3", "50.0"]
+    # Beside the ends of the whiskers.
+    words = [t for t in spec["data"] if t["mode"] == "text"]
+    assert [t["text"] for t in words] == [
+        [f"\u00a0{x}" for x in row] for row in (("81.3", "54.3", "50.0"), ("70.0", "54.3", "50.0"))
+    ]
+    assert words[0]["x"] == pytest.approx([97.0, 60.17, 55.87])
+    assert (words[1]["y"], words[1]["textposition"]) == (late["y"], "middle right")
     assert best["error_x"]["array"] == pytest.approx([97 - 81.3, 5.87, 5.87])
     assert best["error_x"]["arrayminus"] == pytest.approx([81.3 - 91, 6.13, 6.13])
     assert (best["marker"]["symbol"], late["marker"]["symbol"]) == ("circle", "circle-open")
     # From top to bottom: the axis runs downwards, and each mark is nearest to its own row.
     axis = spec["layout"]["yaxis"]
-    assert axis["ticktext"] == ["no attack", "after pgd-20", "after square"]
+    assert axis["ticktext"] == ["no attack", "AutoAttack:<br>pgd-20", "then square"]
     assert axis["range"][0] > axis["range"][1]
     for trace in (best, late):
         nearest = [min(axis["tickvals"], key=lambda tick, y=y: abs(tick - y)) for y in trace["y"]]
         assert nearest == axis["tickvals"]
         assert all(axis["range"][1] < y < axis["range"][0] for y in trace["y"])
     assert all(a < b for a, b in zip(best["y"], late["y"], strict=True))
-    # The attacks of one suite are joined, from no attack to the last.
-    joined = [t for t in spec["data"] if not t["name"]]
-    assert [t["x"] for t in joined] == [pytest.approx(best["x"]), pytest.approx(late["x"])]
-    assert joined[0]["y"] == best["y"]
 
 
 def test_the_gap_of_every_checkpoint(tmp_path: Path) -> None:
@@ -485,7 +494,7 @@ def test_the_gap_of_every_checkpoint(tmp_path: Path) -> None:
     assert round(found["a, last, test"]["y"][0]) == 1
     axis = drawn["Robust accuracy"]["layout"]["yaxis"]
     assert axis["ticktext"] == ["a, best<br>gap 20.0 pp", "a, last<br>gap 20.0 pp"]
-    joins = [t for t in drawn["Robust accuracy"]["data"] if not t["name"]]
+    joins = [t for t in drawn["Robust accuracy"]["data"] if not t["meta"]["name"]]
     assert [t["x"] for t in joins] == [pytest.approx([61, 81]), pytest.approx([63, 88])]
     loss = {name: t["x"][0] for name, t in traces(drawn["Robust loss"]).items()}
     assert (loss["a, best, train"], loss["a, best, test"]) == (0.4, 1.1)
@@ -519,11 +528,15 @@ def test_accuracy_by_class(tmp_path: Path) -> None:
         "dog": {"count": 40, "clean": 30, "robust": 2},
     }
     write_json(folder.evaluation, measurements(found))
-    spec = specs(written(tmp_path, folder))["Clean and worst-case accuracy by class"]
-    assert traces(spec)["a, best, clean"]["x"] == [90.0, 75.0]
-    assert traces(spec)["a, best, robust"]["x"] == [25.0, 5.0]
-    assert spec["layout"]["yaxis"]["ticktext"] == ["cat", "dog"]
-    assert traces(spec)["a, best, robust"]["y"] == spec["layout"]["yaxis"]["tickvals"]
+    drawn = specs(written(tmp_path, folder))
+    for title, expected in (
+        ("Clean accuracy by class", [90.0, 75.0]),
+        ("Worst-case accuracy by class", [25.0, 5.0]),
+    ):
+        spec = drawn[title]
+        assert traces(spec)["a, best"]["x"] == expected
+        assert spec["layout"]["yaxis"]["ticktext"] == ["cat", "dog"]
+        assert traces(spec)["a, best"]["y"] == spec["layout"]["yaxis"]["tickvals"]
 
 
 def pixels(source: str) -> np.ndarray[Any, Any]:
@@ -691,6 +704,7 @@ def test_missing_pieces_name_the_command(tmp_path: Path) -> None:
     assert [shlex.split(usage)[1:] for usage in usages] == [
         ["evaluate", str(bare.root)],
         ["evaluate", str(bare.root)],
+        ["evaluate", str(full.root), str(bare.root)],  # of the examples
         ["evaluate", str(bare.root)],
         ["train", str(bare.config_file), "--resume"],
         ["flatness", str(bare.root)],
@@ -699,13 +713,23 @@ def test_missing_pieces_name_the_command(tmp_path: Path) -> None:
     assert all("not measured: run robustflat" in t for _, t in page.find("p", "missing"))
     alone = Page(written(tmp_path, bare))
     assert not alone.find("figure")
-    assert len(alone.find("p", "missing")) == 6
+    assert len(alone.find("p", "missing")) == 7
+    # One command for all that it measures; a training goes on by one of its own.
+    other = make(tmp_path / "d", bare=True)
+    page = Page(written(tmp_path, bare, other))
+    usages = [shlex.split(t)[1:] for _, t in page.find("code") if t.startswith("robustflat")]
+    assert usages[-1] == ["landscape", str(bare.root), str(other.root)]
+    trained = [["train", str(run.config_file), "--resume"] for run in (bare, other)]
+    assert [usage for usage in usages if usage[0] == "train"] == trained
+    (said,) = [t for _, t in page.find("p", "missing") if "robustflat landscape" in t]
+    assert said.startswith("b c d not measured: run")
+    assert [t for _, t in page.find("span", "run-1") if t == "d"]
     # A run that was not monitored will not be by going on with it.
     row = {**metrics()[0], "monitor": None}
     bare.metrics_file.write_text(json.dumps(row))
     assert (
-        "not monitored: see its setting monitor.every"
-        in Page(written(tmp_path, bare)).find("p", "missing")[3][1]
+        "not monitored: see the setting monitor.every"
+        in Page(written(tmp_path, bare)).find("p", "missing")[4][1]
     )
 
 
@@ -719,8 +743,13 @@ def test_settings_that_differ_in_effect_and_environments(tmp_path: Path) -> None
     assert keys == ["seed", "weights.gamma"], "names, places and devices change no weight"
     plain = make(tmp_path / "c", bare=True, seed=3, weights={"name": "none"})
     keys = [t for _, t in Page(written(tmp_path, one, plain)).find("code")]
-    assert {"weights.name", "weights.gamma", "weights.steps"} < set(keys)
-    assert "weights.when.until_epoch" not in keys, "null where it is known"
+    assert {k for k in keys if k.startswith("weights.")} == {"weights.name", "weights.gamma"}
+    more = make(tmp_path / "e", weights={"name": "awp", "steps": 3, "when": {"from_epoch": 2}})
+    keys = [t for _, t in Page(written(tmp_path, more, plain)).find("code")]
+    # What it is known by though it is as usual, and what is not as usual.
+    assert [k for k in keys if k.startswith("weights.")] == [
+        "weights.name", "weights.when.from_epoch", "weights.gamma", "weights.steps",
+    ]  # fmt: skip
     rows = [t for _, t in page.find("tr", "differs")]
     assert rows == ["torch2.02.1", "deviceCPUH100"]
     # In the files themselves the lines that differ stand out.
@@ -748,7 +777,10 @@ def test_runs_of_one_setting_are_taken_together(tmp_path: Path) -> None:
     worst = heads.index("worst case") - 1
     cells_ = [t for _, t in page.find("td")][worst]
     # 0.5 and 0.3: their mean, and their sample deviation 0.1414.
-    assert cells_ == "40 ± 14%n = 2"
+    assert cells_ == "40%± 14%"
+    assert "n = 2: seeds 0, 1" in first
+    gap = [t for _, t in page.find("td")][heads.index("robust gap") - 1]
+    assert gap == "20.0 pp± 0 pp"
     assert page.values()[worst] == pytest.approx(0.4)
     assert "<h2>Over seeds" not in written(tmp_path, folders[0], other)
 

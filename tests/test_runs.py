@@ -205,6 +205,35 @@ def test_flatness_is_measured_on_the_images_of_its_paper_or_those_that_are_said(
     assert bound["train_size"] == len(run.images().train) > 20
 
 
+def test_the_configuration_says_the_attack_of_robust_flatness(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    """As --attack does, but that presets keep their own, and names tell only what is not usual."""
+    run = open_subject(folder.root, device="cpu")
+    said = run.flatness.model_copy(update={"attack": "pgd-1"})
+    run = replace(run, home=RunFolder(tmp_path / "home"), flatness=said)
+    steps = {"samples": 12, "options": {"steps": 1}}
+    found = measure_subject(run, ["worst_robust", "stutz2021_worst"], **steps)["measures"]
+    x, y = run.tensors("train", 12)
+    (same,) = rf.flatness(
+        run.network("last").model, (x, y), ["worst_robust"], 0.1, seed=run.seed, attack="pgd-1",
+        steps=1,
+    ).values()  # fmt: skip
+    assert found["worst_robust"]["value"] == same.value
+    assert "steps=1," in found["worst_robust"]["details"]["settings"]["attack"]
+    (preset,) = (figure for name, figure in found.items() if name.startswith("stutz2021"))
+    assert "steps=20," in preset["details"]["settings"]["attack"]
+    entries = records.read(run.home.flatness, "flatness")
+    assert [one["attack"] for one in entries] == ["pgd-1", None]
+    # The same attack by name is the same measurement; another is none of the usual.
+    again = measure_subject(run, ["worst_robust"], attack="pgd-1", **steps)
+    assert again["measures"] == {"worst_robust": again["measures"]["worst_robust"]}
+    assert again["measures"]["worst_robust"]["value"] == same.value
+    assert len(records.read(run.home.flatness, "flatness")) == 2
+    other = measure_subject(run, ["worst_robust"], attack="pgd-2", **steps)["measures"]
+    assert other["worst_robust with attack=pgd-2"]["value"] != same.value
+
+
 def test_flatness_of_a_run_without_an_attack(tmp_path: Path) -> None:
     # The clean measures need no threat.
     plain = trained(tmp_path, attack={"name": "none"}, objective={"name": "standard"})
@@ -293,9 +322,10 @@ def test_rows_say_what_the_files_say(tmp_path: Path) -> None:
     assert cells["worst case"].value == pytest.approx(0.3)
     assert cells["robust gap"].value == 0.3, "that of the last checkpoint"
     assert cells["best - last"].value == 0.05
-    assert (cells["loss gap"].value, cells["loss gap"].share) == (0.4, False)
+    assert (cells["loss gap"].value, cells["loss gap"].unit) == (0.4, "")
+    assert [cells[name].unit for name in ("clean", "robust gap")] == ["%", "pp"]
     low, high = pytest.approx(0.2), pytest.approx(0.3)
-    assert cells["worst_robust"] == Cell(0.25, low, high, False, "worst_robust")
+    assert cells["worst_robust"] == Cell(0.25, low, high, "", "worst_robust")
     assert cells["none"].value is None, "it was measured, and is not finite"
     assert set(rows[1].cells) == {"worst_robust", "none"}
     assert columns(rows) == ["clean", "pgd-20", "AutoAttack", "worst case", "robust gap",

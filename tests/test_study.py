@@ -31,7 +31,8 @@ import robustflat
 from robustflat.cli import app
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
-from robustflat.files import locked
+from robustflat.files import locked, write_json
+from robustflat.report import paper
 from robustflat.report.study_figures import ranking_table, save_plots, save_tables, scatter
 from robustflat.study import Event, StudyConfig, StudyResult, read_study, run_study, status
 from robustflat.study.engine import Local, Order, Outcome, Processes, _visible_device, run_all
@@ -41,6 +42,7 @@ from robustflat.study.ledger import Ledger, ledger, save_ledger
 from robustflat.study.ranking import Estimate
 from robustflat.study.reading import check_study
 from robustflat.study.result import Failure, RunResult, rank_all
+from robustflat.study.row import _measures
 from robustflat.study.targets import TARGETS, figures
 from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
@@ -387,6 +389,27 @@ def _model_and_images(folder: Path) -> tuple[Any, Any]:
     return subject.network("last").model, subject.splits(20)["test"].tensors()
 
 
+def test_a_row_is_measured_with_the_attack_of_its_configuration(
+    uninterrupted: StudyResult, tmp_path: Path
+) -> None:
+    found = open_subject(uninterrupted.folder / "runs" / NONE, device="cpu")
+    subject = replace(found, home=RunFolder(tmp_path))
+    base = study_values()["base"]
+    base["flatness"] |= {"attack": "pgd-1"}
+    chosen = study(base=base, measures=["worst_robust"])
+    point = expand(chosen)[0]
+    network = subject.network("last")
+    measured, _ = _measures(subject, network, job_of(chosen, point), point.config)
+    options = point.config.flatness.options
+    data, threat = subject.tensors("train", 16), point.threat
+    for attack, same in (("pgd-1", True), ("pgd-10-5", False)):
+        (figure,) = robustflat.flatness(
+            network.model, data, ["worst_robust"], threat.eps, threat.norm, point.config.seed,
+            attack=attack, **options,
+        ).values()  # fmt: skip
+        assert (measured["worst_robust"]["value"] == figure.value) is same
+
+
 def test_a_failure_is_told_with_its_last_lines_and_tried_again(uninterrupted: StudyResult) -> None:
     (failure,) = uninterrupted.failed
     assert failure.factors["strength"] == 1e38
@@ -727,13 +750,13 @@ def test_training_stops_at_a_common_loss_and_stays_stopped(tmp_path: Path) -> No
     limit = (losses[1] + losses[2]) / 2
     changes = {"name": "short", "train__epochs": 4, "train__stop_at_loss": limit}
     short = trained(tmp_path, **changes)
-    assert [row["reached_loss"] for row in rows(short)] == [False, False, True]
+    assert [row["ended"] for row in rows(short)] == [None, None, "stop_at_loss"]
     assert [row["monitor"] for row in rows(short)] == [row["monitor"] for row in whole[:3]]
     before = short.last.read_bytes()
     trained(tmp_path, resume=True, **changes)
     assert short.last.read_bytes() == before
     never = {"name": "never", "train__epochs": 2, "train__stop_at_loss": 1e-9}
-    assert [row["reached_loss"] for row in rows(trained(tmp_path, **never))] == [False, False]
+    assert [row["ended"] for row in rows(trained(tmp_path, **never))] == [None, None]
     with pytest.raises(ConfigError, match=r"monitor\.every is 0"):
         trained(tmp_path, name="x", train__stop_at_loss=1.0, monitor__every=0)
 
@@ -742,7 +765,7 @@ def test_the_clean_loss_is_looked_at_without_an_attack(tmp_path: Path) -> None:
     found = trained(
         tmp_path, attack={"name": "none"}, objective={"name": "standard"}, train__stop_at_loss=1e3
     )
-    assert [row["reached_loss"] for row in rows(found)] == [True]
+    assert [row["ended"] for row in rows(found)] == ["stop_at_loss"]
 
 
 # Ledger, tables and pictures
@@ -887,11 +910,70 @@ def test_a_ledger_is_read_back_as_it_was_written(tmp_path: Path, suffix: str) ->
             for figure in measured["measures"].values():
                 figure.pop("error", None)
         assert found.measured(job_of(elsewhere, point)) == measured
-    # Trained otherwise, or measured otherwise: another run.
+    # Trained otherwise: another run. Measured otherwise: no row of the same ledger.
     (other, *_) = expand(study(grid={"weights": WEIGHTS, "train.batch_size": [4], "seed": [0]}))
     assert found.measured(job_of(result.study, other)) is None
     steps = result.study.model_copy(update={"attack": "pgd-3"})
-    assert found.measured(job_of(steps, expand(steps)[0])) is None
+    with pytest.raises(UserError, match=r"measured otherwise: attack is 'pgd-2' there and 'pgd-3'"):
+        found.measured(job_of(steps, expand(steps)[0]))
+
+
+def test_the_attack_of_robust_flatness_is_a_run_s_and_a_study_s(tmp_path: Path) -> None:
+    """Rows of another attack, or of none that is said, are refused before anything is trained."""
+    base = study_values()["base"]
+    base["flatness"] = base["flatness"] | {"attack": "pgd-3:dlr-2"}
+    with pytest.raises(ConfigError, match=r"flatness\.attack.*'pgd-3:dlr-2'"):
+        expand(study(base=base))
+    one = study_values()["base"]
+    one["flatness"] = one["flatness"] | {"attack": "pgd-3"}
+    there, here = (
+        made_up(tmp_path, base=one),
+        study(tmp_path / "here", grid=made_up(tmp_path).study.grid),
+    )
+    path = tmp_path / "ledger.csv"
+    save_ledger(there.runs, path, "")
+    sentence = "flatness_attack is 'pgd-3' there and 'pgd-10-5' here"
+    with pytest.raises(UserError, match=f"ledger.csv has none-batch_size8-seed0.*{sentence}"):
+        run_study(here, ledger=path, yes=True)
+    assert not list((tmp_path / "here").rglob("*.log"))
+    for run in there.runs:
+        del run.measured["circumstances"]["flatness_attack"]
+    save_ledger(there.runs, path, "")
+    with pytest.raises(UserError, match="flatness_attack is None there and 'pgd-10-5' here"):
+        run_study(here, ledger=path, yes=True)
+
+
+def test_a_run_s_row_is_in_the_ledger_as_soon_as_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so are those of before, in the order of the grid, whatever ends the study then."""
+    made = made_up(tmp_path)
+    folder, runs = StudyFolder(made.study), {r.run: r.measured for r in made.runs}
+    (first, second, third, *_) = runs
+
+    def finish(name: str) -> Event:
+        files = folder.files(name)
+        files.folder.root.mkdir(parents=True, exist_ok=True)
+        write_json(files.row, {"run": name, **runs[name]})
+        return Event(run=name, state="finished", text="", done=1, total=12)
+
+    def rows_there() -> list[str]:
+        with folder.ledger.open(newline="") as file:
+            return [row["run"] for row in csv.DictReader(file)]
+
+    def two_and_the_power_is_cut(*arguments: Any) -> None:
+        on_event = arguments[4]
+        on_event(finish(third))
+        assert rows_there() == [second, third]
+        on_event(finish(first))
+        raise KeyboardInterrupt
+
+    folder.prepare(made.study)
+    finish(second)
+    monkeypatch.setattr("robustflat.study.run.run_all", two_and_the_power_is_cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(made.study, yes=True)
+    assert rows_there() == [first, second, third]
 
 
 def test_rows_of_a_ledger_are_not_run_again(
@@ -959,7 +1041,7 @@ def test_runs_above_the_common_loss_are_not_ranked(
     assert folder.ledger.is_file()
 
 
-def test_tables_and_plots_show_the_figures(tmp_path: Path) -> None:
+def test_tables_and_plots_show_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = made_up(tmp_path)
     text = save_tables(result, tmp_path / "study.txt").read_text()
     assert "robust accuracy gap, 12 runs" in text
@@ -977,20 +1059,30 @@ def test_tables_and_plots_show_the_figures(tmp_path: Path) -> None:
     assert "note: Varied: everything." in text
 
     drawn = scatter(result, "worst_clean", "gap_robust_accuracy")
-    assert drawn.get_suptitle().startswith("tau +1.00 [")
-    titles = [panel.get_title() for panel in drawn.axes]
-    assert [t.split(",")[0] for t in titles] == ["method", "strength", "batch_size"]
-    panel = drawn.axes[2]
-    assert panel.get_xscale() == "log"
-    assert panel.get_ylabel() == "robust accuracy gap (points)"
-    points = [line for line in panel.lines if line.get_marker() != "None"]
-    assert [p.get_label() for p in points] == ["8", "16"]
-    assert [float(y) for y in points[0].get_ydata()] == pytest.approx([10, 15, 30, 35, 50, 55])
-    assert len({p.get_color() for p in points}) == 2, "a colour a level"
-    missing = scatter(result, "distance_frobenius", "gap_robust_accuracy").axes[2]
-    shown = sum(len(x.get_xdata()) for x in missing.lines if x.get_marker() != "None")
-    assert shown == 11, "what is not finite is not drawn"
-    paths = save_plots(result, tmp_path / "plots", dpi=30)
+    assert [c.title.split(",")[0] for c in drawn] == ["method", "strength", "batch_size"]
+    axis = result.rankings["gap_robust_accuracy"]["worst_clean"].axes["batch_size"]
+    assert drawn[2].title.startswith(f"batch_size, granulated {axis.value:+.2f} [")
+    assert (drawn[2].x.log, drawn[2].x.label) == (True, "worst clean")
+    assert drawn[2].y.title == "robust accuracy gap (pp)"
+    few, many = drawn[2].series
+    assert [few.name, many.name] == ["8", "16"]
+    assert few.y == pytest.approx([0.1, 0.15, 0.3, 0.35, 0.5, 0.55])
+    runs = [r for r in result.runs if r.factors["batch_size"] == 8]
+    assert few.x == [r.measure("worst_clean") for r in runs]
+    figures = [r.measured["targets"]["gap_robust_accuracy"] for r in runs]
+    assert (few.low, few.high) == tuple([f[key] for f in figures] for key in ("low", "high"))
+    assert {few.run, many.run} == {0, 1}, "a colour a level"
+    missing = scatter(result, "distance_frobenius", "gap_robust_accuracy")[2]
+    assert sum(len(s.x) for s in missing.series) == 11, "what is not finite is not drawn"
+    seen = {}
+    monkeypatch.setattr(paper, "save", lambda picture, path: seen.update({path: picture}))
+    save_plots(result, tmp_path)
+    picture = seen[tmp_path / "worst_clean-gap_robust_accuracy.png"]
+    assert picture.get_suptitle().startswith("tau +1.00 [")
+    assert picture.axes[2].get_ylabel() == "robust accuracy gap (pp)"
+    assert max(picture.axes[2].lines[0].get_ydata()) == pytest.approx(55)
+    monkeypatch.undo()
+    paths = save_plots(result, tmp_path / "plots")
     assert len(paths) == 2 * 3
     assert paths[0].name == "worst_clean-gap_robust_accuracy.png"
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)

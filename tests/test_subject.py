@@ -48,6 +48,10 @@ def takes_nothing(**options):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity())
     net.said = options
     return net
+def attack(model, x, y, *, seed, eps):
+    return (x + eps * (2 * torch.rand(x.shape) - 1).sign()).clamp(0, 1)
+def fails(model, x, y, *, seed):
+    raise OSError("no more room")
 def bare(num_classes):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
 """
@@ -153,6 +157,13 @@ Found = Callable[[dict[str, Any]], bool]
 TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("attack", ALL, ["--attack", "fgsm"], lambda one: list(one["result"]["attacks"]) == ["fgsm"]),
     ("attack", ALL, ["--attack", "apgd-ce"], lambda one: "apgd-ce" in one["result"]["suites"]),
+    ("attack", ALL, ["--attack", "subject_factory:attack"],
+     lambda one: one["result"]["attacks"]["subject_factory:attack"]["attacked"] > 10),
+    ("attack", ALL, ["--attack", "subject_factory:atack"], "Did you mean attack"),
+    ("attack", ALL, ["--attack", "subject_factory:bare"], "cannot be called"),
+    ("attack", ALL, ["--attack", "transfer:a"],
+     lambda one: one["result"]["attacks"]["transfer:a"]["attacked"] > 10),
+    ("attack", ALL, ["--attack", "transfer:b"], "the folder of a run"),
     ("attack", ALL, ["--attack", "pdg-20"], "Did you mean pgd-20"),
     ("attack", ALL, ["--attack", "pgd-0"], "no step is no attack"),
     ("checkpoint", ["run"], ["--checkpoint", "last"], lambda one: one["checkpoint"] == "last"),
@@ -167,6 +178,10 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("precision", ALL, ["--precision", "bf16"],
      lambda one: list(one["result"]["attacks"]) == ["pgd-2@bf16"]),
     ("precision", ALL, ["--precision", "fp16"], "fp32, bf16"),
+    ("save_adversarial", ALL, ["--save-adversarial", "adv.txt"], "ends in .npz"),
+    ("save_adversarial", ALL, ["--save-adversarial", "adv.npz", "--merge"], "with every --shard"),
+    ("save_adversarial", ["run"], ["--save-adversarial", "adv.npz", "--checkpoint", "both"],
+     "name one --checkpoint"),
     ("seed", ALL, ["--seed", 3], lambda one: one["seed"] == 3),
     ("seed", ALL, ["--seed", 10**30], "below 2^63"),
     ("norm", ALL, ["--norm", "l2", "--eps", "1/2"],
@@ -209,6 +224,7 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
 ]  # fmt: skip
 # What has a test of its own, for every kind: shards joined, the gap, and the home.
 ALONE = {"targets": ALL, "shard": ALL, "merge": ALL, "gap_samples": ALL, "output": ALL}
+ALONE |= {"save_adversarial": ALL}
 ALONE |= {"model": FILES, "model_option": FILES, "image_size": FILES, "root": FILES}
 
 
@@ -237,6 +253,36 @@ def test_every_option_has_its_effect_or_is_refused(run: Any, tmp_path: Path, kin
             assert expected(one), said
             assert one["kind"] == "test"
             assert (home / "evaluate.log").is_file()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_examples_of_every_kind_are_saved_and_attack_again(
+    run: Any, tmp_path: Path, kind: str
+) -> None:
+    base = ("--samples", 30, "--no-gap")
+    file = tmp_path / "adv.npz"
+    first = (*base, "--attack", "pgd-2", "--save-adversarial", file)
+    assert run(kind, *first, "--output", tmp_path / "a")[0] == 0
+    code, said = run(kind, *first, "--output", tmp_path / "b")
+    assert code == 2
+    assert "exists: remove it" in said
+    again = (*base, "--attack", f"transfer:{file}", "--output", tmp_path / "b")
+    assert run(kind, *again)[0] == 0
+    (made,), (stored,) = attacked_in(tmp_path / "a"), attacked_in(tmp_path / "b")
+    assert stored["result"]["robust_accuracy"] == made["result"]["robust_accuracy"]
+    code, said = run(kind, *again, "--norm", "linf", "--eps", "0.2")
+    assert code == 2
+    assert "made for linf 0.1, and the evaluation is for linf 0.2" in said
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_an_own_attack_that_fails_loses_nothing(run: Any, tmp_path: Path, kind: str) -> None:
+    base = ("--samples", 30, "--no-gap", "--output", tmp_path, "--attack", "fgsm")
+    code, said = run(kind, *base, "--attack", "subject_factory:fails")
+    assert code == 2
+    assert "The attack subject_factory:fails raised OSError: no more room" in said
+    assert not (tmp_path / "evaluation.json").exists()
+    assert run(kind, *base)[0] == 0
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -348,8 +394,7 @@ def test_a_home_that_is_a_file_and_a_configuration_are_told_as_such(
     [
         ("nothing", Elsewhere(), "does not exist"),
         ("whole.pt", Elsewhere(), "name it with --model"),
-        ("whole.pt", Elsewhere(model="mlp"), "say also --data, --norm, --eps"),
-        ("mlp", Elsewhere(data="digits"), "say also --norm, --eps"),
+        ("whole.pt", Elsewhere(model="mlp"), "say also --data: a model alone"),
         ("program.ts", Elsewhere(model="mlp", data="digits"), "leave it out"),
         ("a", Elsewhere(data="digits"), "leave --data out"),
     ],
@@ -768,6 +813,51 @@ def test_help_and_names_need_no_torch_and_functions_keep_their_names() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
+
+
+def test_what_needs_no_threat_is_measured_without_one(
+    run: Any, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*KINDS["weights"], "--data", "digits", "--device", "cpu", "--samples", "10"]
+    clean = {
+        "flatness": ["--measure", "gradient_norm"],
+        "landscape": ["--points", "3", "--loss", "clean", "--output", str(place / "clean.png")],
+    }
+    robust = {"flatness": ["--measure", "average_robust"], "landscape": [], "evaluate": []}
+    for wanted, code in ((clean, 0), (robust, 2)):
+        for command, more in wanted.items():
+            monkeypatch.setattr(sys, "argv", ["robustflat", command, *given, *more])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            said = capsys.readouterr()
+            assert (ended.value.code or 0) == code, said.err
+            assert not said.out.startswith("\n"), "no empty line where there is no terminal"
+            assert not code or "--norm linf --eps 8/255" in said.err
+    assert (place / "clean.png").is_file()
+
+
+def test_a_factory_is_called_twice_only(run: Any, place: Path, tmp_path: Path) -> None:
+    """Once for the model, and once more to see whether its weights are random."""
+    code = (
+        "from subject_factory import make\n"
+        "calls = []\n"
+        "def counted(num_classes, file):\n"
+        "    calls.append(file)\n"
+        "    return make(num_classes, file)\n"
+    )
+    (place / "counting.py").write_text(code)
+    given = ("counting:counted", "--model-option", "file=net.pt", "--normalise", "data", *SAID)
+    assert run(*given, "--attack", "pgd-2", "--samples", 20, "--output", tmp_path / "home")[0] == 0
+    assert len(sys.modules["counting"].calls) == 2
+
+
+def test_all_images_asked_for_by_number_are_the_whole(run: Any, tmp_path: Path) -> None:
+    for samples in (["--samples", 360], []):
+        assert run("weights", "--attack", "fgsm", *samples, "--output", tmp_path)[0] == 0
+    (one,) = read(tmp_path / "evaluation.json", "evaluate")
+    assert one["samples"] is None
+    assert one["result"]["settings"]["samples"] is None
+    assert len(list((tmp_path / "outcomes").glob("*/outcomes.json"))) == 1
 
 
 def test_flatness_and_landscape_take_the_options_of_evaluate(

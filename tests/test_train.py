@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from train_support import (
     SMALL_CNN,
@@ -216,7 +218,7 @@ def test_what_is_built_is_what_the_configuration_says(digits: Data) -> None:
     assert differences(one.state_dict(), other.state_dict())
     for where in ("never", "ascent", "descent"):
         around = config(weights={"name": "awp", "steps": 2, "step": {"reattack": where}})
-        assert build_step(around, one, CPU).reattack == where
+        assert build_step(around, one, CPU, digits.shape).reattack == where
 
 
 def test_every_epoch_has_an_order_of_its_own(digits: Data) -> None:
@@ -502,10 +504,148 @@ def test_what_swa_is_refreshed_with_does_not_depend_on_its_stale_statistics(digi
         for name, buffer in model.named_buffers():
             if "running" in name:
                 buffer.fill_(mean if "mean" in name else variance)
-        found.append(torch.cat(list(trainer._feed.refresh_inputs(trainer._step, model, 0))))
+        found.append(
+            torch.cat(list(trainer._feed.refresh_inputs(trainer._step, model, trainer.model, 0)))
+        )
     assert torch.equal(*found)
     x, _ = digits.train.tensors()
     assert not torch.equal(found[0].sum(0), x.sum(0))  # they are attacked
+
+
+def test_swa_is_refreshed_with_what_an_attack_of_one_s_own_makes_in_training(digits: Data) -> None:
+    # It may look at running statistics, so it meets the trained network, whose own are whole; and
+    # it may run in train mode, which moves them.
+    settings = config(
+        model=SMALL_CNN,
+        attack={"name": f"{__name__}:an_attack_of_ones_own"},
+        train__average={"name": "swa", "start_epoch": 0},
+    )
+    trainer = Trainer(settings, digits, CPU)
+    assert trainer.average is not None
+    trainer.model.train()
+    trainer._begin()
+    trainer._train_epoch()
+    trainer.average.after_epoch(trainer.model, 0)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    modes = [module.training for module in trainer.model.modules()]
+    trainer._refresh_average()
+    assert differences(dict(trainer.model.state_dict()), before) == []
+    assert [module.training for module in trainer.model.modules()] == modes
+    # By hand: the mean of the first layer's statistics over the batches it is trained on.
+    first = trainer.average.model.net.features[0]  # type: ignore[union-attr,index]
+    normalize = trainer.average.model.normalize
+    means = []
+    for ((x, y),) in trainer._feed.batches(0, 0):
+        shown = looks_at_the_statistics(copy.deepcopy(trainer.model), x, y, generator=None)
+        means.append(first(normalize(shown)).detach().mean((0, 2, 3)))  # type: ignore[operator]
+    found = trainer.average.model.net.features[1].running_mean  # type: ignore[union-attr,index]
+    torch.testing.assert_close(found, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def an_attack_of_ones_own() -> Any:
+    return looks_at_the_statistics
+
+
+def looks_at_the_statistics(
+    model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None
+) -> Tensor:
+    """One step from where the model stands in eval mode, after a pass in the mode it came in."""
+    training = model.training
+    model(x)  # in train mode this moves the running statistics
+    model.eval()
+    moved = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(model(moved), y), moved)
+    model.train(training)
+    return (x + 0.2 * g.sign()).clamp(0, 1)
+
+
+def test_a_run_goes_on_from_the_weights_of_other_classes_with_a_new_head(
+    tmp_path: Path, plain: RunFolder, digits: Data
+) -> None:
+    # A run's own checkpoint, as the file; the new layer is the seed's, as without a file.
+    said = {"model__weights": str(plain.best), "model__head": "new"}
+    made = build_model(config(tmp_path, model=dict(SMALL_CNN), seed=5, **said), digits, CPU)
+    fresh = build_model(config(tmp_path, model=dict(SMALL_CNN), seed=5), digits, CPU)
+    source = saved(plain.best)["model"]
+    for name, value in made.state_dict().items():
+        expected = fresh.state_dict() if name.startswith("net.linear.") else source
+        assert torch.equal(value, expected[name]), name
+    assert any(name.startswith("net.linear.") for name in source)
+
+
+# --- early stopping
+
+
+def scripted(trainer: Trainer, scores: list[float]) -> list[dict[str, Any]]:
+    """Let the monitor find these robust accuracies, epoch by epoch; the rows told."""
+    told: list[dict[str, Any]] = []
+    real = trainer._monitor
+
+    class Scripted:
+        def __call__(self, model: nn.Module) -> dict[str, Any]:
+            found = real(model)
+            found["validation"]["robust_accuracy"] = scores[trainer.epoch - 1]
+            return found
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    class Tell(Watcher):
+        def on_epoch(self, row: dict[str, Any]) -> None:
+            told.append(row)
+
+    trainer._monitor = Scripted()  # type: ignore[assignment]
+    trainer.listeners = [Tell()]
+    return told
+
+
+SCORES = [0.2, 0.5, 0.4, 0.5, 0.6, 0.3, 0.6, 0.5, 0.9, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("patience", "every", "ends"),
+    [(1, 1, 3), (2, 1, 4), (3, 1, 8), (4, 1, 10), (2, 2, 4), (3, 3, 6)],
+)
+def test_training_stops_when_no_epoch_was_better_for_so_long(
+    tmp_path: Path, digits: Data, patience: int, every: int, ends: int
+) -> None:
+    settings = config(
+        tmp_path, train__epochs=10, train__patience=patience, monitor__every=every,
+        objective={"name": "standard"},
+    )  # fmt: skip
+    trainer = Trainer(settings, digits, CPU)
+    told = scripted(trainer, SCORES)
+    assert trainer.run()
+    assert trainer.epoch == told[-1]["epoch"] == ends
+    assert [row["ended"] for row in told] == [None] * (ends - 1) + [
+        "patience" if ends < 10 else None
+    ]
+
+
+def test_a_stopped_run_counts_on_and_an_ended_one_stays_ended(tmp_path: Path, digits: Data) -> None:
+    said = {"train__epochs": 10, "train__patience": 3, "objective": {"name": "standard"}}
+    settings = config(tmp_path, **said)
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(settings, resume=False)
+    trainer = Trainer(settings, digits, CPU, folder=folder)
+    scripted(trainer, SCORES)
+    inner = trainer._end_epoch
+
+    def stops_after_seven() -> None:
+        inner()
+        trainer.stop_requested = trainer.epoch == 7
+
+    trainer._end_epoch = stops_after_seven  # type: ignore[method-assign]
+    assert not trainer.run()
+    for _ in range(2):  # goes on, two epochs into its patience; then has nothing to do
+        again = Trainer(settings, digits, CPU, folder=folder)
+        scripted(again, SCORES)
+        assert again.resume()
+        assert again.run()
+        assert (again.epoch, again.ended) == (8, "patience")
+        last = folder.last.read_bytes()
+    assert folder.last.read_bytes() == last
+    assert again.best == {"epoch": 5, "score": 0.6}
 
 
 # --- what is not finite

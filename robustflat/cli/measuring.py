@@ -17,7 +17,11 @@ def evaluate(
     subjects: Opener,
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="autoattack, autoattack:fast, pgd-20, pgd-50-10, torchattacks:CW, ..."),
+        typer.Option(
+            help="autoattack, autoattack:fast, pgd-20, pgd-50-10, torchattacks:CW, your own "
+            "package.module:function, which is f(model, x, y, *, seed) -> x_adv; or examples of "
+            "another model, transfer:FILE.npz or transfer:RUN."
+        ),
     ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: best (if left out), last or both.")
@@ -35,6 +39,9 @@ def evaluate(
     merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    save_adversarial: Annotated[
+        Path | None, typer.Option(help="A new .npz file for the adversarial examples.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; the run's own, or evaluations/NAME."),
@@ -62,8 +69,11 @@ def evaluate(
         shard=shard,
         merge=merge,
         precision=one_of("--precision", precision, ("fp32", "bf16")),
+        save_adversarial=save_adversarial,
     )
     opened = subjects(output=output)
+    if save_adversarial is not None and len(opened) > 1:
+        raise UserError("--save-adversarial is one file: name one subject.")
     jobs = [Job(subject, wanted) for subject in opened]  # all are looked at before one is paid for
     team = Team.of_torchrun()
     console = out.console(quiet=not team.is_first)

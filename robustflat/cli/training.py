@@ -44,7 +44,9 @@ def train(
     if not speaks():
         return
     if finished:
-        typer.echo(f"{folder.root}: trained. Next: robustflat evaluate {folder.root}")
+        last = folder.metrics()[-1]
+        early = last["ended"] and f" for {last['epoch']} epochs, until train.{last['ended']}"
+        typer.echo(f"{folder.root}: trained{early or ''}. Next: robustflat evaluate {folder.root}")
     else:
         typer.echo(f"{folder.root}: stopped and saved. Go on with --resume.")
 

@@ -22,7 +22,7 @@ def conflicts(config: RunConfig) -> list[Conflict]:
         *_of_the_weights(config),
         *_of_the_parts(config),
         *_of_the_lengths(config),
-        *_of_the_images(config),
+        *_of_the_images_and_the_model(config),
         *_of_the_mix(config),
         *_of_the_monitor(config),
     ]
@@ -37,11 +37,30 @@ def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
             f"objective {objective.name} trains on adversarial images but attack is none. "
             "Configure an attack, or use objective standard",
         )
-    if not needed and config.train.compile is not None:
+    faster = {"compile": config.train.compile is not None, "cuda_graphs": config.train.cuda_graphs}
+    for key in [key for key, said in faster.items() if said and not needed]:
+        yield _told(
+            f"train.{key}",
+            f"train.{key} makes the passes of an attack faster, but objective {objective.name} "
+            f"trains on the images as they are. Leave train.{key} out",
+        )
+    if all(faster.values()):
+        yield _told(
+            "train.cuda_graphs",
+            "train.compile and train.cuda_graphs are two ways to make the same passes faster. "
+            "Leave one of them out",
+        )
+    if config.train.cuda_graphs and config.train.sync_batchnorm:
+        yield _told(
+            "train.cuda_graphs",
+            "train.cuda_graphs cannot record what processes tell each other, as "
+            "train.sync_batchnorm needs. Leave one of them out",
+        )
+    if config.train.sync_batchnorm and config.train.compile is not None:
         yield _told(
             "train.compile",
-            f"train.compile is {config.train.compile}, but objective {objective.name} trains on "
-            "the images as they are. Leave train.compile out",
+            f"train.compile is {config.train.compile}, but train.sync_batchnorm lets processes "
+            "talk within a pass, which cannot be recorded as a whole. Leave one of them out",
         )
     if config.threat is not None:
         try:
@@ -198,8 +217,14 @@ def _of_the_lengths(config: RunConfig) -> Iterator[Conflict]:
         )
 
 
-def _of_the_images(config: RunConfig) -> Iterator[Conflict]:
+def _of_the_images_and_the_model(config: RunConfig) -> Iterator[Conflict]:
     data = config.data
+    if config.model.head == "new" and config.model.weights is None:
+        yield _told(
+            "model.head",
+            "model.head is new, but there are no model.weights, so that all layers are. Leave it "
+            "out, or name a file of weights",
+        )
     if data.name == "image_folder" and data.augment.name == "torchvision" and data.cache:
         yield _told(
             "data.cache",
@@ -232,6 +257,15 @@ def _of_the_monitor(config: RunConfig) -> Iterator[Conflict]:
             "train.stop_at_loss",
             "train.stop_at_loss is looked for by the monitor, and monitor.every is 0. Set "
             "monitor.every: 1",
+        )
+    if config.train.patience is not None and not (
+        config.monitor.every and config.data.validation_samples
+    ):
+        yield _told(
+            "train.patience",
+            "train.patience waits for a better validation accuracy, which is not measured: "
+            f"monitor.every is {config.monitor.every}, data.validation_samples "
+            f"{config.data.validation_samples}. Set both, or leave train.patience out",
         )
     if config.data.validation_samples == 0 and config.monitor.every:
         yield _told(

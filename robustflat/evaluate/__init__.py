@@ -1,7 +1,8 @@
 """How well a model withstands attacks: accuracy, AutoAttack and others, doubts, the gap."""
 
 from robustflat.evaluate.accuracy import Metrics, measure
-from robustflat.evaluate.evaluation import Work, evaluate
+from robustflat.evaluate.adversarial import Adversarial
+from robustflat.evaluate.evaluation import AttackError, Work, evaluate
 from robustflat.evaluate.examples import choose
 from robustflat.evaluate.gaps import Figure, Gap, Scores, gap, overfitting, scores
 from robustflat.evaluate.intervals import wilson
@@ -11,6 +12,8 @@ from robustflat.evaluate.threat import Threat
 from robustflat.evaluate.verdict import Verdict, judge
 
 __all__ = [
+    "Adversarial",
+    "AttackError",
     "AttackResult",
     "Evaluation",
     "Figure",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from robustflat.errors import UserError
 from robustflat.evaluate import doubts
 from robustflat.evaluate.accuracy import right
+from robustflat.evaluate.adversarial import Adversarial, Pictures, check_target
 from robustflat.evaluate.attacks import Attack, Request, Suite, plan
 from robustflat.evaluate.examples import Data, Examples, choose
-from robustflat.evaluate.frozen import Plain, held
-from robustflat.evaluate.record import Fingerprint, Record, file_for, fingerprint_of, resume
+from robustflat.evaluate.frozen import Plain, device_of, held
+from robustflat.evaluate.record import Entry, Fingerprint, Record, file_for, fingerprint_of, resume
 from robustflat.evaluate.result import Evaluation, from_record
 from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Task, Threat
@@ -27,11 +28,20 @@ from robustflat.evaluate.verdict import judge
 from robustflat.files import locked
 
 Progress = Callable[[str, int, int, int], None]
+T = TypeVar("T")
 
 # Seconds between two lines on one attack.
 _SILENCE = 60.0
 
 _log = logging.getLogger("robustflat.evaluate")
+
+
+class AttackError(UserError):
+    """An attack failed; ``result`` is the evaluation by the attacks that had ended."""
+
+    def __init__(self, sentence: str, result: Evaluation) -> None:
+        super().__init__(sentence)
+        self.result = result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +54,8 @@ class Work:
             attacks' names with "@bf16". Such a search may find less: evaluate in fp32 before
             reporting.
         sanity: Examples on which the sanity checks are made; 0 leaves them out.
+        save_adversarial: A new file ending in .npz for the adversarial examples (`Adversarial`).
+            Attacks whose images a store has not kept are run again. All images are in memory once.
         team: The processes that share the batches, all of which call `evaluate` alike and get the
             same result, that of one process.
         on_progress: Called with the attack's name, batches done, batches in all, and how many
@@ -56,6 +68,7 @@ class Work:
     batch_size: int = 128
     precision: Literal["fp32", "bf16"] = "fp32"
     sanity: int = 32
+    save_adversarial: Path | None = None
     team: Team = field(default_factory=Team)
     on_progress: Progress | None = None
 
@@ -64,6 +77,8 @@ class Work:
             raise UserError(f"The precision must be 'fp32' or 'bf16', got {self.precision!r}.")
         whole_number("batch_size", self.batch_size, 1)
         whole_number("sanity", self.sanity, 0)
+        if self.save_adversarial is not None:
+            check_target(self.save_adversarial)
 
 
 def evaluate(
@@ -93,7 +108,8 @@ def evaluate(
         data: `(x, y)`, a loader of such batches, or a split of a data set; a part of it, or a
             shard, is what `choose` returns. Images float [N, C, H, W] in [0, 1], labels whole
             numbers [N].
-        attacks: Names, mappings with options, or what `rf.pgd(...)` returns; see `plan`.
+        attacks: Names, mappings with options, what `rf.pgd(...)` returns, or functions of your own
+            `f(model, x, y, *, seed) -> x_adv`; see `plan`.
         norm: "linf", "l2" or "l1".
         eps: Radius of the ball, in image units; 8/255 for linf if None, and to be said for others.
         seed: Every batch of every attack is attacked with this seed, as AutoAttack does.
@@ -108,7 +124,7 @@ def evaluate(
         The evaluation.
 
     Raises:
-        UserError: If anything given cannot work.
+        UserError: If anything given cannot work. `AttackError`, if an attack fails on its way.
     """
     threat = Threat.said(norm, eps)
     work = Work() if work is None else work
@@ -121,9 +137,9 @@ def evaluate(
     training = model.training
     with alone, held(model) as place:
         plain = Plain(model)
-        classes, correct, digest = _clean(plain, chosen, work.batch_size, place, team)
+        classes, correct, predictions, digest = _clean(plain, chosen, work.batch_size, place, team)
         task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
-        suites = plan(attacks, task, work.precision)
+        suites = plan(attacks, task, work.precision, chosen)
         settings: dict[str, Any] = {
             "norm": threat.norm_name,
             "eps": threat.eps,
@@ -136,7 +152,18 @@ def evaluate(
             "model": None if store is None else fingerprint_of(model),
             "classes": classes,
         }
-        record = _opened(path, settings, correct, team)
+        fresh = Record(
+            settings=settings,
+            right=correct,
+            positions=chosen.positions,
+            labels=chosen.labels,
+            predictions=predictions,
+            path=path,
+        )
+        record = team.once(lambda: _opened(fresh))
+        pictures = None
+        if work.save_adversarial is not None:
+            pictures = Pictures(chosen, record) if team.is_first else None
         run = _Run(
             record=record,
             plain=plain,
@@ -145,6 +172,7 @@ def evaluate(
             task=task,
             device=place,
             work=work,
+            pictures=pictures,
         )
         run.suites(suites)
         if work.sanity:
@@ -155,6 +183,9 @@ def evaluate(
             )
         if team.is_first:
             record.save()
+        if pictures is not None and work.save_adversarial is not None:
+            found = _saved(pictures, record, plain, fingerprint_of(model), threat, work.batch_size)
+            found.save(work.save_adversarial)
     return from_record(record)
 
 
@@ -169,6 +200,7 @@ class _Run:
     task: Task
     device: torch.device
     work: Work
+    pictures: Pictures | None
 
     def suites(self, suites: Sequence[Suite]) -> None:
         """Put all attacks on record, say what they cost, and run those that have not ended."""
@@ -185,13 +217,20 @@ class _Run:
                     bounded=attack.bounded,
                 )
                 places.append(after)
-                if not self.record.entries[after].finished:
+                entry = self.record.entries[after]
+                if self.work.save_adversarial is not None and not entry.pictured:
+                    entry.pictured, entry.finished, entry.batches = True, False, 0
+                    entry.broke, entry.taken, entry.outside, entry.seconds = [], [], 0, 0.0
+                if not entry.finished:
                     todo.setdefault(after, attack)
             name = suite.name
             if len(places) == 1 and name == suite.attacks[0].name:
                 name = self.record.entries[places[0]].name
             self.record.suites[name] = places
             self.record.notes[name] = list(suite.notes)
+        for attack in todo.values():
+            if attack.tried_first:
+                self._tried(attack)
         if todo and self.work.team.is_first:
             _log.info("%s", _cost(list(todo.values()), int(self.record.right.sum())))
         for index, attack in todo.items():
@@ -208,16 +247,19 @@ class _Run:
         batches = standing.nonzero().flatten().split(record.settings["batch_size"])
         began = time.perf_counter()
 
-        def one(number: int) -> tuple[list[int], int]:
-            return self._batch(attack, batches[number])
+        def one(number: int) -> _Found:
+            return self._batch(attack, batches[number], entry.pictured)
 
         count = len(batches) if entry.attacked else 0
         said = began
-        for found in team.each(one, range(entry.batches, count)):
-            for broke, outside in found:
-                entry.broke = sorted([*entry.broke, *broke])
-                entry.outside += outside
-            entry.batches += len(found)
+        for found in self._kept(team.each(one, range(entry.batches, count)), entry, count):
+            for each in found:
+                entry.broke += each.broke
+                entry.taken += each.taken
+                entry.outside += each.outside
+                if self.pictures is not None and each.images is not None:
+                    self.pictures.keep(index, batches[entry.batches], each.broke, each.images)
+                entry.batches += 1
             entry.finished = entry.batches == count
             entry.seconds += time.perf_counter() - began
             began = time.perf_counter()
@@ -242,19 +284,78 @@ class _Run:
                 entry.name, 100 * share, f"{total:,}", entry.seconds,
             )  # fmt: skip
 
-    def _batch(self, attack: Attack, positions: Tensor) -> tuple[list[int], int]:
-        """Which examples of a batch the attack breaks, and how many images do not count."""
-        x = self.examples.images(positions).to(self.device)
-        y = self.examples.labels[positions].to(self.device)
+    def _tried(self, attack: Attack) -> None:
+        """Try an attack on two images, so that one that cannot work costs nothing."""
+        some = self.record.right.nonzero().flatten()[:2]
+        if len(some):
+            self._batch(attack, some, False)
+
+    def _kept(self, rounds: Iterator[T], entry: Entry, count: int) -> Iterator[T]:
+        """The rounds of an attack; if it fails, the error also says what is not lost."""
         try:
-            seed = self.record.settings["seed"]
-            found = attack.run(self.searched, x, y, seed) if self.task.eps else x
+            yield from rounds
+        except UserError as error:
+            ended = [other.name for _, other in self.record.finished()]
+            done = [f"{entry.batches} of its {count} batches", *ended]
+            path = self.record.path
+            where = "the error's `result`" if path is None else f"{path}, and are not run again"
+            raise AttackError(
+                f"{error} What was done before is kept ({', '.join(done)}): it is in {where}.",
+                from_record(self.record),
+            ) from error
+
+    def _batch(self, attack: Attack, places: Tensor, pictured: bool) -> _Found:
+        """What the attack does to the examples at some places."""
+        x = self.examples.images(places).to(self.device)
+        y = self.examples.labels[places].to(self.device)
+        try:
+            if attack.stored is not None:
+                found = attack.stored(places).to(self.device)
+            else:
+                seed = self.record.settings["seed"]
+                found = attack.run(self.searched, x, y, seed) if self.task.eps else x
         except (RuntimeError, ArithmeticError, LookupError) as error:
             raise UserError(
                 f"The attack {attack.name} failed on this model ({type(error).__name__}: {error})."
             ) from error
         verdict = judge(self.plain, x, found, y, norm=self.task.norm, eps=self.task.eps)
-        return positions[verdict.broken].tolist(), int(verdict.outside.sum())
+        return _Found(
+            broke=places[verdict.broken].tolist(),
+            taken=verdict.predictions[verdict.broken].tolist(),
+            outside=int(verdict.outside.sum()),
+            images=verdict.x_adv.cpu() if pictured else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    """What an attack did to a batch: places broken, what for, images that do not count, images."""
+
+    broke: list[int]
+    taken: list[int]
+    outside: int
+    images: Tensor | None
+
+
+def _saved(
+    pictures: Pictures,
+    record: Record,
+    plain: nn.Module,
+    model: str,
+    threat: Threat,
+    batch_size: int,
+) -> Adversarial:
+    """What was kept, and what the model takes it for."""
+    x_adv, place = pictures.all(), device_of(plain, torch.device("cpu"))
+    found = [plain(some.to(place)).argmax(1).cpu() for some in x_adv.split(batch_size)]
+    return Adversarial(
+        positions=record.positions,
+        x_adv=x_adv,
+        labels=record.labels,
+        predictions=torch.cat(found),
+        threat=threat,
+        model=model,
+    )
 
 
 def whole_number(name: str, value: Any, least: int) -> None:
@@ -285,11 +386,11 @@ def _fingerprint(tensor: Tensor) -> str:
 
 def _clean(
     model: nn.Module, data: Examples, batch_size: int, device: torch.device, team: Team
-) -> tuple[int, Tensor, str]:
-    """Number of classes, which examples (bool [N]) are right, and the images' fingerprint."""
+) -> tuple[int, Tensor, Tensor, str]:
+    """Number of classes, which are right (bool [N]), predictions, and the images' fingerprint."""
     parts = torch.arange(len(data)).split(batch_size)
 
-    def one(number: int) -> tuple[int, Tensor, list[str]]:
+    def one(number: int) -> tuple[Tensor, Tensor, list[str], int]:
         positions = parts[number]
         images, labels = data.images(positions), data.labels[positions]
         logits = _logits(model, images.to(device))
@@ -305,11 +406,12 @@ def _clean(
                 f"{int(positions[bad.nonzero()[0]])}), without any attack. It has diverged, or its "
                 "weights are damaged."
             )
-        return logits.shape[1], right(logits, labels.to(device)).cpu(), _prints(images)
+        correct = right(logits, labels.to(device)).cpu()
+        return correct, logits.argmax(1).cpu(), _prints(images), logits.shape[1]
 
     found = [result for results in team.each(one, range(len(parts))) for result in results]
-    digest = _joined([prints for _, _, prints in found])
-    return found[0][0], torch.cat([correct for _, correct, _ in found]), digest
+    correct, predictions, prints, classes = zip(*found, strict=True)
+    return classes[0], torch.cat(correct), torch.cat(predictions), _joined(prints)
 
 
 def fingerprint_of_images(data: Examples, batch_size: int) -> str:
@@ -355,19 +457,16 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _opened(path: Path | None, settings: dict[str, Any], correct: Tensor, team: Team) -> Record:
-    """The record to go on with: the one in the store, or a new one; the same in all processes."""
-
-    def opened() -> Record:
-        record = None if path is None else resume(path, settings)
-        if record is None:
-            record = Record(settings=settings, right=correct, path=path)
-            record.save()
-        elif len(record.right) != len(correct):
-            raise UserError(
-                f"{path} has {len(record.right)} outcomes for {len(correct)} examples: it is "
-                "damaged. Name another file or folder."
-            )
-        return record
-
-    return team.once(opened)
+def _opened(fresh: Record) -> Record:
+    """The record to go on with: the one in the store, or this new one."""
+    path = fresh.path
+    record = None if path is None else resume(path, fresh.settings)
+    if record is None:
+        fresh.save()
+        return fresh
+    if len(record.right) != len(fresh.right):
+        raise UserError(
+            f"{path} has {len(record.right)} outcomes for {len(fresh.right)} examples: it is "
+            "damaged. Name another file or folder."
+        )
+    return record

@@ -23,6 +23,7 @@ class Examples:
 
     Attributes:
         labels: int64 [N].
+        positions: Where each stands in the data, int64 [N].
         shape: Of an image: channels, height, width.
         all_labels: Also of the examples that were not chosen.
         read: From positions, int64 [M], to images as `images` gives them.
@@ -31,6 +32,7 @@ class Examples:
     """
 
     labels: Tensor
+    positions: Tensor
     shape: tuple[int, int, int]
     all_labels: Tensor
     read: Callable[[Tensor], Tensor]
@@ -80,8 +82,10 @@ def choose(data: Data, samples: int | None = None, shard: str | None = None) -> 
             return x[positions]
 
     at = _positions(labels, samples, shard)
+    samples = None if samples == len(labels) else samples  # all of them are the whole
     return Examples(
         labels=labels[at],
+        positions=at,
         shape=shape,
         all_labels=labels,
         read=lambda positions: read(at[positions]),

@@ -16,7 +16,7 @@ from robustflat.errors import UserError
 from robustflat.evaluate.examples import parse_shard
 from robustflat.files import write_whole, writing
 
-FORMAT = "robustflat-outcomes-2"
+FORMAT = "robustflat-outcomes-3"
 
 _Settings = dict[str, Any]
 
@@ -31,10 +31,12 @@ class Entry:
         after: The position of the entry on whose survivors it runs; None if it runs on all that
             the model classifies.
         attacked: Number of examples that stood when it began, all of which it attacks.
-        broke: Positions of the examples that it broke, ascending.
+        broke: The places in the record of the examples that it broke, ascending.
+        taken: What the model takes each of those for, attacked.
         batches: How many batches are done.
         finished: Whether all are.
         outside: How many of its images were outside the ball or the box, and were not counted.
+        pictured: Whether its images are kept, where adversarial examples are to be saved.
         seconds: Time spent.
         black_box: Whether it only looked at outputs.
         bounded: Whether it keeps to the ball by itself.
@@ -45,9 +47,11 @@ class Entry:
     after: int | None
     attacked: int
     broke: list[int] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
     batches: int = 0
     finished: bool = False
     outside: int = 0
+    pictured: bool = False
     seconds: float = 0.0
     black_box: bool = False
     bounded: bool = True
@@ -61,6 +65,9 @@ class Record:
         settings: What the outcomes depend on besides the attacks; a record is only ever continued
             with equal settings.
         right: bool [N]: which examples the model classifies without any attack.
+        positions: int64 [N]: where each example stands in the data.
+        labels: int64 [N].
+        predictions: int64 [N]: what the model takes each for, without any attack.
         entries: The attacks in the order in which they were first asked for.
         suites: By name, the positions in `entries` of the attacks that were asked for together.
         notes: By suite, sentences on how its attacks differ from what its name says.
@@ -70,6 +77,9 @@ class Record:
 
     settings: _Settings
     right: Tensor
+    positions: Tensor
+    labels: Tensor
+    predictions: Tensor
     entries: list[Entry] = field(default_factory=list)
     suites: dict[str, list[int]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
@@ -100,6 +110,13 @@ class Record:
         for place, (_, entry) in reversed(list(enumerate(self.finished()))):
             outcomes[entry.broke] = place
         return outcomes
+
+    def attacked(self) -> Tensor:
+        """int64 [N]: what the model takes each example for in the worst case: as broken first."""
+        taken = self.predictions.clone()
+        for _, entry in reversed(self.finished()):
+            taken[entry.broke] = torch.tensor(entry.taken, dtype=torch.int64)
+        return taken
 
     def add(
         self,
@@ -161,6 +178,9 @@ class Record:
             "format": FORMAT,
             "settings": self.settings,
             "right": self.right.int().tolist(),
+            "positions": self.positions.tolist(),
+            "labels": self.labels.tolist(),
+            "predictions": self.predictions.tolist(),
             "attacks": [asdict(entry) for entry in self.entries],
             "suites": self.suites,
             "notes": self.notes,
@@ -185,13 +205,16 @@ def load(path: Path) -> Record:
         record = Record(
             settings=dict(content["settings"]),
             right=torch.tensor(content["right"], dtype=torch.int8).bool(),
+            positions=torch.tensor(content["positions"], dtype=torch.int64),
+            labels=torch.tensor(content["labels"], dtype=torch.int64),
+            predictions=torch.tensor(content["predictions"], dtype=torch.int64),
             entries=entries,
             suites={name: list(map(int, which)) for name, which in content["suites"].items()},
             notes={name: list(map(str, said)) for name, said in content["notes"].items()},
             probes=[[str(kind), str(sentence)] for kind, sentence in content["probes"]],
             path=path,
         )
-        record.outcomes()
+        record.outcomes(), record.attacked()
         for index, entry in enumerate(entries):
             if entry.after is not None and not 0 <= entry.after < index:
                 raise ValueError(f"the attack {entry.name} follows none that is there")
@@ -284,25 +307,35 @@ def merged(records: Sequence[Record]) -> Record:
             f"The shards {', '.join(shards)} have not all finished the same attacks. Run the same "
             "attacks to the end on each."
         )
-    right = torch.empty(sum(len(r.right) for r in records), dtype=torch.bool)
-    for part, record in enumerate(records):
-        right[part::parts] = record.right
+
+    def joined(name: str) -> Tensor:
+        each = [getattr(record, name) for record in records]
+        whole = each[0].new_empty(sum(map(len, each)))
+        for part, of_shard in enumerate(each):
+            whole[part::parts] = of_shard
+        return whole
+
     whole = Record(
         settings={**shared[0], "shard": None, "data": None},
-        right=right,
+        right=joined("right"),
+        positions=joined("positions"),
+        labels=joined("labels"),
+        predictions=joined("predictions"),
         suites=records[0].suites,
         notes=records[0].notes,
         probes=[list(p) for p in dict.fromkeys(tuple(p) for r in records for p in r.probes)],
     )
     for i, first in enumerate(records[0].entries):
         each = [record.entries[i] for record in records]
-        broke = [parts * at + part for part, entry in enumerate(each) for at in entry.broke]
-        joined = Entry(**{**asdict(first), "broke": sorted(broke)})
-        joined.attacked = sum(entry.attacked for entry in each)
-        joined.batches = sum(entry.batches for entry in each)
-        joined.outside = sum(entry.outside for entry in each)
-        joined.seconds = sum(entry.seconds for entry in each)
-        whole.entries.append(joined)
+        found = sorted(
+            (parts * at + part, taken)
+            for part, entry in enumerate(each)
+            for at, taken in zip(entry.broke, entry.taken, strict=True)
+        )
+        entry = replace(first, broke=[at for at, _ in found], taken=[taken for _, taken in found])
+        for name in ("attacked", "batches", "outside", "seconds"):
+            setattr(entry, name, sum(getattr(one, name) for one in each))
+        whole.entries.append(entry)
     return whole
 
 

@@ -71,6 +71,11 @@ class Evaluation:
         suites: By what was asked for: "pgd-20", "autoattack", ...
         outcomes: int16 [N]: position in `attacks` of the first one that broke the example, -1 if
             it still stands, -2 if it was misclassified without any attack.
+        positions: int64 [N]: where each example stands in the data.
+        labels: int64 [N].
+        predictions: int64 [N]: what the model takes each for, without any attack.
+        attacked: int64 [N]: what it takes the first image for that an attack broke the example
+            with; `predictions` where none did.
         warnings: Reasons to doubt the figures, and what was left out; one sentence each.
         settings: What the figures depend on: norm, eps, seed, batch_size, samples, shard, classes,
             and, if outcomes were stored, SHA-256 of data, of all labels and of the model (else,
@@ -85,6 +90,10 @@ class Evaluation:
     attacks: dict[str, AttackResult]
     suites: dict[str, SuiteResult]
     outcomes: Tensor
+    positions: Tensor
+    labels: Tensor
+    predictions: Tensor
+    attacked: Tensor
     warnings: list[str]
     settings: dict[str, Any]
 
@@ -147,6 +156,10 @@ def from_record(record: Record) -> Evaluation:
         attacks=attacks,
         suites=suites,
         outcomes=outcomes,
+        positions=record.positions,
+        labels=record.labels,
+        predictions=record.predictions,
+        attacked=record.attacked(),
         warnings=doubts.of_record(record),
         settings=dict(record.settings),
     )

@@ -22,11 +22,13 @@ class Verdict:
     Attributes:
         broken: bool [N], on the CPU: a valid example that the model misclassifies.
         outside: bool [N], on the CPU: what the attack returned was no valid image of the ball.
+        predictions: int64 [N], on the CPU: what the model takes the images judged for.
         x_adv: The images judged, [N, C, H, W]; the original where `outside`.
     """
 
     broken: Tensor
     outside: Tensor
+    predictions: Tensor
     x_adv: Tensor
 
 
@@ -59,7 +61,7 @@ def judge(
             f"got {list(given.shape)}."
         )
     over_box = torch.maximum(given - 1, -given).flatten(1).amax(1)
-    distance = _size(given.double() - home.double(), norm)
+    distance = size(given.double() - home.double(), norm)
     # Comparisons with NaN are false, so what is not finite is outside.
     valid = (over_box <= 1e-6) & (distance <= eps * (1 + SLACK))
     exact = valid & (over_box <= 0) & (distance <= eps * (1 + TOLERANCE))
@@ -69,11 +71,17 @@ def judge(
         final[crooked] = _pulled_in(home[crooked], given[crooked], norm, eps)
     final_on = final.to(x.device)
     with torch.no_grad():
-        wrong = ~right(model(final_on), y)
-    return Verdict(broken=wrong.cpu() & valid, outside=~valid, x_adv=final_on)
+        logits = model(final_on)
+    return Verdict(
+        broken=~right(logits, y).cpu() & valid,
+        outside=~valid,
+        predictions=logits.argmax(1).cpu(),
+        x_adv=final_on,
+    )
 
 
-def _size(delta: Tensor, norm: float) -> Tensor:
+def size(delta: Tensor, norm: float) -> Tensor:
+    """The p-norm of every row."""
     return torch.linalg.vector_norm(delta.flatten(1), ord=norm, dim=1)
 
 
@@ -87,7 +95,7 @@ def _pulled_in(x: Tensor, candidate: Tensor, norm: float, eps: float) -> Tensor:
     if norm == float("inf"):
         delta = delta.clamp(-eps, eps)
     else:
-        delta = delta * _rows((eps / _size(delta, norm)).clamp(max=1), x)
+        delta = delta * _rows((eps / size(delta, norm)).clamp(max=1), x)
     pulled = (x.double() + delta).float()
     # Rounding to float32 may have lengthened a pixel's step: take the next number towards x.
     longer = (pulled.double() - x.double()).abs() > delta.abs()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from robustflat.config.schema import ATTACK
 from robustflat.config.values import read_word
 from robustflat.errors import UserError
 from robustflat.evaluate.attacks.ascent import title
@@ -18,10 +19,6 @@ from robustflat.flatness.measures import find
 from robustflat.flatness.options import Options, with_options
 from robustflat.perturb import InputPerturbation, parse_norm
 
-# Of the robust loss. One start would be a fifth of the cost, but by it worst-direction sharpness
-# of one net was 0.024 to 0.050 over four seeds, and by five 0.061 to 0.066 (docs/flatness.md).
-ATTACK = "pgd-10-5"
-
 
 def settle(
     measures: Sequence[str],
@@ -29,6 +26,7 @@ def settle(
     norm: str | float,
     attack: InputPerturbation | str | None,
     given: Mapping[str, Any],
+    usual_attack: str = ATTACK,
 ) -> dict[Measure, Options]:
     """Each measure's options: the defaults, a preset's changes, then the user's.
 
@@ -47,7 +45,7 @@ def settle(
             eps, chosen = eps or 0.0, attack
         else:
             threat = Threat.said(norm, eps)
-            eps, chosen = threat.eps, attack_of(attack or ATTACK, threat)
+            eps, chosen = threat.eps, attack_of(attack or usual_attack, threat)
         base = Options(attack=chosen)
         settings: dict[str, tuple[Measure, Options]] = {}
         for spec in measures:

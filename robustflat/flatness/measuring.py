@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustflat.config.schema import ATTACK
 from robustflat.errors import UserError
 from robustflat.evaluate.team import Team
 from robustflat.flatness.asked import called, settle
@@ -42,6 +43,7 @@ def flatness(
     *,
     batch_size: int = 128,
     attack: InputPerturbation | str | None = None,
+    usual_attack: str = ATTACK,
     initial: Mapping[str, Tensor] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     store: str | os.PathLike[str] | None = None,
@@ -64,7 +66,8 @@ def flatness(
         seed: of all random directions, probes and attack starts.
         batch_size: examples in a pass; only memory and speed depend on it.
         attack: of the robust loss, "pgd-STEPS", "pgd-STEPS-RESTARTS", "fgsm", each also with
-            ":LOSS", or what ``rf.pgd`` returns; "pgd-10-5" if None.
+            ":LOSS", or what ``rf.pgd`` returns; that of the measures if None.
+        usual_attack: then, of the measures that are not published with one.
         initial: the state_dict before training, for the measures of the distance from it.
         on_progress: told how far the measurement has come; may raise to stop it.
         store: a file that keeps finished parts (restarts, directions, probes, eigenvalues);
@@ -85,7 +88,7 @@ def flatness(
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-    settings = settle(measures, eps, norm, attack, options)
+    settings = settle(measures, eps, norm, attack, options, usual_attack)
     chosen = list(settings)
     if any(s.estimator != "hutchinson" for s in settings.values()):
         curvlinops()

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import robustflat
 from robustflat.errors import UserError
 from robustflat.evaluate.attacks.ascent import title
 from robustflat.evaluate.team import Team
@@ -150,7 +150,7 @@ class Scene:
             "batchnorm": self.batchnorm,
             "dtype": str(first.dtype).removeprefix("torch."),
             "device": str(first.device),
-            "versions": {name: version(name) for name in ("robustflat", "torch")},
+            "versions": {"robustflat": robustflat.__version__, "torch": torch.__version__},
         }
 
     def draw(

@@ -16,7 +16,9 @@ _PREFIXES = ("module.", "_orig_mod.")
 _COUNTER = "num_batches_tracked"
 
 
-def load_state(model: nn.Module, state_dict: Mapping[str, Any]) -> Literal["whole", "net"]:
+def load_state(
+    model: nn.Module, state_dict: Mapping[str, Any], *, new_head: bool = False
+) -> Literal["whole", "net"]:
     """Load a state dict saved by this package or by other code, all of it or nothing.
 
     Understood: `{"state_dict": ...}`, `{"model_state_dict": ...}`, `{"model": ...}` and
@@ -29,6 +31,8 @@ def load_state(model: nn.Module, state_dict: Mapping[str, Any]) -> Literal["whol
     Args:
         model: The model to fill.
         state_dict: The state.
+        new_head: Leave the last layer, which makes the logits, as it is, whatever the state has
+            there.
 
     Returns:
         "whole" if the state covers the model, normalisation included; "net" if it covers the
@@ -53,6 +57,11 @@ def load_state(model: nn.Module, state_dict: Mapping[str, Any]) -> Literal["whol
         state = {k: v for k, v in state.items() if not k.startswith(unused + inside)}
 
     own = target.state_dict()
+    if new_head:
+        head = {id(p) for p in _head(owner).parameters()}
+        drawn = {name for name, p in target.named_parameters() if id(p) in head}
+        own = {k: v for k, v in own.items() if k not in drawn}
+        state = {k: v for k, v in state.items() if k not in drawn}
     missing = [k for k in own if k not in state and not k.endswith(_COUNTER)]
     unexpected = [k for k in state if k not in own]
     shaped = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
@@ -60,6 +69,15 @@ def load_state(model: nn.Module, state_dict: Mapping[str, Any]) -> Literal["whol
         raise UserError(_complaint(own, state, missing, unexpected, shaped))
     target.load_state_dict(state, strict=False)
     return "whole" if kind == "whole" else "net"
+
+
+def _head(net: nn.Module) -> nn.Module:
+    """The last layer: as timm's networks say, or the last with parameters of its own."""
+    named = getattr(net, "get_classifier", None)
+    found = named() if callable(named) else None
+    if isinstance(found, nn.Module):
+        return found
+    return [m for m in net.modules() if any(True for _ in m.parameters(recurse=False))][-1]
 
 
 def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

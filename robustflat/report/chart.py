@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Unit = Literal["", "%", "pp"]
+from robustflat.runs.comparison import Unit
+
+UNITS = {"": "", "%": "%", "pp": " pp"}
 Dash = Literal["solid", "dash", "dot", "dashdot"]
 Mark = Literal["circle", "circle-open", "square"]
+Key = Dash | Mark
 Values = Sequence[float | None]
 DASHES: dict[str, Dash] = {"robust": "solid", "clean": "dash", "robust_fixed": "dot"}
 KINDS = {"clean": "clean", "robust": "robust", "robust_fixed": "robust, examples fixed"}
@@ -33,6 +36,11 @@ class Axis:
     zero: bool = False
     ticks: Mapping[float, str] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """What it counts, in which unit."""
+        return f"{self.label} ({self.unit})" if self.label and self.unit else self.label + self.unit
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
@@ -49,7 +57,7 @@ class Series:
         mark: what stands at each point; None: nothing.
         dot: the x at which a large dot stands out.
         text: words above each point.
-        listed: whether the legend has it.
+        legend: its name in the legend, which lists each name once; None: ``name``, empty: none.
         faint: a broad pale line, which joins what belongs together.
     """
 
@@ -64,18 +72,30 @@ class Series:
     mark: Mark | None = None
     dot: float | None = None
     text: Sequence[str] | None = None
-    listed: bool = True
+    legend: str | None = None
     faint: bool = False
+
+    @property
+    def listed(self) -> str:
+        """How the legend calls it; empty if it does not."""
+        return self.name if self.legend is None else self.legend
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Series on one pair of axes."""
+    """Series on one pair of axes; ``key`` says what its lines and marks stand for."""
 
     title: str
     series: Sequence[Series]
     x: Axis
     y: Axis = Axis()
+    key: Mapping[Key, str] = field(default_factory=dict)
+
+    @property
+    def legend(self) -> list[str]:
+        """What the legend says of each series: each name once, by the first that has it."""
+        names = [series.listed for series in self.series]
+        return [name if name not in names[:i] else "" for i, name in enumerate(names)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +153,7 @@ def number(value: float | None, unit: Unit = "", digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
     if unit:
-        return f"{100 * value:.{max(digits - 2, 0)}f}" + ("%" if unit == "%" else " pp")
+        return f"{100 * value:.{max(digits - 2, 0)}f}{UNITS[unit]}"
     return significant(value, digits)
 
 

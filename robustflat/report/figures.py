@@ -17,16 +17,18 @@ from robustflat.report.chart import (
     Axis,
     Chart,
     Figure,
+    Key,
     Mark,
     Plane,
     Series,
-    Unit,
     number,
 )
 from robustflat.report.landscape_picture import STEEP
-from robustflat.report.record import Record
+from robustflat.report.record import Record, tests
+from robustflat.runs.comparison import Unit
 
 _MARKS: dict[str, Mark] = {"train": "square", "validation": "circle-open", "test": "circle"}
+_BEST: Mapping[Key, str] = {"circle": "best checkpoint"}
 # Within a row, so that their whiskers do not lie on one another.
 _PLACES = {"train": -0.18, "validation": 0.18, "test": 0.0}
 # By figure its title and unit; the first two have a gap that matters.
@@ -41,35 +43,23 @@ _CURVES: tuple[tuple[str, str, Unit], ...] = (
 def attacks(records: Sequence[Record]) -> list[Figure]:
     """Test accuracy before and after every attack, with Wilson's intervals.
 
-    Attacks that were asked for together, such as AutoAttack's, are joined from one to the next.
+    Attacks that were asked for together, such as AutoAttack's, each take what the last one left.
     """
-    tested = [
-        (record, name, entry["test"])
-        for record in records
-        for name, entry in record.checkpoints.items()
-        if entry["test"] is not None
-    ]
-    if not tested:
-        return []
+    tested = tests(records)
     several = len({name for _, name, _ in tested}) > 1
-    stages = ["no attack", *dict.fromkeys(n for *_, test in tested for n in test["attacks"])]
+    stages = {"no attack": "no attack"}
+    for *_, test in tested:
+        first = {s["attacks"][0]: n for n, s in test["suites"].items() if len(s["attacks"]) > 1}
+        for name, attack in test["attacks"].items():
+            suite = first.get(name, "").partition("#")[0].replace("autoattack", "AutoAttack")
+            label = f"{suite}:<br>{name}" if suite else f"then {name}" * bool(attack["after"])
+            stages.setdefault(name, label or name)
     height = 0.6 * len(tested) + 0.5
-    ticks = {i * height: _after(stage) for i, stage in enumerate(stages)}
     series = []
     for k, (record, checkpoint, test) in enumerate(tested):
         found = {"no attack": (test["clean_accuracy"], test["clean_interval"])}
         found |= {n: (a["accuracy"], a["interval"]) for n, a in test["attacks"].items()}
         place = (k - (len(tested) - 1) / 2) * 0.6
-        y = {name: height * stages.index(name) + place for name in found}
-        for suite in test["suites"].values():
-            if len(suite["attacks"]) > 1:
-                steps = ["no attack", *suite["attacks"]]
-                series.append(
-                    Series(
-                        name="", run=record.index, line="dot",
-                        x=[found[s][0] for s in steps], y=[y[s] for s in steps],
-                    )
-                )  # fmt: skip
         series.append(
             Series(
                 name=f"{record.name}, {checkpoint}" if several else record.name,
@@ -77,7 +67,7 @@ def attacks(records: Sequence[Record]) -> list[Figure]:
                 line=None,
                 mark="circle-open" if several and checkpoint == "last" else "circle",
                 x=[value for value, _ in found.values()],
-                y=list(y.values()),
+                y=[height * list(stages).index(name) + place for name in found],
                 low=[low for _, (low, _) in found.values()],
                 high=[high for _, (_, high) in found.values()],
                 sideways=True,
@@ -86,11 +76,8 @@ def attacks(records: Sequence[Record]) -> list[Figure]:
         )
     title = "Still classified correctly, with 95% intervals"
     x = Axis(label="test images", unit="%")
-    return [Chart(title=title, series=series, x=x, y=Axis(ticks=ticks))]
-
-
-def _after(stage: str) -> str:
-    return stage if stage == "no attack" else f"after {stage}"
+    y = Axis(ticks={i * height: label for i, label in enumerate(stages.values())})
+    return [Chart(title=title, series=series, x=x, y=y)] if series else []
 
 
 def gaps(records: Sequence[Record]) -> list[Figure]:
@@ -101,8 +88,7 @@ def gaps(records: Sequence[Record]) -> list[Figure]:
         for name, entry in record.checkpoints.items()
         if entry["gap"] is not None
     ]
-    if not places:
-        return []
+    marks: Mapping[Key, str] = {mark: split for split, mark in _MARKS.items()}
     charts: list[Figure] = []
     for key, title, unit in _CURVES[:2]:
         ticks, series = {}, []
@@ -117,38 +103,36 @@ def gaps(records: Sequence[Record]) -> list[Figure]:
             series += [
                 Series(
                     name=f"{record.name}, {checkpoint}, {split}", run=record.index,
-                    line=None, mark=_MARKS[split], sideways=True, listed=False,
+                    line=None, mark=_MARKS[split], sideways=True, legend="",
                     x=[f["value"]], y=[at + _PLACES[split]], low=[f["low"]], high=[f["high"]],
                 )
                 for split, f in figures.items()
             ]  # fmt: skip
-        charts.append(Chart(title=title, series=series, x=Axis(unit=unit), y=Axis(ticks=ticks)))
-    return charts
+        y_axis = Axis(ticks=ticks)
+        charts.append(Chart(title=title, series=series, x=Axis(unit=unit), y=y_axis, key=marks))
+    return charts if places else []
 
 
 def by_class(records: Sequence[Record]) -> list[Figure]:
-    """Clean and worst-case accuracy of every class at the best checkpoint."""
+    """Worst-case and clean accuracy of every class at the best checkpoint."""
     having = [(r, name, found) for r in records for name, found in _classes(r)]
-    if not having:
-        return []
     labels = list(dict.fromkeys(name for *_, found in having for name in found))
     height = max(0.8, 0.4 * len(having))
-    series = []
-    for k, (record, checkpoint, found) in enumerate(having):
-        place = (k - (len(having) - 1) / 2) * 0.35
-        y = [height * labels.index(name) + place for name in found]
-        marks: dict[str, Mark] = {"robust": "circle", "clean": "circle-open"}
-        series += [
+    axis = Axis(label="class", ticks={height * i: str(name) for i, name in enumerate(labels)})
+    charts: list[Figure] = []
+    for key, title in (("robust", "Worst-case accuracy"), ("clean", "Clean accuracy")):
+        series = [
             Series(
-                name=f"{record.name}, {checkpoint}, {key}", run=record.index, line=None, mark=mark,
-                x=[one[key] / one["count"] for one in found.values()], y=y, sideways=True,
+                name=f"{record.name}, {checkpoint}", legend=record.name, run=record.index,
+                line=None, mark="circle", sideways=True,
+                x=[one[key] / one["count"] for one in found.values()],
+                y=[height * labels.index(name) + (k - (len(having) - 1) / 2) * 0.35
+                   for name in found],
             )
-            for key, mark in marks.items()
+            for k, (record, checkpoint, found) in enumerate(having)
         ]  # fmt: skip
-    ticks = {height * i: str(name) for i, name in enumerate(labels)}
-    title = "Clean and worst-case accuracy by class"
-    y_axis = Axis(label="class", ticks=ticks)
-    return [Chart(title=title, series=series, x=Axis(unit="%"), y=y_axis)]
+        charts.append(Chart(title=f"{title} by class", series=series, x=Axis(unit="%"), y=axis))
+    return charts if having else []
 
 
 def _classes(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -162,18 +146,15 @@ def curves(records: Sequence[Record]) -> list[Figure]:
     """What was monitored during training, and the gap between train and validation."""
     charts: list[Figure] = []
     for key, title, unit in _CURVES:
-        lines = [
-            _curve(record, f"{record.name}, {split}", key, split)
-            for record in records
-            for split in ("train", "validation")
-        ]
-        charts += _if_any(title, lines, Axis(unit=unit))
+        lines = [_curve(r, key, split) for split in ("validation", "train") for r in records]
+        marks: Mapping[Key, str] = {"solid": "validation", "dash": "train", **_BEST}
+        charts += _if_any(title, lines, Axis(unit=unit), marks)
     for key, title, unit in _CURVES[:2]:
         way = "train − validation" if unit else "validation − train"
-        lines = [_curve(record, record.name, key, None) for record in records]
         gap: Unit = "pp" if unit else ""
         name = f"Gap of the {title.lower()} ({way})"
-        charts += _if_any(name, lines, Axis(unit=gap, label="pp" if unit else "", zero=True))
+        axis = Axis(unit=gap, zero=True)
+        charts += _if_any(name, [_curve(record, key, None) for record in records], axis, _BEST)
     names = dict.fromkeys(
         n for r in records for row in r.metrics for n in row.get("flatness") or {}
     )
@@ -184,11 +165,11 @@ def curves(records: Sequence[Record]) -> list[Figure]:
             y = [row["flatness"].get(name) for row in rows]
             x = [row["epoch"] for row in rows]
             lines.append(Series(name=record.name, run=record.index, x=x, y=y))
-        charts += _if_any(f"Flatness during training: {name}", lines, Axis())
+        charts += _if_any(f"Flatness during training: {name}", lines, Axis(), {})
     return charts
 
 
-def _curve(record: Record, name: str, key: str, split: str | None) -> Series:
+def _curve(record: Record, key: str, split: str | None) -> Series:
     """A monitored figure of a split over the epochs; of no split, its gap, larger if worse."""
     xs, ys = [], []
     for row in record.metrics:
@@ -206,15 +187,18 @@ def _curve(record: Record, name: str, key: str, split: str | None) -> Series:
             ys.append(train - held_out if key.endswith("accuracy") else held_out - train)
     best = max((row["epoch"] for row in record.metrics if row.get("is_best")), default=None)
     return Series(
-        name=name, run=record.index, x=xs, y=ys, line="dash" if split == "train" else "solid",
+        name=f"{record.name}, {split}" if split else record.name, legend=record.name,
+        run=record.index, x=xs, y=ys, line="dash" if split == "train" else "solid",
         dot=None if split == "train" else best,
     )  # fmt: skip
 
 
-def _if_any(title: str, lines: Sequence[Series], y: Axis) -> Iterator[Figure]:
+def _if_any(
+    title: str, lines: Sequence[Series], y: Axis, key: Mapping[Key, str]
+) -> Iterator[Figure]:
     kept = [line for line in lines if any(value is not None for value in line.y)]
     if kept:
-        yield Chart(title=title, series=kept, x=Axis(label="epoch"), y=y)
+        yield Chart(title=title, series=kept, x=Axis(label="epoch"), y=y, key=key)
 
 
 def spectra(records: Sequence[Record]) -> list[Figure]:
@@ -265,17 +249,22 @@ def landscapes(
     ]
     x = Axis(label=next(iter(found.values())).names[0])
     y = Axis(label=label, unit="%" if quantity == "accuracies" else "", log=bool(log))
-    return [Chart(title=f"{label.capitalize()} around the weights", series=series, x=x, y=y)]
+    kinds = {kind for one in found.values() for kind in one.mean(quantity)}
+    key: Mapping[Key, str] = {DASHES[kind]: KINDS[kind] for kind in DASHES if kind in kinds}
+    title = f"{label.capitalize()} around the weights"
+    return [Chart(title=title, series=series, x=x, y=y, key=key)]
 
 
 def _lines(
     one: Landscape, name: str, quantity: Quantity, number_of: Mapping[str, int]
 ) -> Iterator[Series]:
     spread = one.spread(quantity)
-    for kind, mean in one.mean(quantity).items():
-        wide = spread.get(kind)
+    means = one.mean(quantity)
+    for kind in sorted(means, key=[*DASHES, *means].index):  # the legend shows the first
+        mean, wide = means[kind], spread.get(kind)
         yield Series(
             name=", ".join(part for part in (name, KINDS.get(kind, kind)) if part),
+            legend=name if kind in DASHES else None,
             run=number_of[name], x=one.axes[0], y=mean.tolist(),
             low=None if wide is None else (mean - wide).tolist(),
             high=None if wide is None else (mean + wide).tolist(),

@@ -45,8 +45,8 @@ class Trace(Listener):
             self._write("training")
 
     def on_epoch(self, row: dict[str, Any]) -> None:
-        """An epoch was recorded; a run that reached its loss is over before its last."""
-        if row.get("reached_loss") or row["epoch"] == self._said["epochs"]:
+        """An epoch was recorded; a run may end before its last."""
+        if row.get("ended") or row["epoch"] == self._said["epochs"]:
             self._said["over"] = True
 
     def on_end(self) -> None:

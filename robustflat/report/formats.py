@@ -25,7 +25,8 @@ def table(rows: Sequence[Row], form: str, digits: int = 3) -> str:
     Args:
         rows: of runs, or of groups of runs.
         form: "md", "latex" (for the package booktabs), "csv" or "json". The first two have shares
-            in percent; the other two every digit, intervals and deviations.
+            in percent, their differences in points (pp); the other two every digit, intervals and
+            deviations.
         digits: significant ones of a figure without a deviation; one that has a deviation ends
             where the second digit of the deviation does.
 
@@ -41,13 +42,13 @@ def table(rows: Sequence[Row], form: str, digits: int = 3) -> str:
 
 def _texts(rows: Sequence[Row], digits: int) -> Iterator[list[str]]:
     names = columns(rows)
-    share = {n: next(r.cells[n].share for r in rows if n in r.cells) for n in names}
+    unit = {n: next(r.cells[n].unit for r in rows if n in r.cells) for n in names}
     several = any(len(row.seeds) > 1 for row in rows)
     heads = ["run", "method", "seeds" if several else "seed", "weights"]
-    yield [*heads, *(label_of(n, rows) + (" (%)" if share[n] else "") for n in names)]
+    yield [*heads, *(label_of(n, rows) + (f" ({unit[n]})" if unit[n] else "") for n in names)]
     for row in rows:
         about = [row.run, row.method, seeds_of(row), row.weights or "-"]
-        yield [*about, *(shown(row.cells.get(n), digits, row, unit="") for n in names)]
+        yield [*about, *(shown(row.cells.get(n), digits, row, units=False) for n in names)]
 
 
 def _markdown(rows: Sequence[Row], digits: int) -> str:

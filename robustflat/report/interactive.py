@@ -5,6 +5,8 @@ A colour is written ``@name@`` and looked up where the figure is drawn, in the t
 
 from __future__ import annotations
 
+import base64
+import gzip
 import math
 from collections.abc import Sequence
 from importlib import resources
@@ -19,10 +21,9 @@ _ROW = 34  # Height of a named place, in pixels.
 
 
 def library() -> str:
-    """Plotly's script, all of it, to be put into a page."""
+    """Plotly's script, all of it, to be put into a page: by gzip, in base 64."""
     found = resources.files("plotly") / "package_data" / "plotly.min.js"
-    # The element would end where its text says so.
-    return found.read_text("utf-8").replace("</script", "<\\/script")
+    return base64.b64encode(gzip.compress(found.read_bytes(), mtime=0)).decode()
 
 
 def plotly(figure: Figure, *, surface: bool = False) -> _Json:
@@ -34,12 +35,16 @@ def plotly(figure: Figure, *, surface: bool = False) -> _Json:
     """
     if isinstance(figure, Plane):
         return _surface(figure) if surface else _contour(figure)
-    data = [trace for series in figure.series for trace in _traces(series, figure.x, figure.y)]
+    data = [
+        trace
+        for series, said in zip(figure.series, figure.legend, strict=True)
+        for trace in _traces(series, figure.x, figure.y, listed=bool(said))
+    ]
     rows = list(figure.y.ticks)
     if not rows:
         side = _axis(figure.y)
-        known = [v for trace in data for v in trace["y"] if v is not None]
-        if figure.y.log and known and max(known) < 300 * min(known):
+        values = [v for trace in data for v in trace["y"] if v is not None]
+        if figure.y.log and values and max(values) < 300 * min(values):
             side |= {"dtick": "D2", "tickformat": "~g"}  # 1, 2, 5 where powers alone are too few
         axes = {"xaxis": _axis(figure.x), "yaxis": side, "hovermode": "x"}
         return {"data": data, "layout": {**_layout(340), **axes}}
@@ -48,7 +53,10 @@ def plotly(figure: Figure, *, surface: bool = False) -> _Json:
     first, last = min(*rows, *places) - 0.6, max(*rows, *places) + 0.6
     height, ends = round(60 + _ROW * (last - first)), {"range": [last, first]}
     axes = {"xaxis": _axis(figure.x), "yaxis": _axis(figure.y) | ends, "hovermode": "closest"}
-    return {"data": data, "layout": {**_layout(height), **axes}}
+    layout = {**_layout(height), **axes}
+    if any(series.text for series in figure.series):
+        layout["margin"]["r"] = 40  # for words beside what stands at the edge
+    return {"data": data, "layout": layout}
 
 
 def resolved(figure: Figure, theme: str = "light", *, surface: bool = False) -> _Json:
@@ -93,7 +101,11 @@ def _layout(height: int) -> _Json:
 
 def _axis(axis: Axis) -> _Json:
     found: _Json = {
-        "title": {"text": axis.label, "standoff": 8, "font": {"size": 13}},
+        "title": {
+            "text": axis.label if axis.unit == "%" else axis.title,
+            "standoff": 8,
+            "font": {"size": 13},
+        },
         "automargin": True,
         "gridcolor": "@line@",
         "linecolor": "@line@",
@@ -111,7 +123,7 @@ def _axis(axis: Axis) -> _Json:
     return found
 
 
-def _traces(series: Series, x_axis: Axis, y_axis: Axis) -> list[_Json]:
+def _traces(series: Series, x_axis: Axis, y_axis: Axis, *, listed: bool) -> list[_Json]:
     xs, ys = drawn(series.x, x_axis), drawn(series.y, y_axis)
     unit = (x_axis if series.sideways else y_axis).unit
     value = "%{x:.1f}" if series.sideways else "%{y:.4~g}"
@@ -120,39 +132,49 @@ def _traces(series: Series, x_axis: Axis, y_axis: Axis) -> list[_Json]:
         "mode": "+".join(
             m for m, on in (("lines", series.line), ("markers", _marked(series))) if on
         ),
-        "name": series.name,
+        "name": series.listed,
+        "legendgroup": series.listed,
         "x": xs,
         "y": ys,
-        "showlegend": bool(series.name) and series.listed,
+        "showlegend": listed,
         "connectgaps": False,
-        "meta": {"run": series.run},
+        "meta": {"run": series.run, "name": series.name},
         "line": {"color": _colour(series.run), "dash": series.line or "solid", "width": 2},
         "marker": {"color": _colour(series.run), "opacity": 1, **_marks(series)},
         "hovertemplate": f"{value}{unit and ' ' + unit}<extra>{_plain(series.name)}</extra>",
     }
-    if series.text is not None:
-        trace |= {"text": list(series.text), "textposition": "top center", "mode": "markers+text"}
-        trace["textfont"] = {"size": 10}
     if series.faint:
         trace["line"] |= {"color": _colour(series.run, "33"), "width": 8}
         trace |= {"hoverinfo": "skip", "hovertemplate": None}
+    texts = [] if series.text is None else [_texts(series, x_axis, ys)]
     if series.low is None or series.high is None:
-        return [trace]
+        return [trace, *texts]
     along = x_axis if series.sideways else y_axis
     low, high = drawn(series.low, along), drawn(series.high, along)
     if series.sideways:
         trace["error_x"] = _whiskers(xs, low, high) | {"color": _colour(series.run, "99")}
-        return [trace]
+        return [trace, *texts]
     if series.line is None:
         trace["error_y"] = _whiskers(ys, low, high) | {"color": _colour(series.run, "99")}
         return [trace]
     edge = {
         "type": "scatter", "mode": "lines", "x": xs, "hoverinfo": "skip", "showlegend": False,
         "line": {"width": 0, "color": _colour(series.run)}, "meta": {"run": series.run},
-        "connectgaps": False,
+        "connectgaps": False, "name": "",
     }  # fmt: skip
     fill = {"fill": "tonexty", "fillcolor": _colour(series.run, "26")}
     return [{**edge, "y": low}, {**edge, "y": high, **fill}, trace]
+
+
+def _texts(series: Series, x_axis: Axis, ys: Sequence[float | None]) -> _Json:
+    """Words at the right of each point, or of its whisker."""
+    return {
+        "type": "scatter", "mode": "text", "name": "", "showlegend": False, "hoverinfo": "skip",
+        "x": drawn(series.high or series.x, x_axis), "y": ys,
+        "text": [f"\u00a0{text}" for text in series.text or ()],
+        "textposition": "middle right", "textfont": {"size": 11}, "cliponaxis": False,
+        "meta": {"run": series.run},
+    }  # fmt: skip
 
 
 def _marked(series: Series) -> bool:

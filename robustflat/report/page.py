@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -18,24 +18,29 @@ from robustflat.landscapes import Landscape
 from robustflat.report import figures, interactive, palette
 from robustflat.report import page_tables as tables
 from robustflat.report import page_text as text
-from robustflat.report.chart import Chart, Figure, Plane, is_empty
+from robustflat.report.chart import Chart, Figure, Key, Plane, is_empty
 from robustflat.report.landscape_picture import circumstances
 from robustflat.report.page_pictures import Pictures, pictures
 from robustflat.report.page_tables import Table
-from robustflat.report.record import Record, read_records
+from robustflat.report.record import Record, read_records, tests
 from robustflat.runs.comparison import limits, whole
 from robustflat.train.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A figure as the template shows it; ``spec`` is None where there is nothing to draw."""
+    """A figure as the template shows it; ``spec`` is None where there is nothing to draw.
+
+    ``wide``: it has rows with names, which take the width of the page.
+    """
 
     title: str
     run: int | None
     spec: dict[str, Any] | None
     surface: dict[str, Any] | None = None
     table: Table | None = None
+    key: Mapping[Key, str] = field(default_factory=dict)
+    wide: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +50,25 @@ class Section:
     Attributes:
         title: its heading.
         about: what the figures mean.
-        key: the marks that are used, by their class in page.css, and what they stand for.
         tables: in sight, before the figures.
         figures: that are drawn.
         pictures: example images.
         details: tables to unfold, and their summaries.
-        missing: runs that are not shown, why, and the command that mends it.
+        missing: runs that are not shown, why, and the command that mends it for all of them.
     """
 
     title: str
     about: str = ""
-    key: Sequence[tuple[str, str]] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[Drawn] = ()
     pictures: Sequence[Pictures] = ()
     details: Sequence[tuple[str, Table]] = ()
-    missing: Sequence[tuple[Record, str, str]] = ()
+    missing: Sequence[tuple[Sequence[Record], str, str]] = ()
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What lines and marks of the figures stand for."""
+        return {mark: said for figure in self.figures for mark, said in figure.key.items()}
 
 
 def write_page(folders: Sequence[RunFolder], output: Path) -> None:
@@ -113,7 +121,7 @@ def _render(*, sections: Sequence[Section], title: str, **more: Any) -> str:
     )  # fmt: skip
     draws = any(figure.spec for section in sections for figure in section.figures)
     nothing: dict[str, Any] = dict.fromkeys(("records", "doubts", "limits", "configurations"), ())
-    nothing |= {"lead": "", "tested": False, "settings": None, "environments": None}
+    nothing |= {"lead": "", "tested": False, "settings": None, "environments": None, "alike": False}
     return environment.get_template("page.html").render(
         **{**nothing, **more}, title=title, sections=sections, draws=draws,
         style=Markup(_own("page.css") + _colours()), script=Markup(_own("page.js")),
@@ -134,6 +142,7 @@ def _colours() -> str:
     }
     roles = "".join(f" --{role}: {c};" for role, c in palette.ROLES["dark"].items())
     more = " --panel: #212125; --warn: #f0b45c; --warn-panel: #2d2415; --mark: #4a3f14;"
+    more += " --shade: #000c;"
     return (
         f"{runs['light']}\n@media screen and (prefers-color-scheme: dark) "
         f"{{ :root {{{roles}{more} }} {runs['dark']} }}"
@@ -151,9 +160,10 @@ def _report(records: Sequence[Record]) -> dict[str, Any]:
         "records": records,
         "doubts": text.doubts(records),
         "limits": limits([record.folder for record in records]),
-        "tested": bool(text.tests(records)),
+        "tested": bool(tests(records)),
         "sections": _sections(records),
-        "settings": tables.settings(records) if len(records) > 1 else None,
+        "settings": tables.settings(records),
+        "alike": sum(record.config is not None for record in records) > 1,
         "configurations": [
             (record, [(line, line not in common) for line in own])
             for record, own in zip(records, lines, strict=True)
@@ -164,7 +174,7 @@ def _report(records: Sequence[Record]) -> dict[str, Any]:
 
 def _sections(records: Sequence[Record]) -> list[Section]:
     evaluated = [r for r in records if r.evaluation is not None]
-    tested = [r for r in evaluated if text.tests([r])]
+    tested = [r for r in evaluated if tests([r])]
     gauged = [r for r in evaluated if any(entry["gap"] for entry in r.checkpoints.values())]
     runs = [r for r in records if r.config]
     monitored = [r for r in runs if any(row.get("monitor") for row in r.metrics)]
@@ -173,6 +183,7 @@ def _sections(records: Sequence[Record]) -> list[Section]:
     compared = [r for r in records if r.row.cells]
     part = partial(_section, records)
     together = tables.seeds(records)
+    seen = pictures(tested)
     return [
         part(
             "Comparison", compared, "evaluate", lambda _: _COMPARISON,
@@ -185,23 +196,20 @@ def _sections(records: Sequence[Record]) -> list[Section]:
             details={"Each attack in numbers": tables.attacks},
         ),
         *(
-            [Section(title="By class", about=_CLASSES, figures=[*map(_drawn, found)],
-                     key=[("dot", "worst case"), ("hollow", "clean")])]
+            [Section(title="By class", about=_CLASSES, figures=[*map(_drawn, found)])]
             if (found := figures.by_class(tested)) else []
         ),
-        *(
-            [Section(title="Examples", about=_EXAMPLES, pictures=seen)]
-            if (seen := pictures(tested)) else []
+        Section(
+            title="Examples", about=_EXAMPLES if seen else "", pictures=list(seen.values()),
+            missing=_missing([r for r in records if r.index not in seen], "evaluate"),
         ),
         part(
             "Robust-generalization gap", gauged, "evaluate", text.about_gaps, figures.gaps,
-            key=[("square", "train"), ("hollow", "validation"), ("dot", "test")],
             details={"Clean and robust figures of every split": tables.gaps},
         ),
         *(
             [_section(
                 runs, "Learning curves", monitored, "train", text.about_curves, figures.curves,
-                key=[("dashed", "train"), ("solid", "validation"), ("dot", "best checkpoint")],
             )] if runs else []
         ),
         part(
@@ -211,7 +219,6 @@ def _sections(records: Sequence[Record]) -> list[Section]:
         part(
             "Weight-loss landscape", drawn, "landscape", text.about_landscapes,
             figures.of_landscapes,
-            key=[("solid", "robust"), ("dashed", "clean"), ("dotted", "robust, examples fixed")],
         ),
     ]  # fmt: skip
 
@@ -220,9 +227,9 @@ _COMPARISON = (
     "Every attack ran on all images that the model classifies; the worst case counts an image as "
     "lost if any of them broke it. A figure that was measured under other circumstances than the "
     "others (threat, images, options, checkpoint) says so beneath it. Beneath a figure: its 95% "
-    "interval, or the standard error of a sharpness. Bold: better than in every other run by more "
-    "than those intervals (1.96 standard errors) can explain. Smaller gaps are better, and lower "
-    "sharpness is flatter."
+    "interval, or the standard error of a sharpness (over directions and images together). Bold: "
+    "better than in every other run by more than those intervals (1.96 standard errors) can "
+    "explain. pp: percentage points. Smaller gaps are better, and lower sharpness is flatter."
 )
 _SEEDS = (
     "Runs that differ in nothing but their seed (and in names and places), taken together: mean ± "
@@ -247,18 +254,16 @@ def _section(
     about: Callable[[Sequence[Record]], str],
     figures_of: Callable[[Sequence[Record]], Sequence[Figure]] = lambda _: (),
     *,
-    key: Sequence[tuple[str, str]] = (),
     tables: Sequence[Table] = (),
     details: Mapping[str, Callable[[Sequence[Record]], Table]] | None = None,
 ) -> Section:
     """Figures of the runs that have them, what they mean, and how the others get them."""
-    missing = [_missing(record, command) for record in records if record not in having]
+    missing = _missing([record for record in records if record not in having], command)
     if not having:
         return Section(title=title, missing=missing)
     return Section(
         title=title,
         about=about(having),
-        key=key,
         tables=tables,
         figures=[_drawn(figure) for figure in figures_of(having)],
         details=[(summary, make(having)) for summary, make in (details or {}).items()],
@@ -266,16 +271,26 @@ def _section(
     )
 
 
-def _missing(record: Record, command: str) -> tuple[Record, str, str]:
-    """Why a run is not in a figure, and the command that mends it."""
-    if record.config is None:
-        return record, "not measured: run", f"robustflat {command} MODEL, with what was said of it"
-    if command != "train":
-        return record, "not measured: run", f"robustflat {command} {record.root}"
-    if record.metrics:
-        return record, "not monitored: see its setting", "monitor.every"
-    usage = f"robustflat train {record.root}/config.yaml --resume"
-    return record, "not measured: run", usage
+def _missing(records: Sequence[Record], command: str) -> list[tuple[Sequence[Record], str, str]]:
+    """Which runs are not in a figure, why, and the command that mends it."""
+    why: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        said, usage = "not measured: run", f"robustflat {command}"
+        if r.config is None:
+            usage += " MODEL, with what was said of it"
+        elif command == "train" and r.metrics:
+            said, usage = "not monitored: see the setting", "monitor.every"
+        elif command == "train":
+            usage += f" {r.root}/config.yaml --resume"
+        why.setdefault((said, usage), []).append(r)
+    return [
+        (
+            found,
+            said,
+            " ".join([usage, *(r.root for r in found)]) if usage.count(" ") == 1 else usage,
+        )
+        for (said, usage), found in why.items()
+    ]
 
 
 def _drawn(figure: Figure) -> Drawn:
@@ -286,7 +301,10 @@ def _drawn(figure: Figure) -> Drawn:
     if isinstance(figure, Plane):
         surface = interactive.plotly(figure, surface=True)
         return Drawn(title=figure.title, run=run, spec=spec, surface=surface)
-    return Drawn(title=figure.title, run=run, spec=spec, table=_numbers(figure))
+    return Drawn(
+        title=figure.title, run=run, spec=spec, table=_numbers(figure), key=figure.key,
+        wide=any(series.text for series in figure.series),
+    )  # fmt: skip
 
 
 def _numbers(chart: Chart) -> Table:

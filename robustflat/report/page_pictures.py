@@ -37,9 +37,9 @@ class Pictures:
     rows: Sequence[tuple[str, Sequence[Shot]]]
 
 
-def pictures(records: Sequence[Record]) -> list[Pictures]:
-    """The examples of every run that has them, at the best checkpoint if there are several."""
-    return [found for record in records for found in list(_of(record))[:1]]
+def pictures(records: Sequence[Record]) -> dict[int, Pictures]:
+    """The examples of the runs that have them, at the best checkpoint if there are several."""
+    return {record.index: found for record in records for found in list(_of(record))[:1]}
 
 
 def _of(record: Record) -> Iterator[Pictures]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustflat.flatness import MEASURES
-from robustflat.report.chart import Unit, number
+from robustflat.report.chart import UNITS, number, significant
 from robustflat.report.record import Record, state_of
 from robustflat.report.tables import label_of, seeds_of, shown
-from robustflat.runs.comparison import Cell, columns, effect_of, label
+from robustflat.runs.comparison import Cell, Row, Unit, columns, effect_of, is_usual, label
 from robustflat.runs.grouping import by_seed
 from robustflat.train.folder import flattened
 
@@ -110,7 +110,7 @@ def _merged(
     if not found:
         return Item(text="–", run=r.index)
     said, cell = found[0]
-    unit: Unit = ("pp" if metric in _GAPS else "%") if cell.share else ""
+    unit = cell.unit
     small = [*_spread(cell, unit, error), *([said] if said else [])]
     for said, other in found[1:]:
         small.append(f"{said}: {number(other.value, unit)}")
@@ -134,7 +134,7 @@ def _spread(cell: Cell, unit: Unit, error: bool) -> list[str]:
     if cell.value is None or cell.low is None or cell.high is None:
         return []
     if error:
-        return [f"± {cell.value - cell.low:.2g}"]
+        return [f"± {significant(cell.value - cell.low, 2)}"]
     return [f"{_bare(cell.low, unit)} to {number(cell.high, unit)}"]
 
 
@@ -175,14 +175,11 @@ def seeds(records: Sequence[Record]) -> Table | None:
     heads = [Item(text=label_of(name, groups)) for name in names]
     lines = [
         Line(
-            head=Item(text=group.run, small=[group.method, f"seeds {seeds_of(group)}"]),
-            cells=[
-                Item(
-                    text=shown(cell, row=group), value=cell.value if cell else None,
-                    small=[f"n = {cell.count}"] if cell else [],
-                )
-                for cell in (group.cells.get(name) for name in names)
-            ],
+            head=Item(
+                text=group.run,
+                small=[group.method, f"n = {len(group.seeds)}: seeds {seeds_of(group)}"],
+            ),
+            cells=[_mean(group.cells.get(name), group) for name in names],
         )
         for group in groups
     ]  # fmt: skip
@@ -190,6 +187,13 @@ def seeds(records: Sequence[Record]) -> Table | None:
     return Table(
         caption="Mean ± standard deviation over seeds", heads=heads, lines=lines, sorts=True
     )
+
+
+def _mean(cell: Cell | None, group: Row) -> Item:
+    mean, _, spread = shown(cell, row=group).partition(" ± ")
+    small = [f"± {spread}"] if spread else []
+    mean += UNITS[cell.unit] if cell and spread else ""
+    return Item(text=mean, value=cell.value if cell else None, small=small)
 
 
 def flatness(records: Sequence[Record]) -> Table:
@@ -200,7 +204,8 @@ def flatness(records: Sequence[Record]) -> Table:
         balls = dict.fromkeys(_ball(figure) for figure in found if figure is not None)
         one = len(balls) == 1
         about = [MEASURES[name].summary if name in MEASURES else "", *(balls if one else ())]
-        head = Item(text=label(name), small=[line for line in about if line])
+        small = [line for line in about if line]
+        head = Item(text=label(name), small=small, kind="long")
         cells = [_flatness(r, f, ball=not one) for r, f in zip(records, found, strict=True)]
         lines.append(Line(head=head, cells=cells))
     return Table(caption="Measures of flatness", heads=_heads(records), lines=lines)
@@ -253,13 +258,19 @@ def gaps(records: Sequence[Record]) -> Table:
 
 
 def settings(records: Sequence[Record]) -> Table | None:
-    """The settings in which the runs differ, of those that can change their weights."""
-    flat = [effect_of(record.config) if record.config else {} for record in records]
+    """The settings in which the runs differ, of those that can change their weights.
+
+    What only some methods have is left out where these have it as usual.
+    """
+    flat = {r.index: effect_of(r.config) for r in records if r.config}
     lines = []
-    for key in dict.fromkeys(k for one in flat for k in one):
+    for key in dict.fromkeys(k for one in flat.values() for k in one):
         # A key that a method does not have says no more than null does.
-        if len({json.dumps(one.get(key)) for one in flat}) > 1:
-            cells = [_plain(r, one.get(key, "–")) for r, one in zip(records, flat, strict=True)]
+        if len({json.dumps(one.get(key)) for one in flat.values()}) < 2:
+            continue
+        having = [r.config for r in records if r.config and key in flat[r.index]]
+        if len(having) == len(flat) or not all(is_usual(config, key) for config in having):
+            cells = [_plain(r, flat.get(r.index, {}).get(key, "–")) for r in records]
             lines.append(Line(head=Item(text=key, kind="code"), cells=cells))
     if not lines:
         return None
@@ -306,9 +317,9 @@ def _flatness(record: Record, figure: dict[str, Any] | None, *, ball: bool) -> I
     spread, details = figure["standard_error"], figure.get("details") or {}
     small = []
     if spread is not None:
-        small.append(f"± {spread:.2g} over directions")
-    if details.get("example_standard_error") is not None:
-        small.append(f"± {details['example_standard_error']:.2g} over images")
+        small.append(f"± {significant(spread, 2)} over directions")
+    if (images := details.get("example_standard_error")) is not None:
+        small.append(f"± {significant(images, 2)} over images")
     if ball and _ball(figure):
         small.append(_ball(figure))
     at = figure["value"]

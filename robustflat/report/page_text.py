@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from robustflat.report.landscape_picture import circumstances
-from robustflat.report.record import Record, state_of
+from robustflat.report.record import Record, state_of, tests
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 
@@ -45,8 +45,8 @@ def about_attacks(records: Sequence[Record]) -> str:
     """How robust accuracy was measured."""
     return (
         f"The share of test images that are still classified correctly, under {_threats(records)}. "
-        "Each attack runs on all images that the model classifies; attacks that belong together "
-        "run one after the other on what is left, and a dotted line joins them. "
+        'Each attack runs on all images that the model classifies, but "then" one after the '
+        "attack above it, on what that left. "
         "An image counts as broken only if its adversarial example lies inside the ball and the "
         "image box and is misclassified in single precision. Whiskers: Wilson's 95% intervals, "
         "which tell of the finite number of test images, not of other seeds of training. "
@@ -122,16 +122,6 @@ def about_landscapes(records: Sequence[Record]) -> str:
 def as_sentence(text: str) -> str:
     """Words with a capital in front and a full stop behind."""
     return text and f"{text[0].upper()}{text[1:]}."
-
-
-def tests(records: Iterable[Record]) -> list[tuple[Record, str, dict[str, Any]]]:
-    """Runs, checkpoints and what the attacks did there."""
-    return [
-        (record, name, entry["test"])
-        for record in records
-        for name, entry in record.checkpoints.items()
-        if entry["test"] is not None
-    ]
 
 
 def agreed(texts: Iterable[str]) -> str:

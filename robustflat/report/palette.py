@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-# One colour for each run. Found by search: every two are at least 38 apart in CIE Lab, also as seen
-# with protanopia, deuteranopia and tritanopia (Machado et al. 2009), and each has at least the
-# contrast of 3 to 1 with its page that WCAG 2.1 asks of graphics.
-LIGHT = ("#003597", "#ce7d00", "#3ba171", "#a382bd", "#5e2500", "#140015")
-DARK = ("#0075d0", "#d02f06", "#5bffa2", "#a6496e", "#ffca00", "#d3e6ff")
+# One colour for each run: blue, orange, green, purple, red, grey, on both pages. Found by search:
+# every two are at least 32 apart in CIE Lab, also as seen with protanopia, deuteranopia and
+# tritanopia (Machado et al. 2009), and each has at least the contrast of 3 to 1 with its page that
+# WCAG 2.1 asks of graphics.
+LIGHT = ("#1238c8", "#d77903", "#31a371", "#a253a8", "#9d0000", "#413238")
+DARK = ("#697dfb", "#f8992d", "#95efbc", "#ecabf3", "#c24029", "#6d7173")
 # Roles of a page, by theme.
 ROLES = {
     "light": {"ink": "#1c1c1e", "soft": "#5f5f66", "line": "#dcdce0", "page": "#ffffff"},

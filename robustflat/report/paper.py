@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
+from matplotlib.lines import Line2D
 
 from robustflat.errors import UserError
-from robustflat.report.chart import Axis, Chart, Series, drawn
+from robustflat.report.chart import Axis, Chart, Key, Series, drawn
 from robustflat.report.palette import colour
 
+_GREY = "#5f5f66"
 _STYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 _MARKERS = {"circle": "o", "circle-open": "o", "square": "s"}
 
 
-def draw(figures: Sequence[Chart], columns: int = 2) -> Picture:
+def draw(figures: Sequence[Chart], columns: int = 2, title: str = "") -> Picture:
     """Figures in panels, row by row.
 
     Args:
         figures: at least one.
         columns: how many panels stand side by side.
+        title: of all.
 
     Raises:
         UserError: if there is none.
@@ -35,6 +38,8 @@ def draw(figures: Sequence[Chart], columns: int = 2) -> Picture:
     rows = [figures[at : at + columns] for at in range(0, len(figures), columns)]
     heights = [max(_height(figure) for figure in row) for row in rows]
     picture = Picture(figsize=(5.4 * columns, sum(heights)), layout="constrained")
+    if title:
+        picture.suptitle(title, fontsize=11)
     panels = picture.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for panel, figure in zip(panels.flatten(), figures, strict=False):
         panel.set_title(figure.title, fontsize=10, loc="left")
@@ -65,42 +70,37 @@ def _height(figure: Chart) -> float:
 
 
 def _chart(panel: Axes, chart: Chart) -> None:
-    for series in chart.series:
-        _series(panel, series, chart)
+    for series, said in zip(chart.series, chart.legend, strict=True):
+        _series(panel, series, chart, said or "_")
     _axis(panel.xaxis, chart.x)
     _axis(panel.yaxis, chart.y)
     if chart.y.ticks:
         panel.invert_yaxis()
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.2)
-    if any(series.name and series.listed for series in chart.series):
-        panel.legend(frameon=False, fontsize=8)
+    handles, names = panel.get_legend_handles_labels()
+    found = dict(zip(names, handles, strict=True))
+    for style, meaning in chart.key.items():
+        line = {"linestyle": "none", **_style(style)}
+        found[meaning] = Line2D([], [], color=_GREY, **line)
+    if found:
+        panel.legend(list(found.values()), list(found), frameon=False, fontsize=8)
 
 
-def _series(panel: Axes, series: Series, chart: Chart) -> None:
+def _series(panel: Axes, series: Series, chart: Chart, label: str) -> None:
     shade = colour(series.run)
     x, y = (np.array(drawn(v, a), float) for v, a in ((series.x, chart.x), (series.y, chart.y)))
-    style: dict[str, Any] = {"color": shade, "linestyle": _STYLES[series.line or "solid"]}
-    if series.line is None:
-        style["linestyle"] = "none"
-    if series.mark is not None:
-        face = "none" if series.mark == "circle-open" else shade
-        style |= {"marker": _MARKERS[series.mark], "markersize": 5, "markerfacecolor": face}
+    style = {"color": shade, "linestyle": "none", **_style(series.line), **_style(series.mark)}
     if series.faint:
         style |= {"linewidth": 6, "alpha": 0.2, "solid_capstyle": "round"}
-    panel.plot(x, y, label=series.name if series.name and series.listed else "_", **style)
+    panel.plot(x, y, label=label, **style)
     for i in range(len(x)):
         lost = all(not 0 <= j < len(x) or math.isnan(y[j]) for j in (i - 1, i + 1))
         if series.mark is None and (series.x[i] == series.dot or lost):
             panel.plot(x[i], y[i], "o", color=shade, markersize=6 if not lost else 3)
-    for said, at in zip(series.text or (), zip(x, y, strict=True), strict=False):
-        over: dict[str, Any] = {
-            "xytext": (0, 5),
-            "textcoords": "offset points",
-            "ha": "center",
-            "fontsize": 7,
-        }
-        panel.annotate(said, at, **over)
+    beside = x if series.high is None else drawn(series.high, chart.x)
+    for said, at in zip(series.text or (), zip(beside, y, strict=True), strict=False):
+        panel.annotate(said, at, (4, 0), textcoords="offset points", va="center", fontsize=7)
     if series.low is None or series.high is None:
         return
     along = chart.x if series.sideways else chart.y
@@ -115,8 +115,18 @@ def _series(panel: Axes, series: Series, chart: Chart) -> None:
         panel.fill_between(x, low, high, color=shade, alpha=0.15, linewidth=0)
 
 
+def _style(style: Key | None) -> dict[str, Any]:
+    """Of a line or a mark, for matplotlib."""
+    if style in _STYLES:
+        return {"linestyle": _STYLES[style]}
+    if style is None:
+        return {}
+    found = {"marker": _MARKERS[style], "markersize": 5}
+    return found | ({"markerfacecolor": "none"} if style == "circle-open" else {})
+
+
 def _axis(side: Any, axis: Axis) -> None:
-    side.set_label_text(" ".join(filter(None, (axis.label, "%" if axis.unit == "%" else ""))))
+    side.set_label_text(axis.title)
     if axis.log:
         side.axes.set(**{f"{side.axis_name}scale": "log"})
     if axis.ticks:
@@ -126,4 +136,4 @@ def _axis(side: Any, axis: Axis) -> None:
         side.axes.tick_params(side.axis_name, labelsize=8, length=0)
     if axis.zero:
         line = side.axes.axhline if side.axis_name == "y" else side.axes.axvline
-        line(0, color="#5f5f66", linewidth=0.8)
+        line(0, color=_GREY, linewidth=0.8)

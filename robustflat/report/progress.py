@@ -147,6 +147,8 @@ def figures(row: Mapping[str, Any]) -> list[str]:
         parts.append("(averaged weights)")
     if row["is_best"]:
         parts.append("best")
+    if row.get("ended"):
+        parts.append(f"ends here (train.{row['ended']})")
     if row.get("alarm") and row["alarm"]["epoch"] == row["epoch"]:
         parts.append("collapsed")
     return parts

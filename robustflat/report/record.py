@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,16 @@ def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record
             if found.kind in ("line", "plane")
         },
     )
+
+
+def tests(records: Iterable[Record]) -> list[tuple[Record, str, dict[str, Any]]]:
+    """Runs, checkpoints and what the attacks did there."""
+    return [
+        (record, name, entry["test"])
+        for record in records
+        for name, entry in record.checkpoints.items()
+        if entry["test"] is not None
+    ]
 
 
 def state_of(checkpoint: str, epoch: int | None) -> str:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from robustflat.errors import UserError
-from robustflat.report.palette import colour as colour_of
+from robustflat.report import paper
+from robustflat.report.chart import Axis, Chart, Series
+from robustflat.runs.comparison import Unit
 from robustflat.study.grid import plain
 from robustflat.study.ranking import LEVEL, SEED, Estimate
-from robustflat.study.result import Ranking, RunResult, StudyResult
+from robustflat.study.result import Ranking, StudyResult
 from robustflat.study.targets import TARGETS
 
 # Widest range of positive values that is still drawn on a linear axis.
@@ -103,26 +103,24 @@ def save_tables(result: StudyResult, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def save_plots(result: StudyResult, folder: str | os.PathLike[str], dpi: int = 120) -> list[Path]:
+def save_plots(result: StudyResult, folder: Path) -> list[Path]:
     """Write one PNG for each measure and target.
 
     Raises:
         UserError: if the folder cannot be written.
     """
     written = []
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in result.study.measures:
-            for target in result.study.targets:
-                written.append(Path(folder) / f"{name}-{target}.png")
-                scatter(result, name, target).savefig(written[-1], dpi=dpi)
-    except OSError as error:
-        raise UserError(f"The plots cannot be written to {folder}: {error}.") from error
+    for name in result.study.measures:
+        for target in result.study.targets:
+            written.append(folder / f"{name}-{target}.png")
+            tau = result.rankings[target][name].tau
+            title = "tau undefined" if tau.value is None else f"tau {_ends(tau)}"
+            paper.save(paper.draw(scatter(result, name, target), 3, title), written[-1])
     return written
 
 
-def scatter(result: StudyResult, measure: str, target: str) -> Figure:
-    """One measure against one target: a panel for each factor, coloured by its levels.
+def scatter(result: StudyResult, measure: str, target: str) -> list[Chart]:
+    """One measure against one target: a chart for each factor, coloured by its levels.
 
     A point is a run; the bar is the target's interval over images. Runs that are not ranked are
     left out.
@@ -131,66 +129,43 @@ def scatter(result: StudyResult, measure: str, target: str) -> Figure:
         result: of the study.
         measure: its name.
         target: its name.
-
-    Returns:
-        The figure, of no window: save it with ``savefig``.
     """
-    factors = [f for f in result.study.factor_paths() if f != SEED] or [SEED]
-    columns = min(len(factors), 3)
-    rows = -(-len(factors) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    runs = [r for r in result.runs if r.run not in result.left_out]
-    ranking = result.rankings[target][measure]
-    for panel, factor in zip(panels, factors, strict=False):
-        _panel(panel, runs, measure, target, factor)
-        axis = ranking.axes.get(factor)
+    points = [
+        (run.factors, x, run.measured["targets"][target])
+        for run in result.runs
+        if run.run not in result.left_out
+        and (x := run.measure(measure)) is not None
+        and run.target(target) is not None
+    ]
+    values = [x for _, x, _ in points]
+    wide = bool(values) and min(values) > 0 and max(values) > _LINEAR_RANGE * min(values)
+    unit: Unit = ("pp" if target.startswith("gap") else "%") if TARGETS[target].percent else ""
+    charts = []
+    for factor in [f for f in result.study.factor_paths() if f != SEED] or [SEED]:
+        series = []
+        for i, level in enumerate(_levels([factors.get(factor) for factors, *_ in points])):
+            own = [(x, y) for factors, x, y in points if factors.get(factor) == level]
+            ends = {key: [y[key] for _, y in own] for key in ("value", "low", "high")}
+            series.append(
+                Series(
+                    name=_level(level), run=i, line=None, mark="circle", x=[x for x, _ in own],
+                    y=ends["value"], low=ends["low"], high=ends["high"],
+                )
+            )  # fmt: skip
+        axis = result.rankings[target][measure].axes.get(factor)
         granulated = "" if axis is None or axis.value is None else f", granulated {_ends(axis)}"
-        panel.set_title(f"{factor}{granulated}", fontsize=9)
-    for panel in panels[len(factors) :]:
-        panel.set_visible(False)
-    tau = ranking.tau
-    figure.suptitle("tau undefined" if tau.value is None else f"tau {_ends(tau)}", fontsize=10)
-    return figure
+        x_axis = Axis(label=measure.replace("_", " "), log=wide)
+        y_axis = Axis(label=TARGETS[target].title, unit=unit)
+        charts.append(Chart(title=f"{factor}{granulated}", series=series, x=x_axis, y=y_axis))
+    return charts
 
 
-def _panel(panel: Axes, runs: Sequence[RunResult], measure: str, target: str, factor: str) -> None:
-    scale = 100.0 if TARGETS[target].percent else 1.0
-    drawn: list[float] = []
-    for level, colour in _colours(runs, factor).items():
-        points = [
-            (x, y, run.measured["targets"][target])
-            for run in runs
-            if run.factors.get(factor) == level
-            and (x := run.measure(measure)) is not None
-            and (y := run.target(target)) is not None
-        ]
-        for x, _, figure in points:
-            if figure["low"] is not None and figure["high"] is not None:
-                ends = [scale * figure["low"], scale * figure["high"]]
-                panel.plot([x, x], ends, color=colour, linewidth=1, alpha=0.2, zorder=1)
-        xs, ys = [x for x, *_ in points], [scale * y for _, y, _ in points]
-        panel.plot(
-            xs, ys, linestyle="", marker="o", markersize=6, markeredgecolor="white",
-            markeredgewidth=0.6, color=colour, zorder=2, label=_level(level),
-        )  # fmt: skip
-        drawn += xs
-    if drawn and min(drawn) > 0 and max(drawn) > _LINEAR_RANGE * min(drawn):
-        panel.set_xscale("log")
-    panel.set_xlabel(measure.replace("_", " "))
-    panel.set_ylabel(TARGETS[target].title + (" (points)" if scale > 1 else ""))
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(alpha=0.2)
-    panel.legend(frameon=False, fontsize=7)
-
-
-def _colours(runs: Sequence[RunResult], factor: str) -> dict[Any, str]:
-    """A colour for every level: numbers ascending, then texts as they come."""
-    levels = list(dict.fromkeys(run.factors.get(factor) for run in runs))
+def _levels(found: Sequence[Any]) -> list[Any]:
+    """The levels of a factor: none, numbers ascending, then texts as they come."""
+    levels = list(dict.fromkeys(found))
     numbers = sorted(v for v in levels if isinstance(v, (int, float)))
-    texts = [v for v in levels if isinstance(v, str)]
-    ordered: list[Any] = [*([None] if None in levels else []), *numbers, *texts]
-    return {level: colour_of(i) for i, level in enumerate(ordered)}
+    return [*([None] if None in levels else []), *numbers,
+            *(v for v in levels if isinstance(v, str))]  # fmt: skip
 
 
 def _estimate(estimate: Estimate, corrected: float | None) -> list[str]:

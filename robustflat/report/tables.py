@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from robustflat.report.chart import significant
+from robustflat.report.chart import UNITS, significant
 from robustflat.runs.comparison import Cell, Row, columns, label
 
 _CAPTION = (
@@ -147,8 +147,8 @@ def seeds_of(row: Row) -> str:
     return ", ".join(map(str, row.seeds)) or "-"
 
 
-def shown(cell: Cell | None, digits: int = 3, row: Row | None = None, *, unit: str = "%") -> str:
-    """A figure as people read it, a share in percent.
+def shown(cell: Cell | None, digits: int = 3, row: Row | None = None, *, units: bool = True) -> str:
+    """A figure as people read it: a share in percent, a difference of shares in points.
 
     With a deviation over seeds it ends where the second digit of that does; if fewer seeds than
     the row's have it, their number is told.
@@ -158,11 +158,11 @@ def shown(cell: Cell | None, digits: int = 3, row: Row | None = None, *, unit: s
     if cell.value is None:
         return "not finite"
     few = row is not None and cell.count < len(row.seeds)
-    end = (unit if cell.share else "") + (f" (n = {cell.count})" if few else "")
-    scale = 100 if cell.share else 1
+    end = UNITS[cell.unit] * units + (f" (n = {cell.count})" if few else "")
+    scale = 100 if cell.unit else 1
     value, spread = scale * cell.value, scale * (cell.deviation or 0)
     if spread:
         places = max(0, 1 - math.floor(math.log10(spread)))
         return f"{value:.{places}f} ± {spread:.{places}f}{end}"
-    said = f"{value:.{max(digits - 2, 0)}f}" if cell.share else significant(value, digits)
+    said = f"{value:.{max(digits - 2, 0)}f}" if cell.unit else significant(value, digits)
     return said + (" ± 0" if cell.deviation is not None else "") + end

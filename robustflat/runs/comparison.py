@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from robustflat.config import RunConfig
 from robustflat.config.choice import Built
+from robustflat.config.values import Section
 from robustflat.errors import UserError
 from robustflat.landscapes import Landscape, drawn_in
 from robustflat.runs import records
@@ -18,6 +20,8 @@ from robustflat.subject import distinct_names
 from robustflat.train.folder import FREE_TO_CHANGE, RunFolder, flattened
 
 Circumstances = dict[str, Any]
+# Of a figure: none, a share that is shown in percent, a difference of shares in points.
+Unit = Literal["", "%", "pp"]
 T = TypeVar("T")
 # What names a run, or looks on, changes no weight either; the monitor chooses the best checkpoint.
 _IDLE = ("name", "listeners", "threads")
@@ -29,7 +33,7 @@ _ELSEWHERE_SAID = ("attack", "examples", "seed", "train_size")
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, its interval or standard error, and whether it is a share (shown in percent).
+    """A figure, its interval or standard error (of directions and images), and its unit.
 
     ``metric`` is what was measured, whatever the circumstances; ``deviation`` that over so many
     (``count``) seeds.
@@ -38,7 +42,7 @@ class Cell:
     value: float | None
     low: float | None = None
     high: float | None = None
-    share: bool = True
+    unit: Unit = "%"
     metric: str = ""
     deviation: float | None = None
     count: int = 1
@@ -183,6 +187,20 @@ def effect_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def is_usual(config: RunConfig, key: str) -> bool:
+    """Whether what is named there has a dotted key by default, and is not known by it."""
+    at: Any = config
+    named = False
+    for part in key.split("."):
+        named |= isinstance(at, Built)
+        if named and isinstance(at, Section):
+            own = at.own[:1] if isinstance(at, Built) else ()
+            if part not in ("name", *own, *at.model_dump(exclude_defaults=True)):
+                return True
+        at = getattr(at, part, None)
+    return False
+
+
 def _call(section: Built) -> str:
     """A section as a call: its first key, which says how strong it is, and what is not usual."""
     unusual = section.model_dump(exclude_defaults=True)
@@ -317,7 +335,7 @@ def _gap(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
     about = _about_gap(one, f"{counts['train']} and {counts['test']} images of {one['data']}")
     yield about, _cell(gaps["robust_accuracy"], "robust gap")
     if gaps["robust_loss"]["value"] is not None:  # infinite
-        yield about, _cell(gaps["robust_loss"], "loss gap", share=False)
+        yield about, _cell(gaps["robust_loss"], "loss gap", "")
 
 
 def _overfitting(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
@@ -351,14 +369,16 @@ def _flat(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
         about |= {key: details[key] for key in keys if key in details}
         if details.get("converged") is False:
             about["found"] = "not converged"
-        value, spread = figure["value"], figure["standard_error"]
-        low = None if None in (value, spread) else value - spread
-        high = None if None in (value, spread) else value + spread
-        yield about, Cell(value, low, high, share=False, metric=name)
+        value = figure["value"]
+        errors = (figure["standard_error"], details.get("example_standard_error"))
+        known = [error for error in errors if error is not None]
+        spread = math.hypot(*known) if known and value is not None else None
+        low, high = (None, None) if spread is None else (value - spread, value + spread)
+        yield about, Cell(value, low, high, "", metric=name)
 
 
-def _cell(figure: dict[str, Any], metric: str, share: bool = True) -> Cell:
-    return Cell(figure["value"], figure["low"], figure["high"], share, metric)
+def _cell(figure: dict[str, Any], metric: str, unit: Unit = "pp") -> Cell:
+    return Cell(figure["value"], figure["low"], figure["high"], unit, metric)
 
 
 def _share(value: float, interval: Sequence[float], metric: str) -> Cell:

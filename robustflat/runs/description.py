@@ -18,7 +18,7 @@ def describe(config: RunConfig) -> list[str]:
     dataset = load_data(config)
     device = resolve_device(config.device)
     model = build_model(config, dataset, device)
-    build_step(config, model, device)  # refuses what cannot fit
+    build_step(config, model, device, dataset.shape)  # refuses what cannot fit
     weights = config.weights.build()
     feed = Feed(config, dataset, device, Processes(), weights)
     parameters = sum(p.numel() for p in model.parameters())

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from robustflat.data import balanced
 from robustflat.errors import UserError
 from robustflat.evaluate import Evaluation, Scores, Team, Work, choose, evaluate, gaps, merge
+from robustflat.evaluate.adversarial import check_target
 from robustflat.evaluate.attacks import plan
 from robustflat.evaluate.evaluation import (
     Progress,
@@ -27,6 +28,7 @@ from robustflat.evaluate.threat import Task
 from robustflat.files import writing
 from robustflat.perturb import pgd
 from robustflat.runs import records
+from robustflat.runs.surrogates import with_surrogates
 from robustflat.subject import Network, Subject
 from robustflat.train.folder import environment
 
@@ -58,6 +60,7 @@ class Wanted:
             ``evaluation.json`` is left alone: when all shards are done, call again with ``merge``.
         merge: Take the outcomes that all shards left instead of attacking.
         precision: "bf16" searches in bfloat16 and verifies in float32.
+        save_adversarial: A new .npz file for the adversarial examples.
     """
 
     attacks: Sequence[Any] | None = None
@@ -69,6 +72,7 @@ class Wanted:
     shard: str | None = None
     merge: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    save_adversarial: Path | None = None
 
     def of(self, subject: Subject) -> Wanted:
         """The same of a subject, which says what is None.
@@ -115,7 +119,14 @@ class Job:
         self._subject, self._threat = subject, subject.the_threat()
         self._wanted = wanted = (wanted or Wanted()).of(subject)
         self._batch_size = subject.evaluation.batch_size
-        self._attacks, self._states = wanted.attacks or (), tuple(wanted.checkpoints or ())
+        self._attacks = with_surrogates(wanted.attacks or (), subject)
+        self._states = tuple(wanted.checkpoints or ())
+        if wanted.save_adversarial is not None:
+            check_target(wanted.save_adversarial)
+            if wanted.merge:
+                raise UserError("--merge has no images: say --save-adversarial with every --shard.")
+            if len(self._states) > 1:
+                raise UserError("--save-adversarial is one file: name one --checkpoint.")
         records.read(subject.home.evaluation, "evaluate")
         self._images = choose(subject.images().test, wanted.samples, wanted.shard)
         every = (*self._states, *(subject.checkpoints if wanted.gap_samples else ()))
@@ -124,7 +135,7 @@ class Job:
         for name in self._states:
             classes = classes_of(self._networks[name].model, self._images)
             task = Task(**vars(self._threat), classes=classes, shape=self._images.shape)
-            plan(self._attacks, task, wanted.precision)
+            plan(self._attacks, task, wanted.precision, self._images)
             if wanted.merge:
                 self._joined[name] = self._merged(self._networks[name])
 
@@ -149,8 +160,10 @@ class Job:
             UserError: If an attack fails, or something cannot be written.
         """
         subject, wanted, team = self._subject, self._wanted, team or Team()
-        work = Work(batch_size=self._batch_size, precision=wanted.precision, team=team,
-                    on_progress=on_progress)  # fmt: skip
+        work = Work(
+            batch_size=self._batch_size, precision=wanted.precision,
+            save_adversarial=wanted.save_adversarial, team=team, on_progress=on_progress,
+        )  # fmt: skip
         measured: list[records.Measurement] = []
         with _logged(subject.home.root / "evaluate.log", team):
             if wanted.gap_samples and team.is_first:
@@ -213,7 +226,7 @@ class Job:
 
     def _store(self, network: Network) -> Path:
         wanted = self._wanted
-        digest = self._digest(network, wanted.samples, wanted.seed, self._batch_size)
+        digest = self._digest(network, self._images.samples, wanted.seed, self._batch_size)
         return self._subject.home.outcomes / f"{network.checkpoint}-{digest}"
 
     def _digest(self, network: Network, *circumstances: object) -> str:
@@ -237,7 +250,7 @@ class Job:
             },
             "examples": team.once(lambda: self._shown(network)),
         }
-        asked = {"samples": self._wanted.samples, "seed": self._wanted.seed}
+        asked = {"samples": self._images.samples, "seed": self._wanted.seed}
         return self._measurement("test", network.state(), **asked, result=found)
 
     def _shown(self, network: Network) -> dict[str, Any]:
@@ -248,7 +261,7 @@ class Job:
             x, y = images.images(some).to(device), images.labels[some].to(device)
             attack = pgd(self._threat.norm, self._threat.eps, GAP_STEPS)
             shown = show(network.model, x, y, attack, seed=0, batch_size=_SHOWN)
-        digest = self._digest(network, "shown", self._wanted.samples)
+        digest = self._digest(network, "shown", self._images.samples)
         path = self._subject.home.outcomes / f"examples-{network.checkpoint}-{digest}.pt"
         shown.save(path)
         kinds = {"label": shown.y, "clean": shown.clean, "attacked": shown.attacked}

@@ -47,8 +47,8 @@ def measure_subject(
         weights: raw, averaged, or the average if there is one.
         split: "train", "validation" or "test".
         samples: images to use; a preset's own number, or the configuration's, if None.
-        attack: of the robust loss, as :func:`robustflat.flatness.flatness` takes it; that of the
-            measures if None.
+        attack: of the robust loss, as :func:`robustflat.flatness.flatness` takes it; a preset's
+            own, or the configuration's, if None.
         options: of :class:`robustflat.flatness.Options`, over the configuration's; a list is a
             sweep of its values.
         on_progress: told how far the measurement has come.
@@ -66,19 +66,22 @@ def measure_subject(
     if subject.threat is not None or any(find(name).is_attacked for name in chosen):
         threat = subject.the_threat()
         norm, eps = threat.norm_name, threat.eps
+        said = attack if isinstance(attack, str) else None if attack is None else repr(attack)
         attack = None if attack is None else attack_of(attack, threat)
     else:
-        attack = None
+        attack = said = None
     settings = _acting(chosen, config.options) | _checked(chosen, options or {})
-    # On which images each measure is taken, and how many of them.
-    places: dict[tuple[str, int], list[str]] = {}
+    # On which images each measure is taken, how many of them, and with which attack; None: its own.
+    places: dict[tuple[str, int, str | None], list[str]] = {}
     for name in chosen:
         preset = find(name)
         own = preset.changes.get("examples") or config.samples
-        place = (split or preset.split or "train", own if samples is None else samples)
+        usual = config.attack if preset.attack is None else None
+        number = own if samples is None else samples
+        place = (split or preset.split or "train", number, said or usual)
         places.setdefault(place, []).append(name)
     reports: list[dict[str, Any]] = []
-    for (where, count), names in places.items():
+    for (where, count, by), names in places.items():
         x, y = subject.tensors(where, count)
         # A number that was asked for stands above a preset's own.
         own = [find(name).changes.get("examples") for name in names]
@@ -93,6 +96,7 @@ def measure_subject(
             subject.seed,
             batch_size=subject.evaluation.batch_size,
             attack=attack,
+            usual_attack=config.attack,
             store=subject.home.root / "flatness.parts.jsonl",
             on_progress=on_progress,
             team=team,
@@ -113,13 +117,15 @@ def measure_subject(
                     "said": dict(subject.said),
                     "split": where,
                     "samples": number,
-                    "attack": None if attack is None else repr(attack),
+                    "attack": by,
                     "seed": subject.seed,
                     "options": settings,
                     "device": str(subject.device),
                     "torch": torch.__version__,
                     "measures": {
-                        _called(name, where, attack): figure.to_dict()
+                        _called(
+                            name, where, None if said == config.attack else attack
+                        ): figure.to_dict()
                         for name, figure in figures.items()
                     },
                 }

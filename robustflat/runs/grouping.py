@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 from robustflat.errors import UserError
@@ -41,17 +42,16 @@ def by_seed(rows: Sequence[Row]) -> list[Row]:
 def ordered(rows: Sequence[Row], by: str) -> list[Row]:
     """Rows by a figure, the largest first, or the smallest if ``by`` begins with "-".
 
-    Rows without the figure come last.
+    Neither capitals nor "_" for a space matter. Rows without the figure come last.
 
     Raises:
         UserError: if no row has it.
     """
-    name, sign = by.removeprefix("-"), 1 if by.startswith("-") else -1
+    name, sign = _plain(by.removeprefix("-")), 1 if by.startswith("-") else -1
     known = columns(rows)
-    chosen = [column for column in known if column == name] or [
-        column
-        for column in known
-        if any(r.cells[column].metric == name for r in rows if column in r.cells)
+    metrics = {column: cell.metric for row in rows for column, cell in row.cells.items()}
+    chosen = [column for column in known if _plain(column) == name] or [
+        column for column in known if _plain(metrics[column]) == name
     ]
     if not chosen:
         raise UserError(
@@ -66,6 +66,11 @@ def ordered(rows: Sequence[Row], by: str) -> list[Row]:
     return sorted(rows, key=place)
 
 
+def _plain(name: str) -> str:
+    """A figure's name however it is written: AutoAttack, autoattack; worst_case, worst case."""
+    return name.lower().replace("_", " ")
+
+
 def _name(group: Sequence[Row]) -> str:
     if len(group) == 1:
         return group[0].run
@@ -78,9 +83,7 @@ def _together(name: str, group: Sequence[Row]) -> Cell:
     cells = [row.cells[name] for row in group if name in row.cells]
     values = [cell.value for cell in cells if cell.value is not None]
     if len(values) < len(cells):  # one is not finite, and so is the mean
-        return Cell(None, share=cells[0].share, metric=cells[0].metric, count=len(cells))
+        return replace(cells[0], value=None, low=None, high=None, count=len(cells))
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    mean = statistics.fmean(values)
-    return Cell(
-        mean, share=cells[0].share, metric=cells[0].metric, deviation=deviation, count=len(values)
-    )
+    mean, count = statistics.fmean(values), len(values)
+    return replace(cells[0], value=mean, low=None, high=None, deviation=deviation, count=count)

@@ -178,6 +178,7 @@ def circumstances(job: dict[str, Any]) -> dict[str, Any]:
         "attacks": job["attacks"],
         "gap_samples": config["evaluate"]["gap_samples"],
         "flatness_samples": config["flatness"]["samples"],
+        "flatness_attack": config["flatness"]["attack"],
         "flatness_options": config["flatness"]["options"],
     }
 

@@ -102,20 +102,35 @@ class Ledger:
     """
 
     def __init__(self, path: Path) -> None:
-        self._rows = {}
+        self._path, self._rows = path, {}
         for row in _read(path):
             with suppress(ConfigError):  # of another version, so it is another run
                 self._rows[_trained(check_config(json.loads(row["config"])))] = row
 
     def measured(self, job: dict[str, Any]) -> dict[str, Any] | None:
-        """What a row says of the run of a job; None if there is none, or it was measured otherwise.
+        """What a row says of the run of a job; None if there is none.
 
         Args:
             job: of :func:`robustflat.study.folder.job_of`.
+
+        Raises:
+            UserError: if the run was measured otherwise, so that its row fits no others.
         """
         row = self._rows.get(_trained(check_config(job["config"])))
-        if row is None or json.loads(row["circumstances"]) != circumstances(job):
+        if row is None:
             return None
+        here, there = circumstances(job), json.loads(row["circumstances"])
+        other = [
+            f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+            for key in {**here, **there}
+            if there.get(key) != here.get(key)
+        ]
+        if other:
+            raise UserError(
+                f"The ledger {self._path} has {job['config']['name']}, but measured otherwise: "
+                f"{', '.join(other)}. Rows of both would not compare. Measure as there, or leave "
+                "the ledger out and make all runs."
+            )
         ends = (".error", ".low", ".high")
         names = [key for key in row if key.startswith(("measure.", "target."))]
         names = [key for key in names if not key.endswith(ends)]
@@ -175,8 +190,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _trained(config: RunConfig) -> str:
-    """What makes a training this one and no other, and what its measurements read of it."""
-    return config.model_dump_json(exclude={"name", "output"})
+    """What makes a training this one and no other; how it is measured its circumstances say."""
+    return config.model_dump_json(exclude={"name", "output", "flatness"})
 
 
 def _number(value: Any) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -171,35 +171,39 @@ class StudyResult:
         }
 
 
+def read_back(study: StudyConfig, point: Point, folder: StudyFolder) -> RunResult | Failure:
+    """What a run left: its figures, or why there are none."""
+    files, job = folder.files(point.name), job_of(study, point)
+    measured = files.result(job)
+    if measured is None:
+        error = files.failed() or "It was not run yet. Repeat the command."
+        return Failure(run=point.name, factors=point.factors, error=error)
+    return RunResult(run=point.name, factors=point.factors, config=job["config"], measured=measured)
+
+
+def write_ledger(found: Iterable[RunResult | Failure], folder: StudyFolder) -> None:
+    """Write the rows of the runs that are finished."""
+    runs = [run for run in found if isinstance(run, RunResult)]
+    save_ledger(runs, folder.ledger, f"robustflat study {folder.config_file} --row")
+
+
 def collect(study: StudyConfig, points: Sequence[Point], folder: StudyFolder) -> StudyResult:
     """Read back what the runs left, rank, and write ``study.json`` and the ledger."""
-    runs: list[RunResult] = []
-    failed: list[Failure] = []
-    for point in points:
-        files, job = folder.files(point.name), job_of(study, point)
-        measured = files.result(job)
-        if measured is None:
-            error = files.failed() or "It was not run yet. Repeat the command."
-            failed.append(Failure(run=point.name, factors=point.factors, error=error))
-        else:
-            runs.append(
-                RunResult(
-                    run=point.name, factors=point.factors, config=job["config"], measured=measured
-                )
-            )
+    found = [read_back(study, point, folder) for point in points]
+    runs = [run for run in found if isinstance(run, RunResult)]
     left_out = tuple(r.run for r in runs if r.measured["reached_loss"] is False)
     ranked = [r for r in runs if r.run not in left_out]
     result = StudyResult(
         study=study,
         folder=folder.root,
         runs=runs,
-        failed=failed,
+        failed=[run for run in found if isinstance(run, Failure)],
         rankings={t: rank_all(ranked, study, t) for t in study.targets},
         left_out=left_out,
         notes=tuple(_notes(study, runs, left_out)),
     )
     write_json(folder.result, result.to_dict())
-    save_ledger(result.runs, folder.ledger, f"robustflat study {folder.config_file} --row")
+    write_ledger(runs, folder)
     return result
 
 

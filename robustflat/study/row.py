@@ -98,7 +98,7 @@ def _run(files: RunFiles, job: dict[str, Any]) -> bool:
 
 def _reached(config: RunConfig, rows: list[dict[str, Any]]) -> bool | None:
     """Whether training ended at the common loss; None if none was asked for."""
-    return None if config.train.stop_at_loss is None else bool(rows[-1].get("reached_loss"))
+    return None if config.train.stop_at_loss is None else rows[-1]["ended"] == "stop_at_loss"
 
 
 def _targets(
@@ -182,6 +182,7 @@ def _flatness(
         job["threat"]["norm"],
         config.seed,
         batch_size=config.evaluate.batch_size,
+        usual_attack=config.flatness.attack,
         initial=initial,
         store=subject.home.root / f"row-{network.epoch}-{len(data[1])}.parts.json",
         **options,

@@ -19,7 +19,7 @@ from robustflat.study.folder import RunFiles, Status, StudyFolder, job_of
 from robustflat.study.grid import Point, expand, size
 from robustflat.study.ledger import Ledger
 from robustflat.study.ranking import MINIMUM, SEED
-from robustflat.study.result import StudyResult, collect
+from robustflat.study.result import StudyResult, collect, read_back, write_ledger
 from robustflat.study.schema import StudyConfig
 from robustflat.train.setup import build_model, load_data
 
@@ -90,8 +90,19 @@ def run_study(
         ]
         names = {p.name for p in left}
         kept = [p.name for p in chosen if p.name not in names]
+        found = {p.name: read_back(config, p, folder) for p in points}
+        of_name = {p.name: p for p in points}
+
+        def tell(event: Event) -> None:
+            # The ledger has what is finished, however the study ends.
+            if event.state == "finished":
+                found[event.run] = read_back(config, of_name[event.run], folder)
+                write_ledger(found.values(), folder)
+            if on_progress is not None:
+                on_progress(event)
+
         with executor(jobs, scheduler) as (on, function):
-            run_all(orders, on, function, is_done, on_progress or (lambda event: None), kept)
+            run_all(orders, on, function, is_done, tell, kept)
         return collect(config, points, folder)
 
 

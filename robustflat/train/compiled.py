@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.perturb.modes import frozen
+from robustflat.perturb.displace import buffers_kept
+from robustflat.perturb.modes import Mode, attack_mode, frozen
 
 
 class Compiled(nn.Module):
@@ -65,6 +66,18 @@ def check_compiler(device: torch.device) -> None:
             f"{_reason(error)}. It needs a C++ compiler such as g++ and Python's headers, on a GPU "
             "Triton too. Install them, or leave train.compile out."
         ) from None
+
+
+def check_compiled(
+    model: nn.Module, shape: tuple[int, ...], device: torch.device, mode: Mode
+) -> None:
+    """Record one pass as the attack makes it, and compile nothing: seconds, not a minute.
+
+    Raises:
+        UserError: if the model cannot be recorded as a whole.
+    """
+    with attack_mode(model, mode), buffers_kept(model):
+        Compiled(model, backend="eager")(torch.zeros(2, *shape, device=device))
 
 
 def _reason(error: Exception) -> str:

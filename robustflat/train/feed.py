@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import robustflat.data as data
 from robustflat.config import RunConfig
 from robustflat.errors import UserError
-from robustflat.perturb import Perturbation
+from robustflat.perturb import InputPerturbation, Perturbation
+from robustflat.perturb.displace import buffers_kept
 from robustflat.train.parallel import Processes
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import Batch, TrainStep
@@ -124,13 +125,19 @@ class Feed:
         for at, together in enumerate(zip(*streams, strict=True), start=step):
             yield [self._finished(x, y, (epoch, at, i)) for i, (x, y) in enumerate(together)]
 
-    def refresh_inputs(self, step: TrainStep, model: nn.Module, epoch: int) -> Iterator[Tensor]:
-        """This process's share of what an epoch trains on, attacked at ``model``.
+    def refresh_inputs(
+        self, step: TrainStep, averaged: nn.Module, trained: nn.Module, epoch: int
+    ) -> Iterator[Tensor]:
+        """This process's share of what an epoch trains on, attacked at the ``averaged`` weights.
 
         At most 100 batches, which tell a mean and a variance well enough. The attack uses the
-        statistics of its batch: the running ones are what is to be computed.
+        statistics of its batch: the running ones are what is to be computed. One's own, which
+        cannot be told so, attacks the ``trained`` network as it does in training.
         """
-        attack = None if step.attack is None else replace(step.attack, mode="batch")
+        attack: Callable[..., Tensor] | None = step.attack
+        model = trained
+        if isinstance(attack, InputPerturbation):
+            attack, model = replace(attack, mode="batch"), averaged
         generator = torch.Generator(self._device)
         for at, ((x, y), *_) in enumerate(islice(self.batches(epoch, 0), _REFRESH)):
             if attack is None or step.objective.sees_clean:
@@ -138,7 +145,9 @@ class Feed:
             if attack is not None:
                 seed = derived_seed(self._config.seed, "attack", epoch, at, self._rank)
                 generator.manual_seed(seed)
-                yield attack(model, x, y, generator=generator)
+                with torch.enable_grad(), buffers_kept(model):
+                    attacked = attack(model, x, y, generator=generator)
+                yield attacked.detach()
 
     def _finished(self, x: Tensor, y: Tensor, where: tuple[int, ...]) -> Batch:
         mix = self._config.data.mix

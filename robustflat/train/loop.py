@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from robustflat.train.randomness import derived_seed
 from robustflat.train.setup import build_model, build_step
 from robustflat.train.step import Autocast, TrainStep
 
+Ending = Literal["stop_at_loss", "patience"]  # keys of `train`
 _CHECK_EVERY = 50  # steps between two looks, which wait for the device
 
 
@@ -72,7 +73,7 @@ class Trainer:
             self._replica = replica(self.model, device)
         if config.train.precision == "bf16" and self.processes.is_first:
             warn_of_emulation(device)
-        self._step = build_step(config, self.model, device)
+        self._step = build_step(config, self.model, device, dataset.shape)
         self._objective = self._step.objective
         self._objective.start(Autocast(self.model, self._step.precision))
         self._curriculum = Curriculum(config)
@@ -106,7 +107,7 @@ class Trainer:
         }
         self.epoch, self.step = 0, 0
         self.best: dict[str, Any] | None = None
-        self.reached_loss = False
+        self.ended: Ending | None = None
         self._account = Account(device)
         self._watch = Watch()
         self._seconds = 0.0
@@ -124,7 +125,7 @@ class Trainer:
                 deterministic(self.config.train.deterministic),
                 stop_signals(self._ask_to_stop, kept_after_a_fault=self.processes.world > 1),
             ):
-                while self.epoch < self.config.train.epochs and not self.reached_loss:
+                while self.epoch < self.config.train.epochs and self.ended is None:
                     if not self._train_epoch():
                         self._save_last()
                         return False
@@ -188,7 +189,7 @@ class Trainer:
         if self._alarm is not None:
             self._curriculum.strengthen(self._alarm.steps)
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
-        self.reached_loss = saved["reached_loss"]
+        self.ended = saved["ended"]
         self._account.totals = saved["totals"].to(self.device)
         self._seconds = saved["seconds"]
 
@@ -283,16 +284,13 @@ class Trainer:
                 return
         if config.monitor.flatness_every and self.epoch % config.monitor.flatness_every == 0:
             row["flatness"] = self._monitor.flatness(self.model)
-        limit = config.train.stop_at_loss
-        if limit is not None:
-            self.reached_loss = bool(measured) and training_loss(measured["raw"]) <= limit
-            row["reached_loss"] = self.reached_loss
         row["is_best"] = bool(chosen and "validation" in chosen and self._is_best(score(chosen)))
         if row["is_best"]:
             assert chosen is not None
             self.best = {"epoch": self.epoch, "score": score(chosen)}
         if self.best is not None and chosen and "validation" in chosen:
             row["best_minus_last"] = self.best["score"] - score(chosen)
+        row["ended"] = self.ended = self._ending(measured)
         if self.processes.is_first and self.folder is not None:
             if row["is_best"]:
                 save_checkpoint(self.folder.best, self._weights_state())
@@ -335,7 +333,8 @@ class Trainer:
         """Make the average usable, if there is one that is not."""
         average = self.average
         if average is not None and average.needs_refresh:
-            inputs = self._feed.refresh_inputs(self._step_now(), average.model, self.epoch)
+            models = average.model, self.model
+            inputs = self._feed.refresh_inputs(self._step_now(), *models, self.epoch)
             average.refresh(inputs, self.processes)
 
     def _measure(self) -> dict[str, Any]:
@@ -409,6 +408,14 @@ class Trainer:
             "seconds": self._seconds,
         }
 
+    def _ending(self, measured: dict[str, Any]) -> Ending | None:
+        """Why the run is over before its last epoch, if it is."""
+        limit, patience = self.config.train.stop_at_loss, self.config.train.patience
+        if limit is not None and measured and training_loss(measured["raw"]) <= limit:
+            return "stop_at_loss"
+        waited = self.epoch - self.best["epoch"] if self.best is not None and measured else 0
+        return "patience" if patience is not None and waited >= patience else None
+
     def _is_best(self, value: float) -> bool:
         return self.best is None or value > self.best["score"]
 
@@ -437,7 +444,7 @@ class Trainer:
                 "world": self.processes.world,
                 "step": self.step,
                 "best": self.best,
-                "reached_loss": self.reached_loss,
+                "ended": self.ended,
                 "totals": self._account.totals,
                 "seconds": self._seconds,
             },

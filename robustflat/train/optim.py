@@ -25,6 +25,8 @@ def sgd(
     momentum: Share = 0.9,
     nesterov: bool = False,
     weight_decay: NonNegative = 5e-4,
+    foreach: bool | None = None,
+    fused: bool | None = None,
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent, with what robust training usually takes.
 
@@ -36,7 +38,13 @@ def sgd(
     if nesterov and momentum == 0:
         raise ValueError("nesterov needs momentum above 0. Set momentum, or nesterov: false")
     return torch.optim.SGD(
-        params, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+        params,
+        lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        foreach=foreach,
+        fused=fused,
     )
 
 
@@ -45,12 +53,16 @@ def adamw(
     lr: Positive = 1e-3,
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999),
     weight_decay: NonNegative = 0.01,
+    foreach: bool | None = None,
+    fused: bool | None = None,
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay.
 
     Source: torch.optim.AdamW.
     """
-    return torch.optim.AdamW(params, lr, betas=betas, weight_decay=weight_decay)
+    return torch.optim.AdamW(
+        params, lr, betas=betas, weight_decay=weight_decay, foreach=foreach, fused=fused
+    )
 
 
 def _of_torch() -> dict[str, Callable[..., torch.optim.Optimizer]]:
@@ -90,6 +102,8 @@ def build_optimizer(config: OptimizerSection, model: nn.Module) -> torch.optim.O
         optimizer: torch.optim.Optimizer = config.build(params=[g for g in groups if g["params"]])
     except ValueError as error:
         raise UserError(f"The optimizer {config.name} cannot train this model: {error}") from None
+    if config.fused:
+        _check_fused(config, parameters[0])
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise UserError(
@@ -99,6 +113,19 @@ def build_optimizer(config: OptimizerSection, model: nn.Module) -> torch.optim.O
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # what the schedule multiplies
     return optimizer
+
+
+def _check_fused(config: OptimizerSection, parameter: nn.Parameter) -> None:
+    """Step a stand-in once: torch tells only then what it cannot do."""
+    stand_in = nn.Parameter(parameter.new_zeros(1))
+    stand_in.grad = torch.zeros_like(stand_in)
+    try:
+        config.build(params=[stand_in]).step()
+    except (RuntimeError, UserError) as error:
+        raise UserError(
+            f"optimizer.fused: torch has no fused {config.name} of {parameter.dtype} on "
+            f"{parameter.device}: {str(error).splitlines()[0].rstrip('.')}. Leave it out."
+        ) from None
 
 
 def constant(warmup_epochs: NonNegative = 0.0) -> Schedule:

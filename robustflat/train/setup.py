@@ -13,7 +13,8 @@ from robustflat.config import RunConfig
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
 from robustflat.perturb import select
-from robustflat.train.compiled import Compiled, check_compiler
+from robustflat.train.compiled import Compiled, check_compiled, check_compiler
+from robustflat.train.graphed import Graphed
 from robustflat.train.optim import build_optimizer
 from robustflat.train.randomness import derived_seed
 from robustflat.train.step import TrainStep
@@ -62,7 +63,8 @@ def build_model(config: RunConfig, dataset: data.Data, device: torch.device) -> 
             options=config.model.options,
         )
     if config.model.weights is not None:
-        models.load_state(model, read_tensors(config.model.weights))
+        new = config.model.head == "new"
+        models.load_state(model, read_tensors(config.model.weights), new_head=new)
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     return model.to(device).to(memory_format=layout)
 
@@ -88,8 +90,16 @@ def perturbed_parameters(config: RunConfig, model: nn.Module) -> dict[str, nn.Pa
         raise UserError(f"weights.parameters: {error}") from None
 
 
-def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> TrainStep:
-    """What every step of a run does to ``model``.
+def _attacked(config: RunConfig, model: nn.Module) -> nn.Module | None:
+    if config.train.compile == "attack":
+        return Compiled(model)
+    return Graphed(model) if config.train.cuda_graphs else None
+
+
+def build_step(
+    config: RunConfig, model: nn.Module, device: torch.device, shape: tuple[int, ...]
+) -> TrainStep:
+    """What every step of a run does to ``model``, which takes images of ``shape``.
 
     Raises:
         UserError: if the selection of weights, the optimizer or the attack cannot work on it.
@@ -103,6 +113,12 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
         )
     if config.train.compile is not None:
         check_compiler(device)
+        check_compiled(model, shape, device, getattr(attack, "mode", "eval"))
+    if config.train.cuda_graphs and device.type != "cuda":
+        raise UserError(
+            f"train.cuda_graphs is true, but device is {device}, and only a GPU of NVIDIA or AMD "
+            "has them. Leave train.cuda_graphs out."
+        )
     half = config.train.precision == "fp16"
     return TrainStep(
         attack=attack,
@@ -114,6 +130,6 @@ def build_step(config: RunConfig, model: nn.Module, device: torch.device) -> Tra
         step_at=config.weights.step.at,
         reattack=config.weights.step.reattack,
         skip_nonfinite=config.train.on_nonfinite == "skip",
-        attacked=Compiled(model) if config.train.compile == "attack" else None,
+        attacked=_attacked(config, model),
         accumulate=config.train.accumulate,
     )

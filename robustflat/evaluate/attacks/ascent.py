@@ -84,7 +84,7 @@ def perturbation(attack: InputPerturbation, task: Task, name: str | None = None)
         for _ in range(attack.restarts):
             x_adv = single(model, x[left], y[left], generator=generator)
             wrong = model(x_adv).argmax(1) != y[left]
-            found[left[wrong]] = x_adv[wrong]
+            found[left] = x_adv
             left = left[~wrong]
             if not len(left):
                 break

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
@@ -28,6 +32,9 @@ class Attack:
         bounded: Whether it keeps to the ball by itself; if not, its images outside are no surprise.
         passes: Forward passes that it takes for an image at most, one with a gradient counted
             twice; None where nobody knows.
+        stored: From places among the examples to images that were made before, in place of `run`.
+        tried_first: Whether it is tried on two images before anything is paid for, as nobody knows
+            what it does.
     """
 
     name: str
@@ -36,6 +43,8 @@ class Attack:
     black_box: bool = False
     bounded: bool = True
     passes: int | None = None
+    stored: Callable[[Tensor], Tensor] | None = None
+    tried_first: bool = False
 
     def searching_in(self, precision: str) -> Attack:
         """The same attack, under the name and the identity that it has in this precision."""
@@ -74,3 +83,22 @@ def check_options(name: str, options: Mapping[str, Any], allowed: Sequence[str])
                 f"The attack {name!r} has no option {key!r}.{hint} Its options: "
                 f"{', '.join(allowed)}."
             )
+
+
+def as_json(value: object) -> object:
+    """An option as it can be written to JSON."""
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed every generator that attacks draw from; Python's and numpy's are put back."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import difflib
 import inspect
 import io
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.evaluate.attacks.base import Attack, check_options
+from robustflat.evaluate.attacks.base import Attack, as_json, check_options, seeded
 from robustflat.evaluate.threat import Task
 
 _REFUSED = {
@@ -72,11 +70,11 @@ def torchattack(name: str, options: Mapping[str, Any], task: Task) -> Attack:
     settings = {key: value for key, value in ours.items() if key in accepted} | dict(options)
 
     def run(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
-        seeded = {"seed": seed} if "seed" in accepted and "seed" not in options else {}
+        said = {"seed": seed} if "seed" in accepted and "seed" not in options else {}
         # It prints where it finds no device, and needs gradients enabled.
-        with _seeded(seed), redirect_stdout(io.StringIO()), torch.enable_grad():
+        with seeded(seed), redirect_stdout(io.StringIO()), torch.enable_grad():
             try:
-                attack = cls(model, **settings, **seeded)
+                attack = cls(model, **settings, **said)
                 attack.set_device(x.device)
                 found: Tensor = attack(x.clone(), y.clone())
             except Exception as error:
@@ -89,7 +87,7 @@ def torchattack(name: str, options: Mapping[str, Any], task: Task) -> Attack:
 
     identity = {
         "attack": f"torchattacks:{name}",
-        "options": {key: _json(value) for key, value in sorted(settings.items())},
+        "options": {key: as_json(value) for key, value in sorted(settings.items())},
     }
     return Attack(
         name=f"torchattacks:{name}",
@@ -98,22 +96,3 @@ def torchattack(name: str, options: Mapping[str, Any], task: Task) -> Attack:
         black_box=name in _BLACK_BOX,
         bounded="eps" in accepted,
     )
-
-
-def _json(value: object) -> object:
-    """An option as it can be written to JSON."""
-    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed every generator that these attacks draw from; Python's and numpy's are put back."""
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
