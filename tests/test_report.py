@@ -879,7 +879,7 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     for output in (tmp_path / "file" / "report.html", tmp_path / "folder"):
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match="could not be written"):
             write_page([folder], output)
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file", "folder"]
