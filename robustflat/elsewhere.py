@@ -71,7 +71,8 @@ def check(target: str, elsewhere: Elsewhere, threat: bool) -> None:
     if not Path(target).is_file() and ":" not in target and target not in models.MODELS:
         raise UserError(
             f"{target} does not exist: there is no such run or file, and no model of that name. "
-            f"Models are {', '.join(models.MODELS)}, timm:NAME and package.module:factory."
+            f"Models are {', '.join(models.MODELS)}, timm:NAME, robustbench:NAME and "
+            "package.module:factory."
         )
     if not weights and elsewhere.model is not None:
         raise UserError(

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
+from robustflat.models.likely import likely
 from robustflat.models.named import build
 from robustflat.models.normalized import Normalize, Normalized
+from robustflat.models.robustbench import from_robustbench
 from robustflat.models.state import load_state
 
 Kind = Literal["script", "export", "weights"]
 Statistics = tuple[Sequence[float], Sequence[float]]
 
+_ROBUSTBENCH = "robustbench:"
 _SUFFIXES = (".pt", ".pth", ".pt2", ".ts", ".ckpt")
 
 
@@ -59,7 +62,8 @@ def load_model(
 
     Args:
         spec: A name that `robustflat.models.build` knows (a built-in model, "timm:NAME",
-            "package.module:factory"), or the file of a TorchScript or exported program.
+            "package.module:factory"), "robustbench:NAME", or the file of a TorchScript or exported
+            program.
         weights: File of a state dict for a model given by name.
         normalise: "none" if the network takes images in [0, 1] itself, else the mean and std per
             channel, in [0, 1] units, that it is to be put behind. Only where weights or model
@@ -86,6 +90,13 @@ def load_model(
                 f"{spec} is a file; to load the weights {weights}, name a model instead of it."
             )
         net = _program(path, trust)
+    elif spec.startswith(_ROBUSTBENCH):
+        if weights is not None or normalise not in (None, "none"):
+            raise UserError(
+                f"{spec} brings its own weights and normalisation: name neither a file of weights "
+                "nor --normalise."
+            )
+        net, normalise = from_robustbench(spec.removeprefix(_ROBUSTBENCH), options or {}), "none"
     elif path.suffix in _SUFFIXES:
         raise UserError(f"There is no file {spec}.")
     else:
@@ -157,7 +168,14 @@ def _named(
     if weights is None:
         known = pretrained and _is_whole(name, model, num_classes, in_channels)
     else:
-        known = load_state(model, read_weights(weights)) == "whole"
+        content = read_weights(weights)
+        try:
+            known = load_state(model, content) == "whole"
+        except UserError as error:
+            guess = likely(content)
+            if guess in (None, name):
+                raise
+            raise UserError(f"{error} They look like the weights of {guess}.") from None
     # The normalisation that `build` put in front is a stand-in unless it came with the weights.
     return model.net if isinstance(model, Normalized) and not known else model
 
