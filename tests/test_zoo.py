@@ -239,7 +239,7 @@ def test_robustbench_by_name(bench):
         ("Some2024", {"options": {"dataset": "cifar100"}}, "models/cifar100/Linf/Some2024.pt"),
         ("Some2024", {"options": {"norm": "L2"}}, "no option 'norm'.*threat_model"),
         ("Some2024", {"normalise": ((0.5,) * 3, (0.5,) * 3)}, "brings its own weights and norm"),
-        ("Some2024", {"weights": "w.pt"}, "name neither a file of weights"),
+        ("Some2024", {"weights": "models/cifar10/Linf/Some2024.pt"}, "name neither a file of"),
         ("Unknown", {}, "Is it a model of cifar10 and Linf"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustflat.models.loading import load_model, read_weights
+from robustflat.models.loading import load_model
 from robustflat.models.named import MODELS, build
 from robustflat.models.normalized import Normalize, Normalized
 from robustflat.models.resnet import preact_resnet18, preact_resnet18_silu, resnet18, resnet50
@@ -20,7 +20,6 @@ __all__ = [
     "mlp",
     "preact_resnet18",
     "preact_resnet18_silu",
-    "read_weights",
     "resnet18",
     "resnet50",
     "small_cnn",
