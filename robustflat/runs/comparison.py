@@ -309,7 +309,7 @@ def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
     about = {"checkpoint": one["checkpoint"], "weights": one["weights"], "images": images}
     prints = (test["settings"].get(key) for key in ("data", "labels"))
     about["fingerprint"] = "-".join((mark or "")[:6] for mark in prints)
-    yield dict(about), Cell(test["clean_accuracy"], *test["clean_interval"], "%", "clean")
+    yield dict(about), _share(test["clean_accuracy"], test["clean_interval"], "clean")
     about |= {"threat": records.threat_of(one), "seed": one["seed"]}
     for name, suite in test["suites"].items():
         metric = name.partition("#")[0].replace("autoattack", "AutoAttack")
@@ -317,11 +317,11 @@ def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
         options: Circumstances = {"attacks": " + ".join(attacks)}
         if len(attacks) == 1:
             options |= test["attacks"][suite["attacks"][0]]["options"]
-        cell = Cell(suite["accuracy"], *suite["interval"], "%", metric)
+        cell = _share(suite["accuracy"], suite["interval"], metric)
         yield {**about, **{k: v for k, v in options.items() if k != "norm"}}, cell
     if len(test["suites"]) > 1:
         over = {"attacks": "over " + " and ".join(test["suites"])}
-        cell = Cell(test["robust_accuracy"], *test["robust_interval"], "%", "worst case")
+        cell = _share(test["robust_accuracy"], test["robust_interval"], "worst case")
         yield {**about, **over}, cell
 
 
@@ -377,6 +377,11 @@ def _flat(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
 
 def _cell(figure: dict[str, Any], metric: str, unit: Unit = "pp") -> Cell:
     return Cell(figure["value"], figure["low"], figure["high"], unit, metric)
+
+
+def _share(value: float, interval: Sequence[float], metric: str) -> Cell:
+    low, high = interval
+    return Cell(value, low, high, metric=metric)
 
 
 def _plain(value: Any) -> str:
