@@ -53,8 +53,8 @@ def evaluate(
     """
     from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
-    from robustflat.report.tables import evaluation_table
-    from robustflat.runs.evaluation import Wanted, check, evaluate_subject
+    from robustflat.report.tables import evaluation_table, gap_table
+    from robustflat.runs.evaluation import Job, Wanted
 
     if no_gap and gap_samples:
         raise UserError("--no-gap and --gap-samples contradict each other: give one of them.")
@@ -74,16 +74,14 @@ def evaluate(
     opened = subjects(output=output)
     if save_adversarial is not None and len(opened) > 1:
         raise UserError("--save-adversarial is one file: name one subject.")
-    # One alone is looked at where it is evaluated.
-    for subject in opened if len(opened) > 1 else ():
-        check(subject, wanted)
+    jobs = [Job(subject, wanted) for subject in opened]  # all are looked at before one is paid for
     team = Team.of_torchrun()
     console = out.console(quiet=not team.is_first)
     if team.is_first:
         out.speak()
-    for subject in opened:
+    for subject, job in zip(opened, jobs, strict=True):
         with Counter(console, subject.name) as counter:
-            report = evaluate_subject(subject, wanted, counter.on_attack, team)
+            report = job.run(counter.on_attack, team)
         if not team.is_first:
             continue
         for text in report["notes"]:
@@ -96,6 +94,8 @@ def evaluate(
             console.print(evaluation_table({"title": title, "result": entry["test"]}))
             for warning in entry["test"]["warnings"]:
                 out.note(console, warning)
+        if any(entry["gap"] for entry in report["checkpoints"].values()):
+            console.print(gap_table(report))
         if shard is None:
             typer.echo(f"written: {subject.home.evaluation}")
         else:
@@ -121,6 +121,9 @@ def flatness(
             help="Of the robust loss: pgd-STEPS, pgd-STEPS-RESTARTS, fgsm; else pgd-10-5, or a "
             "preset's."
         ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of directions, probes and attacks; the training's.")
     ] = None,
     option: Annotated[
         list[str] | None,
@@ -152,6 +155,7 @@ def flatness(
                 split=split,
                 samples=samples,
                 attack=attack,
+                seed=seed,
                 options=named("--option", option),
                 on_progress=counter.on_measure,
                 team=team,

@@ -12,7 +12,7 @@ from torch import nn
 
 from robustflat.errors import UserError
 from robustflat.models.normalized import Normalized
-from robustflat.models.resnet import preact_resnet18
+from robustflat.models.resnet import preact_resnet18, preact_resnet18_silu, resnet18, resnet50
 from robustflat.models.small import mlp, small_cnn
 from robustflat.models.wide import wide_resnet, wide_resnet_silu
 from robustflat.plugins import imported
@@ -21,6 +21,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
     "mlp": mlp,
     "preact_resnet18": preact_resnet18,
+    "preact_resnet18_silu": preact_resnet18_silu,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
     "wide_resnet": wide_resnet,
     "wide_resnet_silu": wide_resnet_silu,
 }
@@ -30,6 +33,11 @@ _WRN = re.compile(r"wrn-(\d+)-(\d+)(-silu)?")
 
 # What the images decide, where a factory's signature names it.
 _OFFERED = ("num_classes", "in_channels", "image_size")
+
+
+def is_known(name: str) -> bool:
+    """Whether a model of this package has that name."""
+    return name in MODELS or _WRN.fullmatch(name) is not None
 
 
 def build(
