@@ -15,7 +15,7 @@ from robustflat.config import RunConfig
 from robustflat.perturb.perturbation import radius_of
 from robustflat.report.curves import Curves, of_epoch, of_step
 from robustflat.report.monitor_figures import confusion, examples, line
-from robustflat.runs.comparison import method_of
+from robustflat.runs.description import method_of
 from robustflat.train.folder import RunFolder, flattened
 from robustflat.train.listeners import Listener
 from robustflat.train.pictures import Pictures
