@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robustflat.data.augment import Augment
-from robustflat.data.corrupted import CORRUPTIONS, Corrupted, corrupted
+from robustflat.data.corruptions import CORRUPTIONS, Corrupted, corrupted
 from robustflat.data.epochs import Extra, batch_count, batches, share
 from robustflat.data.extra import load_extra
 from robustflat.data.images import FileImages, Images, MemoryImages
