@@ -43,6 +43,8 @@ class Edge:
     ``edge/sam``               and under SAM's perturbation: ||g|| / (2 rho) (sqrt(1 + 4 rho s /
                                ||g||) - 1), s the optimizer's edge (Long & Bartlett 2024, eq. 1,
                                where s = 2 / lr); of no other perturbation
+    ``edge/reached``           ``lambda_1`` as a share of the edge of the steps that are taken:
+                               SAM's under SAM, else the optimizer's, where it is known
     ``edge/gradient_norm``     ||g||
     ``edge/alignment``         |cos| of the gradient and the top eigenvector
     ``edge/products``          Hessian-vector products spent
@@ -111,7 +113,9 @@ class Edge:
                 found["optimizer"] = edge
                 rho = radius_of_sam(weights)
                 if rho is not None and norm > 0 and edge > 0:
-                    found["sam"] = sam_edge(edge, rho, norm)
+                    found["sam"] = edge = sam_edge(edge, rho, norm)
+                if edge > 0:
+                    found["reached"] = found["lambda_1"] / edge
         found["seconds"] = time.monotonic() - began
         return {f"edge/{name}": value for name, value in found.items()}
 
