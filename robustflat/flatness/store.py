@@ -139,20 +139,15 @@ class Store:
 
 def identity(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any]) -> Identity:
     """A model's identity on some tensors, of which the first are its images, with settings."""
-    place = next(model.parameters())
-    with torch.no_grad():
-        logits = model(tensors[0][:PROBED].to(place.device, place.dtype))
-    return Identity(
-        mark=fingerprint(model, tensors, settings),
-        logits=logits.double().tolist(),
-        tolerance=torch.finfo(place.dtype).eps ** 0.5,
-    )
-
-
-def fingerprint(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any]) -> str:
-    """A hash of a model's weights and buffers, some tensors and settings."""
-    found = Fingerprint()
+    place, found = next(model.parameters()), Fingerprint()
     for tensor in tensors:
         found.add(tensor)
     parts = [fingerprint_of(model), found.text(), settings]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
+    text = json.dumps(parts, sort_keys=True, default=repr)
+    with torch.no_grad():
+        logits = model(tensors[0][:PROBED].to(place.device, place.dtype))
+    return Identity(
+        mark=hashlib.sha256(text.encode()).hexdigest(),
+        logits=logits.double().tolist(),
+        tolerance=torch.finfo(place.dtype).eps ** 0.5,
+    )

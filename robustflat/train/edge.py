@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustflat.evaluate.team import Team
 from robustflat.flatness.curvature import hessian_of
 from robustflat.flatness.examples import read_examples
+from robustflat.flatness.mechanism import gradient_of
 from robustflat.flatness.options import Options
 from robustflat.flatness.spectrum import extreme
 from robustflat.flatness.subject import LossKind, Subject
@@ -85,9 +86,9 @@ class Edge:
                 model, self._x, self._y, batch_size=self._batch_size, seed=self._seed, team=Team()
             )
             options = Options(attack=self._attack or pgd("linf", 0.0))
-            loss: LossKind = "clean" if self._attack is None else "robust_fixed"
-            hessian = hessian_of(subject, options, "clean" if loss == "clean" else "robust")
-            _, gradient = subject.closure(options, loss).value_and_grad(hessian.parameters)
+            loss: LossKind = "clean" if self._attack is None else "robust"
+            hessian = hessian_of(subject, options, loss)
+            gradient = gradient_of(subject, options, loss)
             pairs = extreme(
                 hessian,
                 1,
