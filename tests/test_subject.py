@@ -178,6 +178,7 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("precision", ALL, ["--precision", "bf16"],
      lambda one: list(one["result"]["attacks"]) == ["pgd-2@bf16"]),
     ("precision", ALL, ["--precision", "fp16"], "fp32, bf16"),
+    ("by_class", ALL, ["--by-class"], lambda one: len(one["result"]["classes"]) == 10),
     ("save_adversarial", ALL, ["--save-adversarial", "adv.txt"], "ends in .npz"),
     ("save_adversarial", ALL, ["--save-adversarial", "adv.npz", "--merge"], "with every --shard"),
     ("save_adversarial", ["run"], ["--save-adversarial", "adv.npz", "--checkpoint", "both"],
@@ -262,12 +263,17 @@ def test_examples_of_every_kind_are_saved_and_attack_again(
     base = ("--samples", 30, "--no-gap")
     file = tmp_path / "adv.npz"
     first = (*base, "--attack", "pgd-2", "--save-adversarial", file)
-    assert run(kind, *first, "--output", tmp_path / "a")[0] == 0
+    code, said = run(kind, *first, "--output", tmp_path / "a", "--by-class")
+    assert code == 0, said
+    assert "Taken for, under all attacks" in said
+    assert "The weakest class is" in said
     code, said = run(kind, *first, "--output", tmp_path / "b")
     assert code == 2
     assert "exists: remove it" in said
     again = (*base, "--attack", f"transfer:{file}", "--output", tmp_path / "b")
-    assert run(kind, *again)[0] == 0
+    code, said = run(kind, *again)
+    assert code == 0, said
+    assert "Taken for" not in said
     (made,), (stored,) = attacked_in(tmp_path / "a"), attacked_in(tmp_path / "b")
     assert stored["result"]["robust_accuracy"] == made["result"]["robust_accuracy"]
     code, said = run(kind, *again, "--norm", "linf", "--eps", "0.2")

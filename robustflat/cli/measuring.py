@@ -39,6 +39,9 @@ def evaluate(
     merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="Show the classes, and what is taken for what.")
+    ] = False,
     save_adversarial: Annotated[
         Path | None, typer.Option(help="A new .npz file for the adversarial examples.")
     ] = None,
@@ -53,7 +56,7 @@ def evaluate(
     """
     from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
-    from robustflat.report.tables import evaluation_table
+    from robustflat.report.tables import class_tables, evaluation_table, weakest
     from robustflat.runs.evaluation import Wanted, check, evaluate_subject
 
     if no_gap and gap_samples:
@@ -94,6 +97,10 @@ def evaluate(
             state = f"{name} checkpoint (epoch {entry['epoch']}, {entry['weights']})"
             title = f"{subject.name}: {state}" if subject.is_run else subject.name
             console.print(evaluation_table({"title": title, "result": entry["test"]}))
+            classes = entry["test"]["classes"]
+            for table in class_tables(classes) if by_class else ():
+                console.print(table)
+            typer.echo(weakest(classes))
             for warning in entry["test"]["warnings"]:
                 out.note(console, warning)
         if shard is None:

@@ -194,7 +194,7 @@ def _measured(
         result = _attacked(subject, networks[name], wanted, on_progress, team)
         samples = _samples(subject, wanted)
         about = {**networks[name].state(), "samples": samples, "seed": wanted.seed}
-        found = {**result.to_dict(), "classes": _by_class(subject, samples, result)}
+        found = {**result.to_dict(), "classes": result.by_class(subject.images().classes)}
         if wanted.shard is None:
             found["examples"] = team.once(partial(_shown, subject, networks[name], samples))
         measured.append({"kind": "test", **about, **common, "result": found})
@@ -216,21 +216,6 @@ def _measured(
     texts = {name: figure.to_dict() for name, figure in figures.items()}
     measured.append({"kind": "overfitting", **about, "figures": texts})
     return measured, []
-
-
-def _by_class(
-    subject: Subject, samples: int | None, result: Evaluation
-) -> dict[str, dict[str, int]]:
-    """By class how many images there are, are classified, and still are after all attacks."""
-    labels = choose(subject.images().test, samples).labels
-    if len(labels) != result.count:  # a shard, whose figures nobody shows
-        return {}
-    kinds = {"count": labels >= 0, "clean": result.outcomes != -2, "robust": result.outcomes == -1}
-    return {
-        str(name): {kind: int((which & (labels == i)).sum()) for kind, which in kinds.items()}
-        for i, name in enumerate(subject.images().classes)
-        if (labels == i).any()
-    }
 
 
 def _samples(subject: Subject, wanted: Wanted) -> int | None:
