@@ -166,6 +166,13 @@ def test_one_compilation_for_each_shape_and_none_for_a_shape_seen_before() -> No
     assert counted == [1, 2, 2, 3, 3, 3]
 
 
+def test_many_networks_are_compiled_in_one_process() -> None:
+    # torch allows eight compilations of one function, and then refuses.
+    for _ in range(10):
+        rf.pgd("l2", 0.5, 1)(Compiled(network(), backend="eager"), *batch())
+    assert graphs() == 10
+
+
 def test_channels_last_is_compiled_once() -> None:
     model = network().to(memory_format=torch.channels_last)
     compiled, (x, y) = traced(model), batch()

@@ -10,7 +10,9 @@ from robustflat.evaluate.doubts import of_record
 
 WORDS = {
     "softmax": "look like probabilities",
-    "random": "gave different outputs",
+    "random": "for a randomised model",
+    "gradient": "of the change of its margins unexplained",
+    "saturated": "gradients vanish numerically",
     "optimises": "computes gradients while it classifies",
     "range": "does not seem to take images in [0, 1]",
     "zero": "exactly zero",
@@ -105,6 +107,18 @@ def test_gradients_that_vanish_in_saturated_outputs():
 
     found = findings(Saturated(trained()).eval())
     assert "zero" in found
+
+
+def test_probabilities_that_round_to_one():
+    class Sure(Wrapped):
+        def forward(self, x):
+            return 12 * self.net(x)
+
+    found = findings(Sure(trained()).eval())
+    assert "saturated" in found
+    record = record_of()
+    record.probes = [["masking", "gradients vanish numerically"]]
+    assert of_record(record) == []
 
 
 def test_gradients_shattered_by_quantisation():

@@ -17,6 +17,7 @@ from robustflat.evaluate.accuracy import right
 from robustflat.evaluate.attacks.autoattack import square, square_fits
 from robustflat.evaluate.examples import Examples
 from robustflat.evaluate.frozen import Plain, device_of
+from robustflat.evaluate.operations import of_operations
 from robustflat.evaluate.record import Entry, Record
 from robustflat.evaluate.threat import Task
 from robustflat.models import Normalized
@@ -45,8 +46,9 @@ def probes(
 ) -> list[list[str]]:
     """All checks that look at the model, on a fixed class-balanced choice of examples.
 
-    Costs three forward passes and about a dozen more on up to 256 examples, and on `sample` of
-    those classified correctly at most 81 forward and backward passes and 200 queries.
+    Costs three forward passes and about a dozen more on up to 256 examples, on `sample` of
+    those classified correctly at most 81 forward and backward passes and 200 queries, and what
+    `of_operations` does.
 
     Args:
         model: The plain model in eval mode.
@@ -77,6 +79,7 @@ def probes(
         found += _zero_gradients(model, victims, classes)
         if task.eps:
             masking = _ladder(model, victims, classes, task)
+            masking += _saturated(model, victims, classes)
     return [["", sentence] for sentence in found] + [[MASKING, sentence] for sentence in masking]
 
 
@@ -152,7 +155,7 @@ def _of_outcomes(record: Record) -> list[str]:
 
 
 def _outputs(model: nn.Module, x: Tensor) -> list[str]:
-    """Probabilities instead of logits, randomness, and defences that optimise."""
+    """Probabilities instead of logits, unusual operations, and defences that optimise."""
     found = []
     logits = model(x)
     sums = (logits.sum(1) - 1).abs()
@@ -162,11 +165,10 @@ def _outputs(model: nn.Module, x: Tensor) -> list[str]:
             "model is sure. Evaluate the logits, without the softmax."
         )
     unit = F.normalize(logits, dim=1)
-    if any(bool(((F.normalize(model(x), dim=1) - unit).norm(dim=1) > 1e-4).any()) for _ in "12"):
-        found.append(
-            "Two passes over the same images gave different outputs: for a randomised model the "
-            "figures hold for one draw only. Use autoattack:rand, and repeat it."
-        )
+    random = any(
+        bool(((F.normalize(model(x), dim=1) - unit).norm(dim=1) > 1e-4).any()) for _ in "12"
+    )
+    found += of_operations(model, x, random)
     calls = _calls(lambda: model(x), {"grad", "backward"})
     if calls:
         found.append(
@@ -261,6 +263,16 @@ def _zero_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
             "outputs, or an operation that cannot be differentiated)."
         )
     ]
+
+
+def _saturated(model: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+    """Where probabilities round to one: the gradient of the cross-entropy lacks its main term."""
+    zero = int((F.cross_entropy(model(x), y, reduction="none") == 0).sum())
+    if 2 * zero < len(x):
+        return []
+    what = f"At {zero} of {len(x)} images the model is so sure that the cross-entropy is zero in "
+    what += "float32, and its gradient has lost its main term: gradients vanish numerically, and "
+    return [f"{what}attacks on it may find too little. Attack the margin too (apgd-t)."]
 
 
 def _ladder(model: nn.Module, x: Tensor, y: Tensor, task: Task) -> list[str]:

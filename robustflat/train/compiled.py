@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +29,15 @@ class Compiled(nn.Module):
     def __init__(self, model: nn.Module, backend: str = "inductor") -> None:
         super().__init__()
         self.model = model
-        # Of a function: a compiled module would be one more module to be walked and switched.
-        self._logits = torch.compile(
-            lambda x: model(x), fullgraph=True, dynamic=False, backend=backend
-        )
+
+        # A function: a compiled module would be one more module to be walked and switched.
+        def logits(x: Tensor) -> Tensor:
+            found: Tensor = model(x)
+            return found
+
+        # With code of its own, of which torch compiles eight versions and no more.
+        logits.__code__ = logits.__code__.replace()
+        self._logits = torch.compile(logits, fullgraph=True, dynamic=False, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of ``x``.
@@ -39,7 +46,9 @@ class Compiled(nn.Module):
             UserError: if the model cannot be compiled.
         """
         try:
-            with frozen(self.model):
+            with frozen(self.model), warnings.catch_warnings():
+                # Of train.precision: fp32, which is a choice.
+                warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
                 logits: Tensor = self._logits(x)
         except (
             torch._dynamo.exc.TorchDynamoException,

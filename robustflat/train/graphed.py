@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, cast
@@ -115,11 +116,14 @@ def recorded(function: Pass, x: Tensor) -> Pass:
     """
     dtype = _autocast(x)
     with (
+        warnings.catch_warnings(),
         torch.random.fork_rng([x.device]),
         torch.autocast(
             x.device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
         ),
     ):
+        # Its trial passes and its recording are on two streams, in an order that it sees to itself.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
         sample = x.detach().clone().requires_grad_()
         return cast(Pass, torch.cuda.make_graphed_callables(function, (sample,)))
 
