@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import robustflat as rf
 from robustflat import models
 from robustflat.perturb.modes import Mode, attack_mode
-from robustflat.train.compiled import Compiled
+from robustflat.perturb.compiled import Compiled
 from robustflat.train.step import TrainStep
 
 Job = Callable[[], object]

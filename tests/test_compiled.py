@@ -22,7 +22,7 @@ import robustflat as rf
 from robustflat import models
 from robustflat.errors import UserError
 from robustflat.runs.description import describe
-from robustflat.train.compiled import Compiled, check_compiled, check_compiler
+from robustflat.perturb.compiled import Compiled, check_compiled, check_compiler
 from robustflat.train.folder import RunFolder
 from robustflat.train.step import Autocast, TrainStep
 

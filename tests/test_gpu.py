@@ -23,7 +23,7 @@ import robustflat as rf
 from robustflat import models, numerics
 from robustflat.errors import UserError
 from robustflat.train.averaging import Average, ema
-from robustflat.train.compiled import Compiled
+from robustflat.perturb.compiled import Compiled
 from robustflat.train.graphed import Graphed
 from robustflat.train.step import Autocast, TrainStep
 

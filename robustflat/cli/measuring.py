@@ -39,6 +39,10 @@ def evaluate(
     merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Search with the model compiled; the eager one judges."),
+    ] = False,
     by_class: Annotated[
         bool, typer.Option("--by-class", help="Show the classes, and what is taken for what.")
     ] = False,
@@ -72,6 +76,7 @@ def evaluate(
         shard=shard,
         merge=merge,
         precision=one_of("--precision", precision, ("fp32", "bf16")),
+        compile=compile,
         save_adversarial=save_adversarial,
     )
     opened = subjects(output=output)

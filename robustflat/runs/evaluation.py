@@ -68,6 +68,7 @@ class Wanted:
             ``evaluation.json`` is left alone: when all shards are done, call again with ``merge``.
         merge: Take the outcomes that all shards left instead of attacking.
         precision: "bf16" searches in bfloat16 and verifies in float32.
+        compile: Search with the model compiled by torch.compile, where it can be.
         save_adversarial: A new .npz file for the adversarial examples.
     """
 
@@ -80,6 +81,7 @@ class Wanted:
     shard: str | None = None
     merge: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
     save_adversarial: Path | None = None
 
 
@@ -183,6 +185,7 @@ def _measured(
         "said": dict(subject.said),
         "batch_size": config.batch_size,
         "device": str(subject.device),
+        "compiled": wanted.compile,
         "versions": environment([])["versions"],
     }
     if gap_samples and team.is_first:
@@ -201,7 +204,7 @@ def _measured(
     if not gap_samples:
         return measured, []
     common |= {"samples": gap_samples, "seed": 0, "attack": f"pgd-{GAP_STEPS}"}
-    found = _scores(subject, networks, gap_samples, team)
+    found = _scores(subject, networks, gap_samples, wanted.compile, team)
     for name, by_split in found.items():
         about = {**networks[name].state(), **common}
         measured.append({"kind": "gap", **about, "result": gap(by_split).to_dict()})
@@ -295,6 +298,7 @@ def _attacked(
         work=Work(
             batch_size=config.batch_size,
             precision=wanted.precision,
+            compile=wanted.compile,
             save_adversarial=wanted.save_adversarial,
             team=team,
             on_progress=on_progress,
@@ -310,7 +314,9 @@ def _attacked(
 
 def _store(subject: Subject, network: Network, wanted: Wanted) -> Path:
     threat, batch_size = subject.the_threat(), subject.evaluation.batch_size
-    digest = _digest(network, threat, _samples(subject, wanted), wanted.seed, batch_size)
+    compiled = ("compiled",) if wanted.compile else ()
+    kind = (_samples(subject, wanted), wanted.seed, batch_size, *compiled)
+    digest = _digest(network, threat, *kind)
     return subject.home.outcomes / f"{network.checkpoint}-{digest}"
 
 
@@ -330,7 +336,7 @@ def _merged(subject: Subject, network: Network, wanted: Wanted) -> Evaluation:
 
 
 def _scores(
-    subject: Subject, networks: dict[str, Network], limit: int, team: Team
+    subject: Subject, networks: dict[str, Network], limit: int, compiled: bool, team: Team
 ) -> dict[str, dict[str, Scores]]:
     """By checkpoint and split the scores of every example, computed or read from the home."""
     threat, batch_size = subject.the_threat(), subject.evaluation.batch_size
@@ -342,13 +348,14 @@ def _scores(
         name, split = jobs[number]
         network, chosen = networks[name], splits[split]
         labels = hashlib.sha256(chosen.labels.cpu().numpy().tobytes()).hexdigest()
-        digest = _digest(network, threat, GAP_STEPS, split, len(chosen), labels, batch_size)
+        kind = (split, len(chosen), labels, batch_size, *(("compiled",) if compiled else ()))
+        digest = _digest(network, threat, GAP_STEPS, *kind)
         path = subject.home.outcomes / f"gap-{name}-{split}-{digest}.pt"
         found = Scores.load(path)
         if found is not None:
             return found, None
         began = time.perf_counter()
-        found = scores(network.model, chosen, attack, batch_size=batch_size)
+        found = scores(network.model, chosen, attack, batch_size=batch_size, compile=compiled)
         found.save(path)
         return found, time.perf_counter() - began
 
