@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from robustflat import models
 from robustflat.config.values import read_number
 from robustflat.data import PACKAGED, Data
 from robustflat.errors import UserError
-from robustflat.models.loading import Statistics, file_kind
+from robustflat.models.loading import Statistics, recognised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,78 +45,43 @@ class Elsewhere:
         said = {name: getattr(self, name) for name in names}
         return {name: value for name, value in said.items() if value}
 
+    def checked(self, target: str) -> tuple[str, str | None]:
+        """A target, which is a model, as `load_model` takes it: what it is, and its weights.
 
-def check(target: str, elsewhere: Elsewhere, threat: bool) -> None:
-    """Refuse a target that is no model, or of which not enough was said; nothing is loaded.
+        Nothing is loaded.
 
-    Args:
-        target: A model's name or a file.
-        elsewhere: What was said of it.
-        threat: Whether a threat was.
+        Raises:
+            UserError: If it is none, or not enough was said of it, or too much.
+        """
+        spec, weights = (target, None) if self.model is None else (self.model, target)
+        recognised(spec, weights, self.model_option, self.trust)
+        if self.data is None:
+            raise UserError(
+                f"To measure the model {target}, say also --data: a model alone names no images. "
+                "For example: --data cifar10 --norm linf --eps 8/255."
+            )
+        if self.root is not None and self.data in PACKAGED:
+            raise UserError(
+                f"The data set {self.data} comes with a package, not from a folder: leave --root "
+                "out."
+            )
+        return spec, weights
 
-    Raises:
-        UserError: Naming what is wrong or missing.
-    """
-    weights = _is_weights(target)
-    if Path(target).suffix in (".yaml", ".yml") and weights:
-        raise UserError(
-            f"{target} is a configuration, not a model: train it, and name the folder of its run."
+    def load(self, target: str, data: Data) -> nn.Module:
+        """The model, with as many classes as `data` has.
+
+        Raises:
+            UserError: If it cannot be made.
+        """
+        return models.load_model(
+            *self.checked(target),
+            normalise=_normalisation(self.normalise, data),
+            num_classes=len(data.classes),
+            in_channels=data.shape[0],
+            image_size=data.shape[1:],
+            options=self.model_option,
+            trust=self.trust,
         )
-    if weights and elsewhere.model is None:
-        raise UserError(
-            f"{target} holds weights, which need their model: name it with --model, such as "
-            "--model preact_resnet18 or --model package.module:factory."
-        )
-    if not Path(target).is_file() and ":" not in target and target not in models.MODELS:
-        raise UserError(
-            f"{target} does not exist: there is no such run or file, and no model of that name. "
-            f"Models are {', '.join(models.MODELS)}, timm:NAME and package.module:factory."
-        )
-    if not weights and elsewhere.model is not None:
-        raise UserError(
-            f"--model names the model of a file of weights, and {target} is none: leave it out."
-        )
-    program = Path(target).is_file() and not weights
-    if program and elsewhere.model_option:
-        raise UserError(f"{target} is a program, which has no options: leave --model-option out.")
-    if elsewhere.trust and not program:
-        raise UserError(f"--trust is for programs, and {target} is none: leave it out.")
-    if elsewhere.root is not None and elsewhere.data in PACKAGED:
-        raise UserError(
-            f"The data set {elsewhere.data} comes with a package, not from a folder: leave --root "
-            "out."
-        )
-    missing = ["--data"] if elsewhere.data is None else []
-    missing += [] if threat else ["--norm", "--eps"]
-    if missing:
-        raise UserError(
-            f"To measure the model {target}, say also {', '.join(missing)}: a model alone names "
-            "no images and no threat. For example: --data cifar10 --norm linf --eps 8/255."
-        )
-
-
-def make(target: str, elsewhere: Elsewhere, data: Data, device: torch.device) -> nn.Module:
-    """The model, with as many classes as `data` has.
-
-    Raises:
-        UserError: If it cannot be made.
-    """
-    weights = _is_weights(target)
-    return models.load_model(
-        str(elsewhere.model) if weights else target,
-        target if weights else None,
-        normalise=_normalisation(elsewhere.normalise, data),
-        num_classes=len(data.classes),
-        in_channels=data.shape[0],
-        image_size=data.shape[1:],
-        options=elsewhere.model_option,
-        trust=elsewhere.trust,
-        device=device,
-    )
-
-
-def _is_weights(target: str) -> bool:
-    return Path(target).is_file() and file_kind(Path(target)) == "weights"
 
 
 def _normalisation(said: str | None, data: Data) -> Literal["none"] | Statistics | None:

@@ -43,18 +43,31 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make the folder of a file that is written inside.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error}. Free some space or choose another folder; what "
+            "was saved before is intact."
+        ) from None
+
+
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write text, whole or not at all; ``durable`` as for :func:`write_whole`.
 
     Raises:
         UserError: if it cannot be written.
     """
-    try:
+    with writing(path):
         write_whole(path, text, durable=durable)
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written: {error}. Free some space or choose another folder."
-        ) from None
 
 
 def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
@@ -114,20 +127,16 @@ def locked(path: Path, *, patience: float | None = None) -> Iterator[None]:
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            _log.info("Waiting for another process that is at work on %s.", path)
-            lock.acquire(timeout=-1 if patience is None else patience)
+        with writing(path):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                _log.info("Waiting for another process that is at work on %s.", path)
+                lock.acquire(timeout=-1 if patience is None else patience)
     except Timeout:
         raise UserError(
             f"Another process is at work on {path}. Wait until it ends, or end it first: two would "
             "spoil each other's files."
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written: {error}. Free some space or choose another folder."
         ) from None
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from robustflat import models
 from robustflat.config import RunConfig
 from robustflat.config.schema import EvaluateConfig, FlatnessConfig
 from robustflat.data import Data, Images
-from robustflat.elsewhere import Elsewhere, check, make
+from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
 from robustflat.evaluate.record import fingerprint_of
 from robustflat.evaluate.threat import Threat
@@ -47,13 +47,18 @@ class Network:
     epoch: int | None
     weights: str
 
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of its weights."""
+        return fingerprint_of(self.model)
+
     def state(self) -> dict[str, Any]:
-        """Which network it is, for records; the model as the SHA-256 of its weights."""
+        """Which network it is, for records; the model as its digest."""
         return {
             "checkpoint": self.checkpoint,
             "epoch": self.epoch,
             "weights": self.weights,
-            "model": fingerprint_of(self.model),
+            "model": self.digest,
         }
 
 
@@ -73,7 +78,7 @@ class Subject:
         data: The name of the data set.
         said: What was said of a model from elsewhere, and that its figures depend on.
         images: The data set, split; nothing is decoded before it is needed.
-        restore: From the name of a checkpoint, and of weights in it, to the network.
+        restore: From the name of a checkpoint, and of weights in it, to the network, made once.
     """
 
     name: str
@@ -243,8 +248,10 @@ def _of_run(
         data=config.data.name,
         said={},
         images=images,
-        restore=lambda checkpoint, weights: _restored(
-            files[checkpoint], config, images(), device, checkpoint, weights
+        restore=cache(
+            lambda checkpoint, weights: _restored(
+                files[checkpoint], config, images(), device, checkpoint, weights
+            )
         ),
     )
 
@@ -307,7 +314,7 @@ def _of_model(
     output: Path | None,
     elsewhere: Elsewhere,
 ) -> Subject:
-    check(target, elsewhere, threat is not None)
+    elsewhere.checked(target)
     name, root = str(elsewhere.data), elsewhere.root or Path("data")
     images = cache(
         lambda: datasets.load(name, root=root, cache=False, image_size=elsewhere.image_size)
@@ -325,11 +332,13 @@ def _of_model(
         data=name,
         said=elsewhere.told(),
         images=images,
-        restore=lambda checkpoint, _: Network(
-            model=make(target, elsewhere, images(), device),
-            checkpoint=checkpoint,
-            epoch=None,
-            weights="raw",
+        restore=cache(
+            lambda checkpoint, _: Network(
+                model=elsewhere.load(target, images()).to(device),
+                checkpoint=checkpoint,
+                epoch=None,
+                weights="raw",
+            )
         ),
     )
 

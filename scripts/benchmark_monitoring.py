@@ -88,7 +88,7 @@ def _row(case: str, args: argparse.Namespace, place: Path) -> list[str]:
     measuring = _seconds(lambda: run._monitor(run.model))
     pictures = _seconds(lambda: _pictured(run))
     epoch = _IMAGES[case] / config.train.batch_size
-    for listener in run.listeners:
+    for listener in run.teller.listeners:
         listener.on_end()
     return [
         f"{case}: {config.model.name}, batch {config.train.batch_size}",
@@ -97,10 +97,10 @@ def _row(case: str, args: argparse.Namespace, place: Path) -> list[str]:
         _ratio(cpu),
         f"{(_median(cpu) - 1) / 10:+.2%}",
         *(
-            f"{seconds / step:.1f} steps, {seconds / (step * epoch * every):.2%}"
-            for seconds, every in (
-                (measuring, config.monitor.every),
-                (pictures, config.monitor.pictures_every),
+            f"{seconds / step:.1f} steps, {seconds / (step * steps):.2%}"
+            for seconds, steps in (
+                (measuring, epoch * config.monitor.every),
+                (pictures, 5000),
             )
         ),
     ]
@@ -136,7 +136,7 @@ def _begun(case: str, args: argparse.Namespace, place: Path, *, watched: bool) -
         torch.device(args.device),
         listeners=listeners if watched else (),
     )
-    run._begin()
+    run.teller.start(0, 0)
     return run
 
 
@@ -162,7 +162,7 @@ def _images(case: str, batch: int) -> data.Data:
 
 def _pictured(run: Trainer) -> None:
     pictures = run._monitor.pictures(run.model, run._classes)
-    for listener in run.listeners:
+    for listener in run.teller.listeners:
         listener.on_pictures({"steps": 0}, pictures)
 
 

@@ -307,7 +307,7 @@ def test_comparison_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
         "Robust gap, accuracy": ([0.2, 0.35], ["20.0 pp", "35.0 pp"]),
         "Robust gap, loss": ([0.7, 0.7], ["0.700", "0.700"]),
         "Robust overfitting": ([0.0371, 0.0371], ["3.7 pp", "3.7 pp"]),
-        "avg clean": ([0.0271, 0.0271], ["0.0271", "0.0271"]),
+        "average clean": ([0.0271, 0.0271], ["0.0271", "0.0271"]),
     }
     for label, (numbers, shown) in expected.items():
         found = cells(text, label)
@@ -316,7 +316,7 @@ def test_comparison_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
     # The interval of the worst case, and the standard error of the sharpness: of directions and
     # of images, hypot(0.0011, 0.0032).
     assert cells(text, "worst case")[0][1].endswith("43.9 to 55.9%")
-    assert cells(text, "avg clean")[0][1].endswith("± 0.0034")
+    assert cells(text, "average clean")[0][1].endswith("± 0.0034")
     assert cells(text, "square")[0][1].startswith("50.0%")
     parts = [t for _, t in Page(text).find("tr", "part")]
     assert parts == [
@@ -366,7 +366,7 @@ def test_other_circumstances_are_told_in_the_cell_and_none_is_better(tmp_path: P
         (0.5, 0.13, 1.0, {"Robust gap, accuracy": 1}),
         (0.5, 0.15, 1.0, {}),
         # Standard errors 0.0034: 2 * 1.96 * 0.0034 = 0.0133 apart is enough, 0.0122 is not.
-        (0.5, 0.2, 0.5, {"avg clean": 1}),
+        (0.5, 0.2, 0.5, {"average clean": 1}),
         (0.5, 0.2, 0.55, {}),
     ],
 )
@@ -377,7 +377,7 @@ def test_better_only_beyond_the_intervals(
     write_json(two.evaluation, measurements(evaluation(robust, gap=gap)))
     write_json(two.flatness, flatness(scale))
     text = written(tmp_path, one, two)
-    for label in ("worst case", "pgd-20", "Robust gap, accuracy", "avg clean"):
+    for label in ("worst case", "pgd-20", "Robust gap, accuracy", "average clean"):
         marked = [i for i, (a, _, _) in enumerate(cells(text, label)) if "better" in str(a)]
         # The intervals of PGD's accuracies are as wide and as far apart.
         expected = better.get("worst case" if label == "pgd-20" else label)
@@ -879,7 +879,7 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     for output in (tmp_path / "file" / "report.html", tmp_path / "folder"):
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match="could not be written"):
             write_page([folder], output)
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file", "folder"]

@@ -1084,7 +1084,11 @@ def test_tables_and_plots_show_the_figures(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     paths = save_plots(result, tmp_path / "plots")
     assert len(paths) == 2 * 3
-    assert paths[0].name == "worst_clean-gap_robust_accuracy.png"
+    monkeypatch.setattr("robustflat.report.study_figures._DRAWN", 1)
+    surest = [next(iter(ranking_table(result, t).columns[0].cells)) for t in result.study.targets]
+    drawn = [path.stem for path in save_plots(result, tmp_path / "few")]
+    assert drawn == [f"{n}-{t}" for n, t in zip(surest, result.study.targets, strict=True)]
+    assert {p.name for p in paths} >= {"worst_clean-gap_robust_accuracy.png"}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):

@@ -171,7 +171,7 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("weights", ["run"], ["--weights", "raw"], lambda one: one["weights"] == "raw"),
     ("weights", MODELS, ["--weights", "raw"], "leave --checkpoint and --weights out"),
     ("samples", ALL, ["--samples", 12], lambda one: one["result"]["count"] == 12),
-    ("samples", ALL, ["--samples", 0], "samples must be at least 1"),
+    ("samples", ALL, ["--samples", 0], "samples must be a whole number >= 1"),
     ("samples", ALL, ["--samples", 3000], "Asked for 3000 samples of"),
     ("no_gap", ALL, [], lambda one: True),
     ("no_gap", ALL, ["--gap-samples", 3], "contradict each other"),
@@ -400,8 +400,7 @@ def test_a_home_that_is_a_file_and_a_configuration_are_told_as_such(
     [
         ("nothing", Elsewhere(), "does not exist"),
         ("whole.pt", Elsewhere(), "name it with --model"),
-        ("whole.pt", Elsewhere(model="mlp"), "say also --data, --norm, --eps"),
-        ("mlp", Elsewhere(data="digits"), "say also --norm, --eps"),
+        ("whole.pt", Elsewhere(model="mlp"), "say also --data: a model alone"),
         ("program.ts", Elsewhere(model="mlp", data="digits"), "leave it out"),
         ("a", Elsewhere(data="digits"), "leave --data out"),
     ],
@@ -506,7 +505,7 @@ def test_every_target_is_looked_at_before_any_is_paid_for(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     paid: list[Any] = []
-    monkeypatch.setattr("robustflat.runs.evaluation.evaluate_subject", paid.append)
+    monkeypatch.setattr("robustflat.runs.evaluation.Job.run", lambda *a: paid.append(a))
     monkeypatch.setattr(sys, "argv", ["robustflat", "evaluate", str(place / "a"), "b=1"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -560,13 +559,13 @@ def test_images_on_the_disk_are_decoded_only_where_they_are_needed(
 def test_the_gap_is_kept_and_not_measured_twice(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robustflat.runs import evaluation
+    import robustflat.evaluate.gaps as gaps
 
     subject = open_subject(place / "a", device="cpu", output=tmp_path)
     once = evaluate_subject(subject, Wanted(attacks=[]))
     calls: list[Any] = []
-    scores = evaluation.scores
-    monkeypatch.setattr(evaluation, "scores", lambda *a, **k: (calls.append(a), scores(*a, **k))[1])
+    scores = gaps.scores
+    monkeypatch.setattr(gaps, "scores", lambda *a, **k: (calls.append(a), scores(*a, **k))[1])
     assert evaluate_subject(subject, Wanted(attacks=[])) == once
     assert not calls
     # Each figure is that of its own split and checkpoint.
@@ -820,6 +819,51 @@ def test_help_and_names_need_no_torch_and_functions_keep_their_names() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
+
+
+def test_what_needs_no_threat_is_measured_without_one(
+    run: Any, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*KINDS["weights"], "--data", "digits", "--device", "cpu", "--samples", "10"]
+    clean = {
+        "flatness": ["--measure", "gradient_norm"],
+        "landscape": ["--points", "3", "--loss", "clean", "--output", str(place / "clean.png")],
+    }
+    robust = {"flatness": ["--measure", "average_robust"], "landscape": [], "evaluate": []}
+    for wanted, code in ((clean, 0), (robust, 2)):
+        for command, more in wanted.items():
+            monkeypatch.setattr(sys, "argv", ["robustflat", command, *given, *more])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            said = capsys.readouterr()
+            assert (ended.value.code or 0) == code, said.err
+            assert not said.out.startswith("\n"), "no empty line where there is no terminal"
+            assert not code or "--norm linf --eps 8/255" in said.err
+    assert (place / "clean.png").is_file()
+
+
+def test_a_factory_is_called_twice_only(run: Any, place: Path, tmp_path: Path) -> None:
+    """Once for the model, and once more to see whether its weights are random."""
+    code = (
+        "from subject_factory import make\n"
+        "calls = []\n"
+        "def counted(num_classes, file):\n"
+        "    calls.append(file)\n"
+        "    return make(num_classes, file)\n"
+    )
+    (place / "counting.py").write_text(code)
+    given = ("counting:counted", "--model-option", "file=net.pt", "--normalise", "data", *SAID)
+    assert run(*given, "--attack", "pgd-2", "--samples", 20, "--output", tmp_path / "home")[0] == 0
+    assert len(sys.modules["counting"].calls) == 2
+
+
+def test_all_images_asked_for_by_number_are_the_whole(run: Any, tmp_path: Path) -> None:
+    for samples in (["--samples", 360], []):
+        assert run("weights", "--attack", "fgsm", *samples, "--output", tmp_path)[0] == 0
+    (one,) = read(tmp_path / "evaluation.json", "evaluate")
+    assert one["samples"] is None
+    assert one["result"]["settings"]["samples"] is None
+    assert len(list((tmp_path / "outcomes").glob("*/outcomes.json"))) == 1
 
 
 def test_flatness_and_landscape_take_the_options_of_evaluate(

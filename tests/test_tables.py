@@ -12,7 +12,7 @@ from rich.console import Console
 
 from robustflat.flatness import Progress
 from robustflat.report.progress import Counter, ProgressBar
-from robustflat.report.tables import Comparison, evaluation_table, significant
+from robustflat.report.tables import Comparison, evaluation_table, gap_table, significant
 from robustflat.runs.comparison import Cell, Row, columns
 
 
@@ -128,6 +128,35 @@ def test_evaluation_table_gives_every_attack() -> None:
     assert line(text, "pgd-20") == ["pgd-20", "65.43%", "64.4% .. 67.4%", "180", "7", "1.3"]
     assert line(text, "square after fab-t")[3] == "131"
     assert line(text, "worst case")[1:3] == ["50.00%", "45.0% .. 55.0%"]
+
+
+def test_the_gap_is_a_table_with_differences_and_intervals() -> None:
+    def figure(value: float | None, spread: float = 0.0) -> dict[str, float | None]:
+        ends = (None, None) if value is None else (value - spread, value + spread)
+        return {"value": value, "low": ends[0], "high": ends[1]}
+
+    splits = {
+        "train": {"robust_accuracy": figure(0.9), "robust_loss": figure(0.25)},
+        "test": {"robust_accuracy": figure(0.625), "robust_loss": figure(None)},
+    }
+    gaps = {"robust_accuracy": figure(0.275, 0.05), "robust_loss": figure(None)}
+    found = {"splits": splits, "gaps": {"train-test": gaps}}
+    report = {
+        "run": "[a]", "gap_attack": "pgd-20",
+        "overfitting": {"robust_accuracy": figure(-0.02, 0.01)},
+        "checkpoints": {"best": {"gap": None}, "last": {"gap": found}},
+    }  # fmt: skip
+    text = shown(gap_table(report))
+    assert "[a]: robust-generalization gap, pgd-20" in text
+    rows = [
+        [c.strip() for c in one.strip("│").split("│")] for one in text.splitlines() if "│" in one
+    ]
+    assert rows == [
+        ["last", "robust accuracy", "90.00%", "62.50%", "+27.50%", "+22.50% .. +32.50%"],
+        ["last", "robust loss", "0.250", "not finite", "not finite", "not finite .. not finite"],
+        ["best - last", "robust accuracy", "", "", "-2.00%", "-3.00% .. -1.00%"],
+    ]
+    assert gap_table({**report, "overfitting": None}).row_count == 2
 
 
 @pytest.mark.parametrize("name", ["[red]run", "[/]", "a[b]c", "[link=x]y"])

@@ -33,6 +33,7 @@ from robustflat.evaluate import measure
 from robustflat.report.tensorboard import TensorBoard
 from robustflat.train import Trainer, TrainingDivergedError, train
 from robustflat.train.averaging import Average, ema
+from robustflat.train.checkpoint import load_checkpoint, save_checkpoint
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder, json_safe
 from robustflat.train.monitor import Monitor
@@ -430,7 +431,7 @@ def test_ema_follows_every_step(tmp_path: Path, digits: Data) -> None:
         def on_step(self, epoch: int, step: int, values: Any) -> None:
             history.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
 
-    trainer.listeners = [Watch()]
+    trainer.teller.listeners = [Watch()]
     assert trainer.run()
     assert len(history) == 8
     assert trainer.average is not None
@@ -464,7 +465,7 @@ def test_swa_is_the_mean_of_the_epochs_and_has_statistics_of_its_own(
         def on_epoch(self, row: dict[str, Any]) -> None:
             ends.append({k: v.clone() for k, v in trainer.model.named_parameters()})
 
-    trainer.listeners = [Watch()]
+    trainer.teller.listeners = [Watch()]
     trainer.run()
     state = saved(folder.last)["average_model"]
     for key in ends[0]:
@@ -523,7 +524,7 @@ def test_swa_is_refreshed_with_what_an_attack_of_one_s_own_makes_in_training(dig
     trainer = Trainer(settings, digits, CPU)
     assert trainer.average is not None
     trainer.model.train()
-    trainer._begin()
+    trainer.teller.start(0, 0)
     trainer._train_epoch()
     trainer.average.after_epoch(trainer.model, 0)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
@@ -595,8 +596,53 @@ def scripted(trainer: Trainer, scores: list[float]) -> list[dict[str, Any]]:
             told.append(row)
 
     trainer._monitor = Scripted()  # type: ignore[assignment]
-    trainer.listeners = [Tell()]
+    trainer.teller.listeners = [Tell()]
     return told
+
+
+@pytest.mark.parametrize(
+    ("every", "changes", "seen"),
+    [
+        (0, {}, []),
+        (1, {}, [4, 8, 12, 16, 20]),
+        (2, {}, [8, 16, 20]),
+        (100, {}, [20]),  # at the end
+        (100, {"train__stop_at_loss": 50.0}, [4]),  # wherever that is
+        (0, {"train__stop_at_loss": 50.0}, []),
+        (None, {}, [8, 12, 20]),  # 6, 12 and 18 lie in the second, third and fifth epoch
+    ],
+)
+def test_pictures_come_in_their_turn_and_at_the_end(
+    digits: Data, monkeypatch: pytest.MonkeyPatch, every: int | None, changes: Any, seen: list[int]
+) -> None:
+    settings = config(
+        train__epochs=5, monitor__pictures_every=every, objective={"name": "standard"},
+        weights={"name": "none"}, **changes,
+    )  # fmt: skip
+    told: list[int] = []
+
+    class Tell(Watcher):
+        def on_pictures(self, row: dict[str, Any], pictures: Any) -> None:
+            told.append(row["steps"])
+
+    monkeypatch.setattr("robustflat.train.monitor.take", lambda *_, **__: None)
+    monkeypatch.setattr("robustflat.train.teller._PICTURE_STEPS", 6)
+    Trainer(settings, digits, CPU, listeners=[Tell()]).run()
+    assert told == seen
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(
+    tmp_path: Path, digits: Data
+) -> None:
+    settings = config(tmp_path, train__epochs=1)
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(settings, resume=False)
+    Trainer(settings, digits, CPU, folder=folder).run()
+    old = load_checkpoint(folder.last)
+    del old["drift"], old["ended"]
+    save_checkpoint(folder.last, old)
+    with pytest.raises(UserError, match=r"has no drift and no ended: another version of robustf"):
+        Trainer(settings, digits, CPU, folder=folder).resume()
 
 
 SCORES = [0.2, 0.5, 0.4, 0.5, 0.6, 0.3, 0.6, 0.5, 0.9, 0.9]
@@ -668,7 +714,7 @@ def poisoned(tmp_path: Path, digits: Data, epoch: int, step: int, **said: Any) -
     folder = RunFolder(tmp_path / "run")
     folder.prepare(settings, resume=False)
     trainer = Trainer(settings, digits, CPU, folder=folder)
-    trainer.listeners = [Poison(trainer, epoch, step)]
+    trainer.teller.listeners = [Poison(trainer, epoch, step)]
     return trainer
 
 
@@ -765,7 +811,7 @@ def test_stopping_on_sigterm_does_not_save_what_diverged(tmp_path: Path, digits:
         def on_step(self, epoch: int, step: int, values: Any) -> None:
             trainer.stop_requested = step == 1
 
-    trainer.listeners = [Stop()]
+    trainer.teller.listeners = [Stop()]
     with pytest.raises(TrainingDivergedError, match="step 2"):
         trainer.run()
     assert not folder.last.exists()

@@ -60,8 +60,8 @@ def evaluate(
     """
     from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
-    from robustflat.report.tables import class_tables, evaluation_table, weakest
-    from robustflat.runs.evaluation import Wanted, check, evaluate_subject
+    from robustflat.report.tables import class_tables, evaluation_table, gap_table, weakest
+    from robustflat.runs.evaluation import Job, Wanted
 
     if no_gap and gap_samples:
         raise UserError("--no-gap and --gap-samples contradict each other: give one of them.")
@@ -82,16 +82,14 @@ def evaluate(
     opened = subjects(output=output)
     if save_adversarial is not None and len(opened) > 1:
         raise UserError("--save-adversarial is one file: name one subject.")
-    # One alone is looked at where it is evaluated.
-    for subject in opened if len(opened) > 1 else ():
-        check(subject, wanted)
+    jobs = [Job(subject, wanted) for subject in opened]  # all are looked at before one is paid for
     team = Team.of_torchrun()
     console = out.console(quiet=not team.is_first)
     if team.is_first:
         out.speak()
-    for subject in opened:
+    for subject, job in zip(opened, jobs, strict=True):
         with Counter(console, subject.name) as counter:
-            report = evaluate_subject(subject, wanted, counter.on_attack, team)
+            report = job.run(counter.on_attack, team)
         if not team.is_first:
             continue
         for text in report["notes"]:
@@ -108,6 +106,8 @@ def evaluate(
             typer.echo(weakest(classes))
             for warning in entry["test"]["warnings"]:
                 out.note(console, warning)
+        if any(entry["gap"] for entry in report["checkpoints"].values()):
+            console.print(gap_table(report))
         if shard is None:
             typer.echo(f"written: {subject.home.evaluation}")
         else:

@@ -37,7 +37,6 @@ def compare(
         int, typer.Option(min=1, max=15, help="Significant digits, in text, md and latex.")
     ] = 3,
     output: Annotated[Path | None, typer.Option(help="Write the table to a file.")] = None,
-    json: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Put evaluated runs side by side: on the terminal, or as a table for a paper or a program."""
     from robustflat.files import write_text
@@ -48,8 +47,6 @@ def compare(
     from robustflat.runs.grouping import by_seed, ordered
     from robustflat.train.folder import RunFolder
 
-    if json is not None:
-        raise UserError(f"--json is now written --format json --output {json}")
     if form == "text" and output is not None:
         raise UserError("--output needs a --format: md, csv, latex or json.")
     folders = [RunFolder(root) for root in runs]

@@ -334,15 +334,16 @@ class MonitorConfig(Section):
     ``flatness_every`` epochs (0: never) the ``flatness`` measures, on training images. Of every
     ``step_every``-th step (0: none) the values that it has anyway: losses at the centre and at the
     perturbed weights, gradients' norms and cosines, the perturbation's size, the attack's losses.
-    Every ``pictures_every`` epochs and at the last (0: never) examples, confusion matrix and loss
-    along a line, for TensorBoard.
+    Every ``pictures_every`` epochs and at the end (0: never) examples, confusion matrix and loss
+    along a line, for TensorBoard; null: after the epochs that reach a multiple of 5,000 steps, so
+    that they cost less than 2 % of a run however short its epochs are.
     """
 
     every: Whole = 1
     steps: Count = 10
     train_samples: Count = 500
     step_every: Whole = 10
-    pictures_every: Whole = 20
+    pictures_every: Whole | None = None
     flatness_every: Whole = 0
     flatness: tuple[Measure, ...] = ("ascent_robust", "hessian_max")
     flatness_samples: Count = 256

@@ -91,6 +91,7 @@ def choose(data: Data, samples: int | None = None, shard: str | None = None) -> 
             return x[positions]
 
     at = _positions(labels, samples, shard)
+    samples = None if samples == len(labels) else samples  # all of them are the whole
     return Examples(
         labels=labels[at],
         positions=at,

@@ -10,7 +10,7 @@ import torch
 from typing_extensions import Self
 
 from robustflat.errors import UserError
-from robustflat.files import write_whole
+from robustflat.files import write_whole, writing
 from robustflat.models.files import read_tensors
 
 
@@ -25,11 +25,8 @@ class Kept:
         """
         content = io.BytesIO()
         torch.save({f.name: getattr(self, f.name) for f in fields(self)}, content)  # type: ignore[arg-type]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
             write_whole(path, content.getvalue())
-        except OSError as error:
-            raise UserError(f"The file {path} cannot be written: {error.strerror}.") from error
 
     @classmethod
     def load(cls, path: Path) -> Self | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.evaluate.examples import parse_shard
-from robustflat.files import write_whole
+from robustflat.files import write_whole, writing
 
 FORMAT = "robustflat-outcomes-3"
 
@@ -186,14 +186,8 @@ class Record:
             "notes": self.notes,
             "probes": self.probes,
         }
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
             write_whole(self.path, json.dumps(content, allow_nan=False))
-        except OSError as error:
-            raise UserError(
-                f"The outcomes cannot be saved to {self.path}: {error.strerror}. What was saved "
-                "before is intact; run the same command again when that is mended."
-            ) from error
 
 
 def load(path: Path) -> Record:

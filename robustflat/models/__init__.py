@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustflat.models.loading import load_model, read_weights
+from robustflat.models.loading import load_model
 from robustflat.models.named import MODELS, build
 from robustflat.models.normalized import Normalize, Normalized
 from robustflat.models.resnet import preact_resnet18
@@ -19,7 +19,6 @@ __all__ = [
     "load_state",
     "mlp",
     "preact_resnet18",
-    "read_weights",
     "small_cnn",
     "wide_resnet",
     "wide_resnet_silu",

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
-from robustflat.models.named import build
+from robustflat.models.named import MODELS, build, is_known
 from robustflat.models.normalized import Normalize, Normalized
 from robustflat.models.state import load_state
 
 Kind = Literal["script", "export", "weights"]
 Statistics = tuple[Sequence[float], Sequence[float]]
-
-_SUFFIXES = (".pt", ".pth", ".pt2", ".ts", ".ckpt")
 
 
 class FixedBatch(nn.Module):
@@ -53,7 +51,6 @@ def load_model(
     image_size: tuple[int, int] | None = None,
     options: Mapping[str, Any] | None = None,
     trust: bool = False,
-    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """A model that takes images in [0, 1], from a name or a file.
 
@@ -70,7 +67,6 @@ def load_model(
         options: The named model's own.
         trust: Whether programs may be loaded. A TorchScript or exported program is code, and
             loading or running one can do anything that a program of yours can.
-        device: Where to put it.
 
     Returns:
         The model, in eval mode if it has modes.
@@ -79,17 +75,11 @@ def load_model(
         UserError: If there is no such model, a file cannot be used, the model would have random
             weights, or its normalisation is not known.
     """
-    path = Path(spec)
-    if path.is_file():
-        if weights is not None:
-            raise UserError(
-                f"{spec} is a file; to load the weights {weights}, name a model instead of it."
-            )
-        net = _program(path, trust)
-    elif path.suffix in _SUFFIXES:
-        raise UserError(f"There is no file {spec}.")
-    else:
+    kind = recognised(spec, weights, options, trust)
+    if kind is None:
         net = _named(spec, weights, num_classes, in_channels, image_size, dict(options or {}))
+    else:
+        net = _program(Path(spec), kind, trust)
     if any(isinstance(module, Normalize) for module in net.modules()):
         if normalise is not None:
             raise UserError(
@@ -107,7 +97,57 @@ def load_model(
     for module in net.modules():
         # Not net.eval(), which exported programs refuse.
         module.training = False
-    return net.to(device)
+    return net
+
+
+def recognised(
+    spec: str,
+    weights: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    trust: bool = False,
+) -> Literal["script", "export"] | None:
+    """What a model is, of what `load_model` takes; nothing is loaded.
+
+    Returns:
+        The kind of a program; None of a model by name.
+
+    Raises:
+        UserError: If there is no such model, or something was said that does not fit it.
+    """
+    path = Path(spec)
+    kind = file_kind(path) if path.is_file() else None
+    if weights is not None and not (
+        Path(weights).is_file() and file_kind(Path(weights)) == "weights"
+    ):
+        what = "a program" if Path(weights).is_file() else "no file"
+        raise UserError(
+            f"The model {spec} (--model) is that of a file of weights, and {weights} is {what}: "
+            "mend the path, or leave it out."
+        )
+    if weights is not None and kind is not None:
+        raise UserError(
+            f"{spec} is a file; to load the weights {weights}, name a model instead of it."
+        )
+    if kind == "weights" and path.suffix in (".yaml", ".yml"):
+        raise UserError(
+            f"{spec} is a configuration, not a model: train it, and name the folder of its run."
+        )
+    if kind == "weights":
+        raise UserError(
+            f"{spec} is no program. If it holds weights, they need their model: name it with "
+            "--model, such as --model preact_resnet18 or --model package.module:factory (in "
+            "Python load_model(MODEL, FILE))."
+        )
+    if kind is None and weights is None and ":" not in spec and not is_known(spec):
+        raise UserError(
+            f"{spec} does not exist: there is no file or run {spec}, and no model of that name. "
+            f"Models are {', '.join(MODELS)}, timm:NAME and package.module:factory."
+        )
+    if kind is not None and options:
+        raise UserError(f"{spec} is a program, which has no options: leave --model-option out.")
+    if kind is None and trust:
+        raise UserError(f"--trust is for programs, and {spec} is none: leave it out.")
+    return kind
 
 
 def _named(
@@ -157,7 +197,13 @@ def _named(
     if weights is None:
         known = pretrained and _is_whole(name, model, num_classes, in_channels)
     else:
-        known = load_state(model, read_weights(weights)) == "whole"
+        state = read_tensors(weights)
+        if not isinstance(state, Mapping):
+            raise UserError(
+                f"{weights} holds {type(state).__name__}, not a state dict. Save "
+                "model.state_dict()."
+            )
+        known = load_state(model, state) == "whole"
     # The normalisation that `build` put in front is a stand-in unless it came with the weights.
     return model.net if isinstance(model, Normalized) and not known else model
 
@@ -171,23 +217,6 @@ def _is_whole(name: str, model: nn.Module, classes: int, channels: int) -> bool:
             f"{classes}, so its last layer would be random. Name a file of weights for these data."
         )
     return len(config.get("mean", ())) == channels
-
-
-def read_weights(path: str | Path) -> Mapping[str, Any]:
-    """Read a file saved by torch.save, tensors and plain containers only: it cannot run code.
-
-    Raises:
-        UserError: If there is no such file, or it is damaged, foreign or holds anything else.
-    """
-    path = Path(path)
-    if path.is_file() and file_kind(path) != "weights":
-        raise UserError(f"{path} is a program, not weights: give it as the model itself.")
-    content = read_tensors(path)
-    if not isinstance(content, Mapping):
-        raise UserError(
-            f"{path} holds {type(content).__name__}, not a state dict. Save model.state_dict()."
-        )
-    return content
 
 
 def file_kind(path: Path) -> Kind:
@@ -207,13 +236,7 @@ def file_kind(path: Path) -> Kind:
     return "weights"
 
 
-def _program(path: Path, trust: bool) -> nn.Module:
-    kind = file_kind(path)
-    if kind == "weights":
-        raise UserError(
-            f"{path} is no TorchScript or exported program. If it holds weights, name their model "
-            "and give the file as its weights."
-        )
+def _program(path: Path, kind: Kind, trust: bool) -> nn.Module:
     if not trust:
         raise UserError(
             f"{path} is a program ({'TorchScript' if kind == 'script' else 'torch.export'}), and "

@@ -32,6 +32,11 @@ _WRN = re.compile(r"wrn-(\d+)-(\d+)(-silu)?")
 _OFFERED = ("num_classes", "in_channels", "image_size")
 
 
+def is_known(name: str) -> bool:
+    """Whether a model of this package has that name."""
+    return name in MODELS or _WRN.fullmatch(name) is not None
+
+
 def build(
     name: str,
     *,

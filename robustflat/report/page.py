@@ -13,8 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import robustflat
-from robustflat.errors import UserError
-from robustflat.files import write_whole
+from robustflat.files import write_text
 from robustflat.landscapes import Landscape
 from robustflat.report import figures, interactive, palette
 from robustflat.report import page_tables as tables
@@ -84,7 +83,7 @@ def write_page(folders: Sequence[RunFolder], output: Path) -> None:
     """
     records = read_records(folders)
     roots = ", ".join(record.root for record in records)
-    _write(output, whole(roots, lambda: _render(**_report(records))))
+    write_text(output, whole(roots, lambda: _render(**_report(records))))
 
 
 def write_figures(found: Sequence[Figure], output: Path, title: str) -> None:
@@ -94,7 +93,7 @@ def write_figures(found: Sequence[Figure], output: Path, title: str) -> None:
         UserError: if it cannot be written.
     """
     section = Section(title="", figures=[_drawn(figure) for figure in found])
-    _write(output, _render(title=title, sections=[section]))
+    write_text(output, _render(title=title, sections=[section]))
 
 
 def write_landscapes(found: Mapping[str, Landscape], output: Path) -> None:
@@ -112,7 +111,7 @@ def write_landscapes(found: Mapping[str, Landscape], output: Path) -> None:
         shown += [_drawn(figure) for figure in figures.landscapes(found, quantity="accuracies")]
     about = text.as_sentence(circumstances(list(found.values())))
     section = Section(title="", about=about, figures=shown)
-    _write(output, _render(title="Weight-loss landscape", sections=[section]))
+    write_text(output, _render(title="Weight-loss landscape", sections=[section]))
 
 
 def _render(*, sections: Sequence[Section], title: str, **more: Any) -> str:
@@ -327,14 +326,3 @@ def _numbers(chart: Chart) -> Table:
             lines.append(tables.Line(head=head, cells=cells))
     heads = ("curve", chart.x.label if not chart.y.ticks else "at", "value", "low", "high")
     return tables.grid(chart.title, heads, lines)
-
-
-def _write(output: Path, page: str) -> None:
-    """The whole page or, if that fails, what was there before."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, page)
-    except OSError as error:
-        raise UserError(
-            f"The page cannot be written to {output}: {error}. Choose another --output."
-        ) from None

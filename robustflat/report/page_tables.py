@@ -11,8 +11,8 @@ from typing import Any
 from robustflat.flatness import MEASURES
 from robustflat.report.chart import UNITS, number, significant
 from robustflat.report.record import Record, state_of
-from robustflat.report.tables import LABELS, label_of, seeds_of, shown
-from robustflat.runs.comparison import Cell, Row, Unit, columns, effect_of, is_usual
+from robustflat.report.tables import label_of, seeds_of, shown
+from robustflat.runs.comparison import Cell, Row, Unit, columns, effect_of, is_usual, label
 from robustflat.runs.grouping import by_seed
 from robustflat.train.folder import flattened
 
@@ -92,12 +92,12 @@ def comparison(records: Sequence[Record]) -> Table:
             lines.append(Line(head=Item(text=heading), kind="part"))
         for metric in group:
             better = _best(metrics[metric], metric, error=metric in measures)
-            label, more = _GAPS.get(metric, (LABELS.get(metric, metric), None))
+            title, more = _GAPS.get(metric, (label(metric), None))
             cells = [
                 _merged(metric, metrics[metric].get(r.index, []), r, metric in measures, better)
                 for r in records
             ]
-            lines.append(Line(head=Item(text=label, small=[more] if more else []), cells=cells))
+            lines.append(Line(head=Item(text=title, small=[more] if more else []), cells=cells))
         if extra:
             head = Item(text="other attacks", small=["not run on all"])
             lines.append(Line(head=head, cells=[_others(extra, metrics, r) for r in records]))
@@ -205,7 +205,7 @@ def flatness(records: Sequence[Record]) -> Table:
         one = len(balls) == 1
         about = [MEASURES[name].summary if name in MEASURES else "", *(balls if one else ())]
         small = [line for line in about if line]
-        head = Item(text=LABELS.get(name, name), small=small, kind="long")
+        head = Item(text=label(name), small=small, kind="long")
         cells = [_flatness(r, f, ball=not one) for r, f in zip(records, found, strict=True)]
         lines.append(Line(head=head, cells=cells))
     return Table(caption="Measures of flatness", heads=_heads(records), lines=lines)

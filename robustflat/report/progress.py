@@ -166,7 +166,7 @@ class Counter:
         self._name = name
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(),
-            console=console, transient=True,
+            console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
 

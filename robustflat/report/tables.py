@@ -11,14 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from robustflat.report.chart import UNITS, significant
-from robustflat.runs.comparison import Cell, Row, columns
+from robustflat.runs.comparison import Cell, Row, columns, label
 
-LABELS = {
-    "worst_clean": "worst clean",
-    "worst_robust": "worst robust",
-    "average_clean": "avg clean",
-    "average_robust": "avg robust",
-}
 # Confusion matrices of more classes fit on no terminal.
 _MATRIX = 20
 _CONFUSED = {
@@ -28,8 +22,9 @@ _CONFUSED = {
 _CAPTION = (
     "clean, attacks: test images, best checkpoint unless a line says otherwise; each attack on all "
     "that the model classifies. robust gap: train - test, last checkpoint. best - last: robust "
-    "test accuracy. loss gap: test - train. The other lines: increase of the training loss around "
-    "the weights; lower is flatter."
+    "test accuracy. loss gap: test - train. The other lines are measures of flatness, of which "
+    "`robustflat list measures` says what each is: a sharpness (worst, ascent, average) is an "
+    "increase of the loss around the weights, lower is flatter."
 )
 
 
@@ -164,10 +159,43 @@ def _matrix(figures: dict[str, dict[str, Any]], key: str, title: str) -> Table:
     return table
 
 
+def gap_table(report: dict[str, Any]) -> Table:
+    """The gap at each checkpoint, and best - last; what `robustflat.runs.evaluation.Job` found."""
+    title = f"{report['run']}: robust-generalization gap, {report['gap_attack']}"
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("checkpoint")
+    table.add_column("figure", overflow="fold")
+    gaps = {name: e["gap"] for name, e in report["checkpoints"].items() if e["gap"]}
+    splits = list(dict.fromkeys(split for found in gaps.values() for split in found["splits"]))
+    for name in (*splits, "difference", "95% interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def number(value: float | None, figure: str, sign: str = "") -> str:
+        if value is None:
+            return "not finite"
+        return f"{100 * value:{sign}.2f}%" if figure.endswith("accuracy") else f"{value:{sign}.3f}"
+
+    def line(name: str, figure: str, found: Sequence[Any], gap: dict[str, float | None]) -> None:
+        difference, low, high = (number(gap[key], figure, "+") for key in ("value", "low", "high"))
+        values = [number(one[figure]["value"], figure) if one else "" for one in found]
+        table.add_row(name, figure.replace("_", " "), *values, difference, f"{low} .. {high}")
+
+    for name, found in gaps.items():
+        for figure, gap in found["gaps"]["train-test"].items():
+            line(name, figure, [found["splits"].get(split) for split in splits], gap)
+    for figure, gap in (report["overfitting"] or {}).items():
+        line("best - last", figure, [None] * len(splits), gap)
+    table.caption = (
+        "difference: of accuracies train - test, of losses test - train; of best - last on test "
+        "images how much worse the last checkpoint is."
+    )
+    return table
+
+
 def label_of(name: str, rows: Sequence[Row]) -> str:
     """A column's name as people read it."""
     (metric,) = {row.cells[name].metric or name for row in rows if name in row.cells}
-    return LABELS.get(metric, metric) + name.removeprefix(metric)
+    return label(metric) + name.removeprefix(metric)
 
 
 def seeds_of(row: Row) -> str:

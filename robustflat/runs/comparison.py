@@ -128,7 +128,7 @@ def limits(folders: Sequence[RunFolder]) -> list[str]:
                 unlike.setdefault(key, {}).setdefault(said, {})[metric] = None
     sentences = [
         f"Not of the same {key.replace('_', ' ')} ({said}), so not to be compared: "
-        f"{_several(metrics)}."
+        f"{_several(map(label, metrics))}."
         for key, cases in unlike.items()
         for said, metrics in cases.items()
     ]
@@ -151,6 +151,11 @@ def columns(rows: Sequence[Row]) -> list[str]:
             if name not in group:
                 group.append(name)
     return [name for group in metrics.values() for name in group]
+
+
+def label(metric: str) -> str:
+    """A metric's name as people read it."""
+    return metric.replace("_", " ")
 
 
 def method_of(config: RunConfig) -> str:

@@ -5,34 +5,27 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from robustflat.data import balanced
 from robustflat.errors import UserError
-from robustflat.evaluate import (
-    Evaluation,
-    Scores,
-    Team,
-    Work,
-    evaluate,
-    gap,
-    merge,
-    overfitting,
-    scores,
-)
+from robustflat.evaluate import Evaluation, Scores, Team, Work, choose, evaluate, gaps, merge
 from robustflat.evaluate.adversarial import check_target
 from robustflat.evaluate.attacks import plan
-from robustflat.evaluate.evaluation import classes_of, fingerprint_of_images
-from robustflat.evaluate.examples import choose
+from robustflat.evaluate.evaluation import (
+    Progress,
+    classes_of,
+    fingerprint_of_images,
+    whole_number,
+)
 from robustflat.evaluate.frozen import held
-from robustflat.evaluate.record import fingerprint_of
 from robustflat.evaluate.shown import show
 from robustflat.evaluate.threat import Task
+from robustflat.files import writing
 from robustflat.perturb import pgd
 from robustflat.runs import records
 from robustflat.runs.surrogates import with_surrogates
@@ -41,7 +34,6 @@ from robustflat.train.folder import environment
 
 GAP_STEPS = 20
 _SHOWN = 8  # images that are kept to be looked at
-Progress = Callable[[str, int, int, int], None]
 
 _UNLIKE = (
     "best - last is left out: the best checkpoint has {} weights and the last {} ones. Say "
@@ -84,38 +76,256 @@ class Wanted:
     compile: bool = False
     save_adversarial: Path | None = None
 
+    def of(self, subject: Subject) -> Wanted:
+        """The same of a subject, which says what is None.
 
-def check(subject: Subject, wanted: Wanted) -> None:
-    """Refuse what cannot be evaluated, before anything is paid for.
+        Raises:
+            UserError: If an option does not fit.
+        """
+        if self.merge and self.shard is not None:
+            raise UserError("--merge joins all shards: leave --shard out.")
+        if self.shard is not None and self.gap_samples:
+            raise UserError("A shard has no gap: leave --gap-samples out, and say it with --merge.")
+        usual = subject.evaluation
+        attacks = () if self.merge else usual.attacks
+        usual_states = ("best",) if subject.is_run else subject.checkpoints
+        samples = usual.samples if self.samples is None else self.samples
+        few = 0 if self.shard or not subject.is_run else usual.gap_samples
+        few = min(few, few if self.samples is None else self.samples)
+        gap_samples = few if self.gap_samples is None else self.gap_samples
+        for name, value, least in (("samples", samples, 1), ("gap-samples", gap_samples, 0),
+                                   ("seed", self.seed, 0)):  # fmt: skip
+            if value is not None:
+                whole_number(f"--{name}", value, least)
+        return replace(
+            self,
+            attacks=attacks if self.attacks is None else self.attacks,
+            checkpoints=usual_states if self.checkpoints is None else self.checkpoints,
+            samples=samples,
+            gap_samples=gap_samples,
+        )
+
+
+class Job:
+    """An evaluation of a subject. It is refused, if it must be, when it is made: nothing is paid.
+
+    Args:
+        subject: What is evaluated.
+        wanted: What is done.
 
     Raises:
-        UserError: If a checkpoint or the threat is missing, or an option does not fit.
+        UserError: If a checkpoint or the threat is missing, or something does not fit.
     """
-    threat = subject.the_threat()
-    if wanted.merge and wanted.shard is not None:
-        raise UserError("--merge joins all shards: leave --shard out.")
-    if wanted.shard is not None and wanted.gap_samples:
-        raise UserError("A shard has no gap: leave --gap-samples out, and say it with --merge.")
-    if wanted.save_adversarial is not None:
-        check_target(wanted.save_adversarial)
-        if wanted.merge:
-            raise UserError("--merge has no images: say --save-adversarial with every --shard.")
-        if len(_attacked_at(subject, wanted)) > 1:
-            raise UserError("--save-adversarial is one file: name one --checkpoint, best or last.")
-    bounds = (("samples", wanted.samples, 1), ("gap-samples", wanted.gap_samples, 0),
-              ("seed", wanted.seed, 0))  # fmt: skip
-    for name, value, least in bounds:
-        if value is not None and not least <= value < 2**63:
-            raise UserError(f"--{name} must be at least {least} and below 2^63, got {value}.")
-    records.read(subject.home.evaluation, "evaluate")
-    chosen = choose(subject.images().test, _samples(subject, wanted), wanted.shard)
-    for name in _attacked_at(subject, wanted):
-        network = subject.network(name, wanted.weights)
-        classes = classes_of(network.model, chosen)
-        task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
-        plan(_requests(subject, wanted), task, wanted.precision, chosen)
-        if wanted.merge:
-            _merged(subject, network, wanted)
+
+    def __init__(self, subject: Subject, wanted: Wanted | None = None) -> None:
+        self._subject, self._threat = subject, subject.the_threat()
+        self._wanted = wanted = (wanted or Wanted()).of(subject)
+        self._batch_size = subject.evaluation.batch_size
+        self._attacks = with_surrogates(wanted.attacks or (), subject)
+        self._states = tuple(wanted.checkpoints or ())
+        if wanted.save_adversarial is not None:
+            check_target(wanted.save_adversarial)
+            if wanted.merge:
+                raise UserError("--merge has no images: say --save-adversarial with every --shard.")
+            if len(self._states) > 1:
+                raise UserError("--save-adversarial is one file: name one --checkpoint.")
+        records.read(subject.home.evaluation, "evaluate")
+        self._images = choose(subject.images().test, wanted.samples, wanted.shard)
+        every = (*self._states, *(subject.checkpoints if wanted.gap_samples else ()))
+        self._networks = {name: subject.network(name, wanted.weights) for name in every}
+        self._joined: dict[str, Evaluation] = {}
+        for name in self._states:
+            classes = classes_of(self._networks[name].model, self._images)
+            task = Task(**vars(self._threat), classes=classes, shape=self._images.shape)
+            plan(self._attacks, task, wanted.precision, self._images)
+            if wanted.merge:
+                self._joined[name] = self._merged(self._networks[name])
+
+    def run(self, on_progress: Progress | None = None, team: Team | None = None) -> dict[str, Any]:
+        """Evaluate the subject and add what was found to its ``evaluation.json``.
+
+        Attacks run on the test images. The gap is measured at every checkpoint, with PGD-20 from
+        one uniform start, in eval mode at the centre weights, on the same un-augmented training
+        images, the validation images and the test images. Outcomes and scores of every example are
+        kept under ``outcomes/``, so an interrupted evaluation goes on where it stood;
+        ``evaluate.log`` in the subject's home tells what was done when.
+
+        Args:
+            on_progress: Told the attack, batches done and in all, and how many still stand.
+            team: The processes that share the work, all of which call this alike.
+
+        Returns:
+            What was found now: keys ``run``, ``seed``, ``notes``, and those of
+            `robustflat.runs.records.evaluation_of`, of a shard without figures.
+
+        Raises:
+            UserError: If an attack fails, or something cannot be written.
+        """
+        subject, wanted, team = self._subject, self._wanted, team or Team()
+        work = Work(
+            batch_size=self._batch_size, precision=wanted.precision, compile=wanted.compile,
+            save_adversarial=wanted.save_adversarial, team=team, on_progress=on_progress,
+        )  # fmt: skip
+        measured: list[records.Measurement] = []
+        with _logged(subject.home.root / "evaluate.log", team):
+            if wanted.gap_samples and team.is_first:
+                images = sum(map(len, subject.splits(wanted.gap_samples).values()))
+                _log.info(
+                    "Gap: at most %s forward-pass equivalents for each of %s images.",
+                    2 * GAP_STEPS + 2, images * len(subject.checkpoints),
+                )  # fmt: skip
+            for name in self._states:
+                result = self._joined.get(name) or self._attacked(self._networks[name], work)
+                if wanted.shard is None:
+                    measured.append(self._tested(self._networks[name], result, team))
+            found, notes = self._gaps(team) if wanted.gap_samples else ([], [])
+        measured += found
+        if wanted.shard is None and team.is_first:
+            records.add(subject.home.evaluation, "evaluate", subject.name, measured)
+        return {
+            "run": subject.name,
+            "seed": subject.seed,
+            "notes": notes,
+            **(records.evaluation_of(measured) or {"checkpoints": {}}),
+        }
+
+    def _measurement(self, kind: str, state: dict[str, Any], **own: Any) -> records.Measurement:
+        return {
+            "kind": kind,
+            **state,
+            "norm": self._threat.norm_name,
+            "eps": self._threat.eps,
+            "data": self._subject.data,
+            "said": dict(self._subject.said),
+            "batch_size": self._batch_size,
+            "device": str(self._subject.device),
+            "compiled": self._wanted.compile,
+            "versions": environment([])["versions"],
+            **own,
+        }
+
+    def _attacked(self, network: Network, work: Work) -> Evaluation:
+        """The attacks on the test images, with the outcomes in a store of their circumstances."""
+        wanted, threat = self._wanted, self._threat
+        return evaluate(
+            network.model, self._images, self._attacks, threat.norm, threat.eps, wanted.seed,
+            store=self._store(network), work=work,
+        )  # fmt: skip
+
+    def _merged(self, network: Network) -> Evaluation:
+        """What all shards found, if they were attacked with what is asked for."""
+        wanted = self._wanted
+        found = merge(self._store(network), fingerprint_of_images(self._images, self._batch_size))
+        mark = "" if wanted.precision == "fp32" else f"@{wanted.precision}"
+        asked = [name for name in self._attacks if isinstance(name, str)]
+        lacking = [n for n in asked if n.removesuffix(":standard") + mark not in found.suites]
+        if lacking:
+            raise UserError(
+                f"The shards were attacked with {', '.join(found.suites)}, not with "
+                f"{', '.join(lacking)}{mark and f' in {wanted.precision}'}: run it on every one "
+                "first."
+            )
+        return found
+
+    def _store(self, network: Network) -> Path:
+        wanted = self._wanted
+        digest = self._digest(network, self._images.samples, wanted.seed, self._batch_size)
+        return self._subject.home.outcomes / f"{network.checkpoint}-{digest}"
+
+    def _digest(self, network: Network, *circumstances: object) -> str:
+        """Another evaluation, or another state of the subject, has a store of its own."""
+        compiled = ("compiled",) if self._wanted.compile else ()
+        kind = (network.digest, str(self._threat), *map(str, circumstances), *compiled)
+        return hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
+
+    def _tested(self, network: Network, result: Evaluation, team: Team) -> records.Measurement:
+        found = {
+            **result.to_dict(),
+            "classes": result.by_class(self._subject.images().classes),
+            "examples": team.once(lambda: self._shown(network)),
+        }
+        asked = {"samples": self._images.samples, "seed": self._wanted.seed}
+        return self._measurement("test", network.state(), **asked, result=found)
+
+    def _shown(self, network: Network) -> dict[str, Any]:
+        """What a few test images are taken for, clean and under the gap's attack; their file."""
+        images, names = self._images, self._subject.images().classes
+        some = balanced(images.labels, min(_SHOWN, len(images)), seed=0)
+        with held(network.model) as device:
+            x, y = images.images(some).to(device), images.labels[some].to(device)
+            attack = pgd(self._threat.norm, self._threat.eps, GAP_STEPS)
+            shown = show(network.model, x, y, attack, seed=0, batch_size=_SHOWN)
+        digest = self._digest(network, "shown", self._images.samples)
+        path = self._subject.home.outcomes / f"examples-{network.checkpoint}-{digest}.pt"
+        shown.save(path)
+        kinds = {"label": shown.y, "clean": shown.clean, "attacked": shown.attacked}
+
+        def said(i: int) -> str:
+            return str(names[i]) if i < len(names) else f"class {i}"
+
+        return {
+            "attack": f"pgd-{GAP_STEPS}",
+            "file": path.name,
+            "images": [
+                {kind: said(int(found[i])) for kind, found in kinds.items()}
+                for i in range(len(some))
+            ],
+        }
+
+    def _gaps(self, team: Team) -> tuple[list[records.Measurement], list[str]]:
+        """The gaps, robust overfitting, and sentences on what was left out."""
+        asked = {"samples": self._wanted.gap_samples, "seed": 0, "attack": f"pgd-{GAP_STEPS}"}
+        found = self._scores(team)
+        measured = [
+            self._measurement(
+                "gap", self._networks[name].state(), **asked, result=gaps.gap(by_split).to_dict()
+            )
+            for name, by_split in found.items()
+        ]
+        if not {"best", "last"} <= found.keys():
+            return measured, []
+        kinds = [self._networks[name].weights for name in ("best", "last")]
+        if kinds[0] != kinds[1]:
+            return measured, [_UNLIKE.format(*kinds)]
+        best, last = (found[name]["test"] for name in ("best", "last"))
+        state = {"checkpoint": "best - last", "weights": kinds[0]}
+        figures = {name: figure.to_dict() for name, figure in gaps.overfitting(best, last).items()}
+        about = self._measurement("overfitting", state, **asked, count=len(last.clean_loss))
+        return [*measured, {**about, "figures": figures}], []
+
+    def _scores(self, team: Team) -> dict[str, dict[str, Scores]]:
+        """By checkpoint and split the scores of every example, computed or read from the home."""
+        attack = pgd(self._threat.norm, self._threat.eps, GAP_STEPS)
+        splits = self._subject.splits(self._wanted.gap_samples)
+        jobs = [(name, split) for name in self._subject.checkpoints for split in splits]
+
+        def one(number: int) -> tuple[Scores, float | None]:
+            name, split = jobs[number]
+            network, chosen = self._networks[name], splits[split]
+            labels = hashlib.sha256(chosen.labels.cpu().numpy().tobytes()).hexdigest()
+            about = (GAP_STEPS, split, len(chosen), labels, self._batch_size)
+            digest = self._digest(network, *about)
+            path = self._subject.home.outcomes / f"gap-{name}-{split}-{digest}.pt"
+            found = Scores.load(path)
+            if found is not None:
+                return found, None
+            began = time.perf_counter()
+            found = gaps.scores(
+                network.model, chosen, attack, batch_size=self._batch_size,
+                compile=self._wanted.compile,
+            )  # fmt: skip
+            found.save(path)
+            return found, time.perf_counter() - began
+
+        by_state: dict[str, dict[str, Scores]] = {name: {} for name in self._subject.checkpoints}
+        todo = iter(jobs)
+        for together in team.each(one, range(len(jobs))):
+            for (found, seconds), (name, split) in zip(together, todo, strict=False):
+                by_state[name][split] = found
+                if seconds is not None and team.is_first:
+                    count = f"{len(splits[split]):,}"
+                    _log.info("gap of %s, %s: %s images, %.0f s", name, split, count, seconds)
+        return by_state
 
 
 def evaluate_subject(
@@ -124,258 +334,8 @@ def evaluate_subject(
     on_progress: Progress | None = None,
     team: Team | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a subject and add what was found to its ``evaluation.json``.
-
-    Attacks run on the test images. The gap is measured at every checkpoint, with PGD-20 from one
-    uniform start, in eval mode at the centre weights, on the same un-augmented training images,
-    the validation images and the test images. Outcomes and scores of every example are kept under
-    ``outcomes/``, so an interrupted evaluation goes on where it stood; ``evaluate.log`` in the
-    subject's home tells what was done when.
-
-    Args:
-        subject: What is evaluated.
-        wanted: What is done.
-        on_progress: Told the attack, batches done and in all, and how many still stand.
-        team: The processes that share the work, all of which call this function alike.
-
-    Returns:
-        What was found now: keys ``run``, ``seed``, ``norm``, ``eps``, ``gap_attack``,
-        ``checkpoints`` (each with ``epoch``, ``weights``, and ``test`` and ``gap`` or None),
-        ``overfitting`` and ``notes``.
-
-    Raises:
-        UserError: If the subject cannot be evaluated as wanted.
-    """
-    wanted = Wanted() if wanted is None else wanted
-    team = Team() if team is None else team
-    check(subject, wanted)
-    with _logged(subject.home.root / "evaluate.log", team):
-        measured, notes = _measured(subject, wanted, on_progress, team)
-    if wanted.shard is None and team.is_first:
-        records.add(subject.home.evaluation, "evaluate", subject.name, measured)
-    threat = subject.the_threat()
-    return {
-        "run": subject.name,
-        "seed": subject.seed,
-        "norm": threat.norm_name,
-        "eps": threat.eps,
-        "gap_attack": f"pgd-{GAP_STEPS}",
-        "checkpoints": {},
-        "overfitting": None,
-        **(records.evaluation_of(measured) or {}),
-        "notes": notes,
-    }
-
-
-def _measured(
-    subject: Subject, wanted: Wanted, on_progress: Progress | None, team: Team
-) -> tuple[list[records.Measurement], list[str]]:
-    """The measurements, and sentences on what was left out."""
-    config, threat = subject.evaluation, subject.the_threat()
-    attacked = _attacked_at(subject, wanted)
-    gap_samples = _gap_samples(subject, wanted)
-    networks = {
-        name: subject.network(name, wanted.weights)
-        for name in dict.fromkeys((*attacked, *(subject.checkpoints if gap_samples else ())))
-    }
-    common = {
-        "norm": threat.norm_name,
-        "eps": threat.eps,
-        "data": subject.data,
-        "said": dict(subject.said),
-        "batch_size": config.batch_size,
-        "device": str(subject.device),
-        "compiled": wanted.compile,
-        "versions": environment([])["versions"],
-    }
-    if gap_samples and team.is_first:
-        images = sum(map(len, subject.splits(gap_samples).values())) * len(subject.checkpoints)
-        each = 2 * GAP_STEPS + 2
-        _log.info("Gap: at most %s forward-pass equivalents for each of %s images.", each, images)
-    measured = []
-    for name in attacked:
-        result = _attacked(subject, networks[name], wanted, on_progress, team)
-        samples = _samples(subject, wanted)
-        about = {**networks[name].state(), "samples": samples, "seed": wanted.seed}
-        found = {**result.to_dict(), "classes": result.by_class(subject.images().classes)}
-        if wanted.shard is None:
-            found["examples"] = team.once(partial(_shown, subject, networks[name], samples))
-        measured.append({"kind": "test", **about, **common, "result": found})
-    if not gap_samples:
-        return measured, []
-    common |= {"samples": gap_samples, "seed": 0, "attack": f"pgd-{GAP_STEPS}"}
-    found = _scores(subject, networks, gap_samples, wanted.compile, team)
-    for name, by_split in found.items():
-        about = {**networks[name].state(), **common}
-        measured.append({"kind": "gap", **about, "result": gap(by_split).to_dict()})
-    if not {"best", "last"} <= found.keys():
-        return measured, []
-    kinds = [networks[name].weights for name in ("best", "last")]
-    if kinds[0] != kinds[1]:
-        return measured, [_UNLIKE.format(*kinds)]
-    figures = overfitting(found["best"]["test"], found["last"]["test"])
-    about = {"checkpoint": "best - last", "weights": kinds[0], **common}
-    about["count"] = len(found["last"]["test"].clean_loss)
-    texts = {name: figure.to_dict() for name, figure in figures.items()}
-    measured.append({"kind": "overfitting", **about, "figures": texts})
-    return measured, []
-
-
-def _samples(subject: Subject, wanted: Wanted) -> int | None:
-    return subject.evaluation.samples if wanted.samples is None else wanted.samples
-
-
-def _shown(subject: Subject, network: Network, samples: int | None) -> dict[str, Any]:
-    """What a few test images are taken for, clean and under the gap's attack; the images' file."""
-    threat, names = subject.the_threat(), subject.images().classes
-    chosen = choose(subject.images().test, samples)
-    some = balanced(chosen.labels, min(_SHOWN, len(chosen)), seed=0)
-    with held(network.model):
-        shown = show(
-            network.model,
-            chosen.images(some).to(subject.device),
-            chosen.labels[some].to(subject.device),
-            pgd(threat.norm, threat.eps, GAP_STEPS),
-            seed=0,
-            batch_size=_SHOWN,
-        )
-    digest = _digest(network, threat, "shown", samples)
-    path = subject.home.outcomes / f"examples-{network.checkpoint}-{digest}.pt"
-    shown.save(path)
-    kinds = {"label": shown.y, "clean": shown.clean, "attacked": shown.attacked}
-
-    def said(i: int) -> str:
-        return str(names[i]) if i < len(names) else f"class {i}"
-
-    return {
-        "attack": f"pgd-{GAP_STEPS}",
-        "file": path.name,
-        "images": [
-            {kind: said(int(found[i])) for kind, found in kinds.items()} for i in range(len(some))
-        ],
-    }
-
-
-def _gap_samples(subject: Subject, wanted: Wanted) -> int:
-    if wanted.shard is not None:
-        return 0
-    if wanted.gap_samples is not None:
-        return wanted.gap_samples
-    most = subject.evaluation.gap_samples if subject.is_run else 0
-    return most if wanted.samples is None else min(most, wanted.samples)
-
-
-def _requests(subject: Subject, wanted: Wanted) -> Sequence[Any]:
-    asked = subject.evaluation.attacks if wanted.attacks is None else wanted.attacks
-    return with_surrogates(asked, subject)
-
-
-def _attacked_at(subject: Subject, wanted: Wanted) -> tuple[str, ...]:
-    if wanted.checkpoints is not None:
-        return tuple(wanted.checkpoints)
-    return ("best",) if subject.is_run else subject.checkpoints
-
-
-def _attacked(
-    subject: Subject,
-    network: Network,
-    wanted: Wanted,
-    on_progress: Progress | None,
-    team: Team,
-) -> Evaluation:
-    """The attacks on the test images, with the outcomes in a store of their circumstances."""
-    config, threat = subject.evaluation, subject.the_threat()
-    if wanted.merge:
-        return _merged(subject, network, wanted)
-    result = evaluate(
-        network.model,
-        choose(subject.images().test, _samples(subject, wanted), wanted.shard),
-        _requests(subject, wanted),
-        threat.norm,
-        threat.eps,
-        wanted.seed,
-        store=_store(subject, network, wanted),
-        work=Work(
-            batch_size=config.batch_size,
-            precision=wanted.precision,
-            compile=wanted.compile,
-            save_adversarial=wanted.save_adversarial,
-            team=team,
-            on_progress=on_progress,
-        ),
-    )
-    _log.info(
-        "%s, %s, %s: %.2f %% of %s right, %.2f %% in the worst case",
-        subject.name, network.checkpoint, threat, 100 * result.clean_accuracy,
-        f"{result.count:,}", 100 * result.robust_accuracy,
-    )  # fmt: skip
-    return result
-
-
-def _store(subject: Subject, network: Network, wanted: Wanted) -> Path:
-    threat, batch_size = subject.the_threat(), subject.evaluation.batch_size
-    compiled = ("compiled",) if wanted.compile else ()
-    kind = (_samples(subject, wanted), wanted.seed, batch_size, *compiled)
-    digest = _digest(network, threat, *kind)
-    return subject.home.outcomes / f"{network.checkpoint}-{digest}"
-
-
-def _merged(subject: Subject, network: Network, wanted: Wanted) -> Evaluation:
-    chosen = choose(subject.images().test, _samples(subject, wanted))
-    digest = fingerprint_of_images(chosen, subject.evaluation.batch_size)
-    found = merge(_store(subject, network, wanted), digest)
-    asked = [name for name in wanted.attacks or () if isinstance(name, str)]
-    mark = "" if wanted.precision == "fp32" else f"@{wanted.precision}"
-    lacking = [name for name in asked if name.removesuffix(":standard") + mark not in found.suites]
-    if lacking:
-        raise UserError(
-            f"The shards were attacked with {', '.join(found.suites)}, not with "
-            f"{', '.join(lacking)}{mark and f' in {wanted.precision}'}: run it on every one first."
-        )
-    return found
-
-
-def _scores(
-    subject: Subject, networks: dict[str, Network], limit: int, compiled: bool, team: Team
-) -> dict[str, dict[str, Scores]]:
-    """By checkpoint and split the scores of every example, computed or read from the home."""
-    threat, batch_size = subject.the_threat(), subject.evaluation.batch_size
-    attack = pgd(threat.norm, threat.eps, GAP_STEPS)
-    splits = subject.splits(limit)
-    jobs = [(name, split) for name in subject.checkpoints for split in splits]
-
-    def one(number: int) -> tuple[Scores, float | None]:
-        name, split = jobs[number]
-        network, chosen = networks[name], splits[split]
-        labels = hashlib.sha256(chosen.labels.cpu().numpy().tobytes()).hexdigest()
-        kind = (split, len(chosen), labels, batch_size, *(("compiled",) if compiled else ()))
-        digest = _digest(network, threat, GAP_STEPS, *kind)
-        path = subject.home.outcomes / f"gap-{name}-{split}-{digest}.pt"
-        found = Scores.load(path)
-        if found is not None:
-            return found, None
-        began = time.perf_counter()
-        found = scores(network.model, chosen, attack, batch_size=batch_size, compile=compiled)
-        found.save(path)
-        return found, time.perf_counter() - began
-
-    by_state: dict[str, dict[str, Scores]] = {name: {} for name in subject.checkpoints}
-    todo = iter(jobs)
-    for together in team.each(one, range(len(jobs))):
-        for (found, seconds), (name, split) in zip(together, todo, strict=False):
-            by_state[name][split] = found
-            if seconds is not None and team.is_first:
-                _log.info(
-                    "gap of %s, %s: %.2f %% of %s robust after %.0f s", name, split,
-                    100 * found.robust_correct.float().mean(), f"{len(splits[split]):,}", seconds,
-                )  # fmt: skip
-    return by_state
-
-
-def _digest(network: Network, *circumstances: object) -> str:
-    """Another evaluation, or another state of the subject, has a store of its own."""
-    kind = (fingerprint_of(network.model), *map(str, circumstances))
-    return hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
+    """Evaluate a subject: `Job`, made and run."""
+    return Job(subject, wanted).run(on_progress, team)
 
 
 @contextmanager
@@ -386,13 +346,8 @@ def _logged(path: Path, team: Team) -> Iterator[None]:
         return
     logger = logging.getLogger("robustflat")
     level = logger.level
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         handler = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written: {error}. Free some space or choose another folder."
-        ) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -68,7 +68,7 @@ def ordered(rows: Sequence[Row], by: str) -> list[Row]:
 
 def _plain(name: str) -> str:
     """A figure's name however it is written: AutoAttack, autoattack; worst_case, worst case."""
-    return name.lower().replace("_", " ").replace("average", "avg")
+    return name.lower().replace("_", " ")
 
 
 def _name(group: Sequence[Row]) -> str:

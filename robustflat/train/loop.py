@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robustflat.config import RunConfig
 from robustflat.data import Data
 from robustflat.errors import TrainingDivergedError, UserError
 from robustflat.numerics import deterministic, float32, warn_of_emulation
-from robustflat.perturb import InputPerturbation, Perturbation, Watch, no_perturbation
-from robustflat.perturb.perturbation import radius_of
+from robustflat.perturb import Perturbation, no_perturbation
 from robustflat.train.account import Account
 from robustflat.train.alarm import Alarm
 from robustflat.train.around import stop_signals
@@ -27,12 +26,13 @@ from robustflat.train.curriculum import Curriculum
 from robustflat.train.drift import Drift
 from robustflat.train.feed import Feed
 from robustflat.train.folder import RunFolder
-from robustflat.train.listeners import Listener, Outbox
+from robustflat.train.listeners import Listener
 from robustflat.train.monitor import Monitor, score, training_loss
 from robustflat.train.parallel import Processes, replica, synchronised
 from robustflat.train.randomness import derived_seed
 from robustflat.train.setup import build_model, build_step
 from robustflat.train.step import Autocast, TrainStep
+from robustflat.train.teller import Teller
 
 Ending = Literal["stop_at_loss", "patience"]  # keys of `train`
 _CHECK_EVERY = 50  # steps between two looks, which wait for the device
@@ -62,7 +62,6 @@ class Trainer:
     ) -> None:
         self.config, self.device, self.folder = config, device, folder
         self.processes = processes or Processes()
-        self.listeners = listeners if self.processes.is_first else ()
         self.stop_requested = self.requeue_requested = False
 
         self.model = build_model(config, dataset, device)
@@ -93,6 +92,9 @@ class Trainer:
             splits["validation"] = dataset.validation.tensors()
         self._classes = tuple(map(str, dataset.classes))
         self._monitor = Monitor(config, splits, device, self.processes)
+        self.teller = Teller(
+            config, listeners, self._monitor, self.processes, device, self.steps_per_epoch
+        )
 
         # What a checkpoint holds of each, under this name.
         self._parts: dict[str, Any] = {
@@ -109,7 +111,6 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.ended: Ending | None = None
         self._account = Account(device)
-        self._watch = Watch()
         self._seconds = 0.0
 
     def run(self) -> bool:
@@ -118,7 +119,7 @@ class Trainer:
         Raises:
             TrainingDivergedError: if loss or gradient is not finite and the policy is to stop.
         """
-        self._begin()
+        self.teller.start(self.epoch, self.step)
         try:
             with (
                 float32(tf32=self.config.train.precision == "tf32"),
@@ -131,17 +132,8 @@ class Trainer:
                         return False
                     self._end_epoch()
         finally:
-            for listener in self.listeners:
-                listener.on_end()
+            self.teller.end()
         return True
-
-    def _begin(self) -> None:
-        """Tell the listeners where the run begins or goes on."""
-        self._outbox = Outbox(self.listeners, self.device, self.config.train.batch_size)
-        # An epoch that did not end is told (again), at its last step.
-        done = self.epoch * self.steps_per_epoch + min(self.step, self.steps_per_epoch - 1)
-        for listener in self.listeners:
-            listener.on_start(self.config.train.epochs, self.steps_per_epoch, done)
 
     def resume(self) -> bool:
         """Go on from the last checkpoint, if there is one. Returns whether there was."""
@@ -173,6 +165,14 @@ class Trainer:
                 f"{'torchrun --nproc-per-node=' + str(world) if world > 1 else 'one process'}, or "
                 "train anew with --overwrite."
             )
+        lacks = [name for name, part in self._parts.items() if part is not None]
+        lacks = [name for name in (*lacks, "ended", "totals") if name not in saved]
+        if lacks:
+            raise UserError(
+                f"The checkpoint {folder.last} has no {' and no '.join(lacks)}: another version of "
+                "robustflat wrote it, from which this one cannot go on exactly. Go on with that "
+                "version, or train anew with --overwrite."
+            )
         try:
             self._restore(saved)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -201,7 +201,7 @@ class Trainer:
         apart = self.processes.rank if config.weights.step.sync == "local" else 0
         saved_at = time.monotonic()
         self._replica.train()
-        self._outbox.restart_clock()
+        self.teller.restart_clock()
         for batches in self._feed.batches(self.epoch, self.step):
             where = (self.epoch, self.step, self.processes.rank)
             torch.manual_seed(derived_seed(config.seed, "global", *where))
@@ -215,14 +215,10 @@ class Trainer:
             if weights.is_off:  # n-SAM's further batches are climbed only
                 batches = batches[:1]
             share = self._feed.share(self.step)
-            step, every = self._step_now(), config.monitor.step_every
-            done = self.epoch * self.steps_per_epoch + self.step
-            at_edge = self._edge_now(weights)
-            looks = (every > 0 and done % every == 0) or at_edge is not None
-            if at_edge:  # neither is training
-                began += at_edge["edge/seconds"]
-                self._outbox.restart_clock()
-            with self._watch.step(looks=looks, keeps=every > 0 and (done + 1) % every == 0):
+            step, optimizer = self._step_now(), self._step.optimizer
+            looking = self.teller.look(self.epoch, self.step, self.model, optimizer, weights)
+            began += self.teller.aside
+            with looking:
                 value, norm = step(
                     self._replica,
                     batches,
@@ -237,16 +233,12 @@ class Trainer:
             self._account.add(self.processes.mean(value), norm, self.step)
             if self.average is not None:
                 self.average.after_step(self.model, self.epoch)
-            self._outbox.post(
-                self.epoch,
-                self.step,
-                self._seen(norm, share) if looks else None,
-                self._told(weights, step.attack) | (at_edge or {}) if looks else None,
-            )
+            lr = float(optimizer.param_groups[0]["lr"])
+            self.teller.step(self.epoch, self.step, norm, share, lr, weights, step.attack)
             self.step += 1
             if self.step % _CHECK_EVERY == 0 or self.step == self.steps_per_epoch:
                 self._check_finite()
-                self._outbox.deliver(wait=True)
+                self.teller.deliver()
             if self._should_stop():
                 self._seconds += time.monotonic() - began
                 return False
@@ -295,14 +287,9 @@ class Trainer:
             if row["is_best"]:
                 save_checkpoint(self.folder.best, self._weights_state())
             self.folder.append_metrics(row)
-        pictures_every = config.monitor.pictures_every
-        if self.listeners and pictures_every and (last or self.epoch % pictures_every == 0):
-            seen = self._monitor.pictures(self.model, self._classes)
-            for listener in self.listeners:
-                listener.on_pictures(row, seen)
         # Before the checkpoint: an epoch told and then not saved is told again on resuming.
-        for listener in self.listeners:
-            listener.on_epoch(row)
+        over = last or self.ended is not None
+        self.teller.epoch(row, self.model, self._classes, last=over)
         self._save_last()
         if self._alarm is not None and self._alarm.can_go_back and measured:
             self._save(self.folder.good if self.folder else None)
@@ -319,15 +306,14 @@ class Trainer:
         if good is None:
             best = folder.best if folder is not None and folder.best.is_file() else None
             raise TrainingDivergedError(alarm.sentence(row["alarm"], best))
-        for listener in self.listeners:
-            listener.on_epoch(row)
-            listener.on_end()
+        self.teller.epoch(row, self.model, self._classes, last=False)
+        self.teller.end()
         self._restore(good)
         alarm.raised = row["alarm"]
         self._curriculum.strengthen(alarm.steps)
         self._save_last()
         self.processes.wait()
-        self._begin()
+        self.teller.start(self.epoch, self.step)
 
     def _refresh_average(self) -> None:
         """Make the average usable, if there is one that is not."""
@@ -357,41 +343,6 @@ class Trainer:
         if self.epoch + 1 < when.from_epoch or over or done % when.every:
             return no_perturbation()
         return self._weights if when.radius == "constant" else self._weights.scaled(factor)
-
-    def _seen(self, norm: Tensor, share: float) -> tuple[tuple[str, ...], Tensor]:
-        """Names and values of what the step showed, each the mean of that of all processes.
-
-        Losses are parts of the mean over all rows already; what the attack shows is of own rows.
-        """
-        found = self._watch.values | {"gradient_norm": norm}
-        found = {n: v * share if n.startswith("attack/") else v for n, v in found.items()}
-        together = torch.stack([value.float() for value in found.values()])
-        return tuple(found), self.processes.mean(together)
-
-    def _edge_now(self, weights: Perturbation) -> dict[str, float] | None:
-        """How this step stands to the edge of stability, if that is looked at now.
-
-        One process looks; the others wait for it in their next step.
-        """
-        asked = self.config.monitor.edge
-        if asked is None:
-            return None
-        steps = asked.unit == "steps"
-        number = self.epoch * self.steps_per_epoch + self.step if steps else self.epoch
-        if number % asked.every or (self.step and not steps):
-            return None
-        if not self.listeners:
-            return {}
-        return self._monitor.at_edge(self.model, self._step.optimizer, weights)
-
-    def _told(self, weights: Perturbation, attack: InputPerturbation | None) -> dict[str, float]:
-        """The settings of a step that may change from step to step."""
-        found = {"lr": float(self._step.optimizer.param_groups[0]["lr"])}
-        for name, method in (("radius", weights), ("eps", attack)):
-            radius = radius_of(method)
-            if radius is not None:
-                found[name] = radius
-        return found
 
     def _check_finite(self) -> None:
         if self._step.skip_nonfinite or self._step.scaler is not None:
