@@ -491,6 +491,15 @@ def test_flatness_on_another_split_with_another_attack_at_several_radii(
     name = "worst_robust with attack=pgd-3-2:margin, radius=0.04, split=test"
     assert other["measures"][name]["value"] == pytest.approx(figure.value, rel=1e-5)
     assert other["attack"] == "pgd-3-2:margin"
+    seeded = measured("--seed", "7", "--option", "steps=1")[-1]
+    assert list(seeded["measures"]) == [
+        "worst_robust with seed=7", "average_clean with seed=7",
+    ]  # fmt: skip
+    (figure,) = rf.flatness(
+        subject.network("last").model, subject.tensors("train", 12), ["average_clean"], 0.1, seed=7
+    ).values()
+    assert seeded["measures"]["average_clean with seed=7"]["value"] == figure.value
+    assert seeded["seed"] == figure.details["settings"]["seed"] == 7
 
 
 def test_a_measure_of_one_s_own(run: Any, evaluated: RunFolder, monkeypatch: Any) -> None:

@@ -344,6 +344,36 @@ def test_logits_are_compared_whole_and_what_is_none_is_another_network():
         assert not mine.has(other)
 
 
+def test_a_measure_of_one_s_own_may_keep_all_its_parts_under_one_key(tmp_path, monkeypatch):
+    """With other numbers of samples, probes, restarts or runs they are others."""
+    (tmp_path / "own_parts.py").write_text(
+        "from robustflat.flatness import measure\n"
+        "@measure()\n"
+        "def count(subject, options, loss, name):\n"
+        "    return subject.part(name, lambda: options.samples + options.probes\n"
+        "                        + options.restarts + options.lanczos_runs)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model, data, names = mlp(), examples(6, (6,), 4), ["own_parts:count"]
+    for changes in ({}, {"samples": 11}, {"probes": 31}, {"restarts": 3}, {"lanczos_runs": 4}):
+        for _ in range(2):
+            (figure,) = flatness(model, data, names, store=tmp_path / "p", **changes).values()
+            assert figure.value == 45 + len(changes)
+
+
+def test_a_loss_that_needs_three_classes_is_refused_for_two():
+    model, data = mlp((6, 8, 2)), examples(6, (6,), 2)
+    for draw in (
+        lambda **more: flatness(model, data, ["worst_robust"], **more),
+        lambda **more: landscape(model, data, points=3, **more),
+    ):
+        with pytest.raises(rf.UserError, match="third largest logit, and the model has 2 classes"):
+            draw(attack="pgd-2:dlr")
+    # Nobody asks for it where nothing is attacked.
+    assert flatness(model, data, ["average_clean"], attack="pgd-2:dlr")
+    assert landscape(model, data, points=3, losses=["clean"], attack="pgd-2:dlr").complete
+
+
 @pytest.mark.parametrize("loss", ["clean", "robust", "robust_fixed"])
 def test_where_the_loss_overflows_the_worst_direction_is_not_finite(tmp_path, loss):
     model, data = mlp((6, 8, 8, 8, 4), relu=True).float(), examples(7, (6,), 4)

@@ -107,7 +107,7 @@ def test_follows_the_released_pgd(norm: str, training: bool) -> None:
         torch.testing.assert_close(released, expected, rtol=1e-6, atol=1e-8)
     mode = "batch" if training else "eval"
     attack = rf.pgd(norm, eps, 7, alpha, mode=mode)  # type: ignore[arg-type]
-    got = attack(model, x, y, start=start)
+    got = attack(model, x, y, starts=[start])
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
     assert (got - x).abs().max() > 0.05
 
@@ -137,7 +137,7 @@ def test_follows_the_released_trades_attack(corners: bool) -> None:
     y = torch.zeros(len(x), dtype=torch.long)
     got = attack(model, x, y, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
-    given = attack(model, x, y, start=0.001 * noise)
+    given = attack(model, x, y, starts=[0.001 * noise])
     torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-12)
 
 

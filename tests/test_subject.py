@@ -146,6 +146,34 @@ def test_models_stand_beside_runs(
     assert "program" in said
 
 
+def test_only_what_is_attacked_asks_a_model_for_a_threat(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(place)
+
+    def said(command: str, *arguments: str) -> tuple[int, str]:
+        weights = [*KINDS["weights"], "--data", "digits", "--samples", "12"]
+        monkeypatch.setattr(sys, "argv", ["robustflat", command, *weights, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err
+        return int(ended.value.code or 0), told.out + told.err
+
+    picture = ("--points", "3", "--output", str(tmp_path / "line.png"))
+    for command, clean, robust in (
+        ("flatness", ("--measure", "average_clean"), ("--measure", "average_robust")),
+        ("landscape", (*picture, "--loss", "clean"), picture),
+        ("evaluate", None, ("--attack", "pgd-1")),
+    ):
+        if clean is not None:
+            code, text = said(command, *clean)
+            assert code == 0, text
+        code, text = said(command, *robust)
+        assert code == 2
+        assert "so it names no threat to be measured under. Say it: --norm linf" in text
+
+
 # --- every option of evaluate, for every kind of subject: its effect, or words of its refusal
 
 FILES = ("weights", "net")

@@ -134,6 +134,9 @@ def flatness(
             "preset's."
         ),
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of directions, probes and attacks; the training's.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -164,6 +167,7 @@ def flatness(
                 split=split,
                 samples=samples,
                 attack=attack,
+                seed=seed,
                 options=named("--option", option),
                 on_progress=counter.on_measure,
                 team=team,

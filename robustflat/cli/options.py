@@ -37,8 +37,8 @@ def _open(
     targets: Annotated[
         list[str],
         typer.Argument(
-            help="Run folders; or models: timm:NAME, package.module:factory, a TorchScript or "
-            "exported program, or a state_dict with --model."
+            help="Run folders; or models: timm:NAME, robustbench:NAME, package.module:factory, a "
+            "TorchScript or exported program, or a state_dict with --model."
         ),
     ],
     norm: Annotated[

@@ -14,7 +14,7 @@ from robustflat.errors import UserError
 from robustflat.evaluate.attacks.ascent import pgd_by_name
 from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Threat
-from robustflat.perturb import InputPerturbation, attack_losses, maximise
+from robustflat.perturb import InputPerturbation, maximise
 
 Kind = Literal["forward", "input_gradient", "gradient", "hvp"]
 # Told how many examples a pass of some kind went over.
@@ -199,24 +199,16 @@ class Closure:
         if attack is None:
             return self.each(work, **passes)
         cost = attack_cost(attack)
+
+        def attacked(rows: slice, x: Tensor, y: Tensor) -> T:
+            # Each restart from its own fixed start.
+            starts = [start[rows].to(x) for start in self.starts]
+            return work(rows, attack(self.model, x, y, starts=starts), y)
+
         return self.each(
-            lambda rows, x, y: work(rows, self._attack(attack, rows, x, y), y),
+            attacked,
             **{k: passes.get(k, 0) + cost.get(k, 0) for k in {**passes, **cost}},  # type: ignore
         )
-
-    def _attack(self, attack: InputPerturbation, rows: slice, x: Tensor, y: Tensor) -> Tensor:
-        """The worst of the attack's restarts for each image, each from its own fixed start."""
-        once = replace(attack, restarts=1)
-        if not self.starts:
-            return once(self.model, x, y)
-        found = [once(self.model, x, y, start=start[rows].to(x)) for start in self.starts]
-        if len(found) == 1:
-            return found[0]
-        climb = attack_losses[attack.loss]
-        with torch.no_grad():
-            target = self.model(x) if attack.loss == "kl" else y
-            values = torch.stack([climb(self.model(x_adv), target) for x_adv in found])
-        return torch.stack(found)[values.argmax(0), torch.arange(len(x), device=x.device)]
 
     def _losses(self, logits: Tensor, y: Tensor) -> Tensor:
         if self.normalise_logits:
@@ -270,8 +262,10 @@ def attack_cost(attack: InputPerturbation) -> dict[Kind, int]:
         return {"input_gradient": 0, "forward": 0}
     gradients = attack.ascent.steps + (attack.ascent.keep == "best")
     choices = attack.restarts if attack.restarts > 1 else 0
-    target = (attack.restarts + (choices > 0)) if attack.loss == "kl" else 0
-    return {"input_gradient": gradients * attack.restarts, "forward": choices + target}
+    return {
+        "input_gradient": gradients * attack.restarts,
+        "forward": choices + (attack.loss == "kl"),
+    }
 
 
 def _gradient(

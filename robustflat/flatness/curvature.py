@@ -18,11 +18,10 @@ from torch import Tensor
 from robustflat.errors import UserError
 from robustflat.flatness.decorator import CURVED, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.options import Options
+from robustflat.flatness.options import DIFFERENTIATED, Options
 from robustflat.flatness.spectrum import DENSE, Eigenpairs, Hessian, extreme, quadrature
 from robustflat.flatness.subject import LossKind, Subject, normal, signs
 
-PARAMETERS = "all"
 # Runs of an estimator that does not tell its own error.
 RUNS = 3
 # Probes that go through one graph of the gradient; so many products are held at a time.
@@ -38,7 +37,9 @@ ENDS = ("k", "tolerance", "max_hvps")
 def hessian_of(subject: Subject, options: Options, loss: LossKind) -> Hessian:
     """The Hessian of that loss at the present weights."""
     kind: LossKind = "clean" if loss == "clean" else "robust_fixed"
-    return Hessian(subject.closure(options, kind), dict(subject.parameters(options, PARAMETERS)))
+    return Hessian(
+        subject.closure(options, kind), dict(subject.parameters(options, DIFFERENTIATED))
+    )
 
 
 def pairs_of(subject: Subject, options: Options, loss: LossKind, end: str) -> Eigenpairs:
@@ -204,7 +205,7 @@ def _suffix(loss: LossKind) -> str:
 def _about(hessian: Hessian, options: Options, loss: LossKind) -> dict[str, Any]:
     return {
         "loss": loss,
-        "parameters": options.parameters or PARAMETERS,
+        "parameters": options.parameters or DIFFERENTIATED,
         "weights": hessian.size,
     }
 

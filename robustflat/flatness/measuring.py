@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from robustflat.flatness.store import Store, identity
 from robustflat.flatness.subject import Subject
 from robustflat.flatness.undisturbed import undisturbed
 from robustflat.perturb import InputPerturbation
+from robustflat.plugins import is_plugin
 
 DEFAULT_MEASURES = ("hessian_max", "hessian_trace", "worst_robust")
 # Numbers of independent parts: a store may be continued with more of them.
@@ -99,7 +100,8 @@ def flatness(
             data,
             max(limits) if all(limits) else None,  # type: ignore[type-var]
         )
-        check_model(model, x, y, batch_size)
+        attacks = [o.attack for measure, o in settings.items() if measure.is_attacked]
+        check_model(model, x, y, batch_size, attacks)
         subjects = _Subjects(
             model, x, y, batch_size, seed, settings, on_progress, store, initial, team or Team(),
             images,
@@ -176,8 +178,14 @@ def _refuse_training(model: nn.Module, chosen: Sequence[Measure]) -> None:
 
 
 @torch.no_grad()
-def check_model(model: nn.Module, images: Tensor, y: Tensor, batch_size: int) -> None:
-    """Refuse a model whose outputs are random or not finite, and images or labels that do not fit.
+def check_model(
+    model: nn.Module,
+    images: Tensor,
+    y: Tensor,
+    batch_size: int,
+    attacks: Iterable[InputPerturbation],
+) -> None:
+    """Refuse a model of random or infinite outputs, and images, labels or attacks that do not fit.
 
     Looks at the outputs of the first batch.
     """
@@ -210,6 +218,11 @@ def check_model(model: nn.Module, images: Tensor, y: Tensor, batch_size: int) ->
             "is random and differences of it would be noise. Remove what draws random numbers."
         )
     classes = logits.shape[1]
+    if classes < 3 and any(attack.loss == "dlr" for attack in attacks):
+        raise UserError(
+            f"The DLR loss divides by the third largest logit, and the model has {classes} "
+            "classes. Attack by another loss, such as pgd-10-5:margin."
+        )
     if y.is_floating_point():
         if y.ndim != 2 or y.shape[1] != classes:
             raise UserError(
@@ -251,21 +264,21 @@ class _Subjects:
         shared = shared if team.is_first else shared.in_memory()
         caches: dict[int | None, dict[Any, Any]] = {o.examples: {} for o in settings.values()}
         self._subjects = {
-            options: Subject(
+            measure: Subject(
                 model,
                 x[: options.examples],
                 y[: options.examples],
                 batch_size=batch_size,
                 seed=seed,
                 store=shared,
-                prefix=_digest(options),
+                prefix=_digest(options, known=not is_plugin(measure.name)),
                 cache=caches[options.examples],
                 count=self._count,
                 initial=initial,
                 team=team,
                 images=images,
             )
-            for options in settings.values()
+            for measure, options in settings.items()
         }
 
     def measure(self, measure: Measure) -> Figure:
@@ -273,7 +286,7 @@ class _Subjects:
         options = self._settings[measure]
         self._current, self._spent = measure.name, Passes()
         self._tell()
-        subject = self._subjects[options]
+        subject = self._subjects[measure]
         figure = measure.run(subject, options)
         self._finish(measure.name)
         return replace(
@@ -313,8 +326,11 @@ class _Subjects:
             self._on_progress(Progress(measure=self._current, done=self._done, total=total))
 
 
-def _digest(options: Options) -> str:
-    """Tells options apart in a store, but for the numbers of parts, which may grow."""
-    kept = [f.name for f in fields(Options) if f.name not in _CONTINUABLE]
+def _digest(options: Options, known: bool) -> str:
+    """Tells options apart in a store, of known measures but for the numbers of parts: these grow.
+
+    A user's own measure may keep under one key what all its parts together are.
+    """
+    kept = [f.name for f in fields(Options) if not known or f.name not in _CONTINUABLE]
     text = repr([(name, getattr(options, name)) for name in kept])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from robustflat.flatness import sharpness
-from robustflat.flatness.curvature import (
-    ENDS,
-    PARAMETERS,
-    USES,
-    hessian_of,
-    pairs_of,
-    top_passes,
-)
+from robustflat.flatness.curvature import ENDS, USES, hessian_of, pairs_of, top_passes
 from robustflat.flatness.decorator import CURVED, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.options import Options
+from robustflat.flatness.options import DIFFERENTIATED, Options
 from robustflat.flatness.subject import LossKind, Subject, signs
-from robustflat.perturb import WeightPerturbation, awp, sam
+from robustflat.perturb.watch import cosine
 
 
 def _gradient_cost(options: Options, loss: LossKind) -> dict[str, Passes]:
@@ -38,16 +28,20 @@ def _alignment_cost(options: Options, loss: LossKind) -> dict[str, Passes]:
 @measure("gradient_norm", loss=CURVED, cost=_gradient_cost, uses=USES, curvature=True)
 def gradient_norm(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The L2 norm of the mean loss's gradient. Details: ``layers``, each parameter tensor's."""
-    named = subject.parameters(options, PARAMETERS)
+    named = subject.parameters(options, DIFFERENTIATED)
 
     def compute() -> dict[str, float]:
-        gradient = _gradient(subject, options, loss)
+        gradient = gradient_of(subject, options, loss)
         return {n: float(g.norm()) for n, g in zip(named, gradient, strict=True)}
 
     layers = subject.part(name, compute)
     return Figure(
         value=math.hypot(*layers.values()),
-        details={"loss": loss, "parameters": options.parameters or PARAMETERS, "layers": layers},
+        details={
+            "loss": loss,
+            "parameters": options.parameters or DIFFERENTIATED,
+            "layers": layers,
+        },
     )
 
 
@@ -56,20 +50,23 @@ def alignment(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     """|cos| of the angle between the gradient and the Hessian's top eigenvector.
 
     By Wen, Ma and Li (2023) full-batch SAM lowers the largest eigenvalue because its perturbation
-    comes to lie along that eigenvector. Details: the same for ``sam``'s perturbation (the
-    gradient's own direction) and ``awp``'s, and ``chance``, what a random direction has on average.
+    comes to lie along that eigenvector. Details: the same for the perturbation of ``awp``, which
+    moves every matrix by a share of its norm, and ``chance``, what a random direction has on
+    average.
     """
-    named = subject.parameters(options, PARAMETERS)
 
     def compute() -> dict[str, float]:
         hessian = hessian_of(subject, options, loss)
-        gradient = _gradient(subject, options, loss)
+        gradient = gradient_of(subject, options, loss)
         axis = hessian.split(pairs_of(subject, options, loss, "top").vectors[0])
         chance = math.exp(math.lgamma(hessian.size / 2) - math.lgamma((hessian.size + 1) / 2))
+        awp = [
+            g * (p.detach().norm() / g.norm().clamp_min(1e-30) if p.ndim > 1 else 0.0)
+            for p, g in zip(hessian.parameters, gradient, strict=True)
+        ]
         return {
-            "gradient": cosine(gradient, axis),
-            "sam": cosine(_perturbation(sam(1.0), dict(named), gradient), axis),
-            "awp": cosine(_perturbation(awp(1.0), dict(named), gradient), axis),
+            "gradient": abs(float(cosine(gradient, axis))),
+            "awp": abs(float(cosine(awp, axis))),
             "chance": chance / math.sqrt(math.pi),
         }
 
@@ -88,7 +85,7 @@ def fisher_trace(subject: Subject, options: Options, loss: LossKind, name: str) 
     norm of the gradient of sum_nc e_nc sqrt(p_nc) log p_nc (p held fixed in the root) has as its
     mean the sum of all examples' traces. One backward pass a probe, whatever the classes.
     """
-    named = subject.parameters(options, PARAMETERS)
+    named = subject.parameters(options, DIFFERENTIATED)
     closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
 
     def probe(index: int) -> float:
@@ -110,7 +107,7 @@ def fisher_trace(subject: Subject, options: Options, loss: LossKind, name: str) 
     return Figure(
         value=value,
         standard_error=error,
-        details={"loss": loss, "parameters": options.parameters or PARAMETERS},
+        details={"loss": loss, "parameters": options.parameters or DIFFERENTIATED},
     )
 
 
@@ -130,10 +127,10 @@ def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     """
     around = replace(
         options, ball="global", weight_norm="l2", radius=options.rho, m=None,
-        parameters=options.parameters or PARAMETERS,
+        parameters=options.parameters or DIFFERENTIATED,
     )  # fmt: skip
     worst = sharpness.worst(subject, around, loss, name)
-    named = subject.parameters(options, PARAMETERS)
+    named = subject.parameters(options, DIFFERENTIATED)
     squared = sum(float(p.detach().double().square().sum()) for p in named.values())
     k = sum(p.numel() for p in named.values())
     n = options.train_size or subject.images
@@ -163,41 +160,12 @@ def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     )
 
 
-def _gradient(subject: Subject, options: Options, loss: LossKind) -> list[Tensor]:
-    named = subject.parameters(options, PARAMETERS)
+def gradient_of(subject: Subject, options: Options, loss: LossKind) -> list[Tensor]:
+    """The gradient of the mean loss, of the robust one at fixed adversarial examples."""
+    named = subject.parameters(options, DIFFERENTIATED)
     kind: LossKind = "clean" if loss == "clean" else "robust_fixed"
 
     def compute() -> list[Tensor]:
         return subject.closure(options, kind).value_and_grad(list(named.values()))[1]
 
     return subject.once(("gradient", kind, options), compute)
-
-
-def _perturbation(
-    method: WeightPerturbation, named: dict[str, Any], gradient: list[Tensor]
-) -> list[Tensor]:
-    """The first step of a training method's ascent; zero on weights that it does not move."""
-    from_scale: Callable[..., list[Tensor] | None] = method.scale
-    moved = [i for i, p in enumerate(named.values()) if method.parameters == "all" or p.ndim > 1]
-    names = list(named)
-    weights = [p.detach().to(g.dtype) for p, g in zip(named.values(), gradient, strict=True)]
-    scale = from_scale([names[i] for i in moved], [weights[i] for i in moved])
-    slopes = [gradient[i] for i in moved]
-    if scale is not None:
-        slopes = list(torch._foreach_mul(slopes, scale))
-    steps = method.ball.steepest(slopes) if slopes else []
-    if scale is not None and steps:
-        steps = list(torch._foreach_mul(steps, scale))
-    full = [torch.zeros_like(g) for g in gradient]
-    for i, step in zip(moved, steps, strict=True):
-        full[i] = step
-    return full
-
-
-def cosine(a: list[Tensor], b: list[Tensor]) -> float:
-    """|cos| of the angle between two lists of tensors; 0 where one is zero."""
-    product = sum(float((s * t).sum()) for s, t in zip(a, b, strict=True))
-    sizes = math.sqrt(
-        sum(float(s.square().sum()) for s in a) * sum(float(t.square().sum()) for t in b)
-    )
-    return abs(product) / sizes if sizes > 0 else 0.0

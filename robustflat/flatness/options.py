@@ -28,6 +28,9 @@ BALLS: dict[BallName, tuple[Group, str]] = {
     "row": ("row", "row_norm"),
     "adaptive": ("global", "magnitude"),
 }
+# Weights, where nobody says which: those that sharpness moves, as AWP does, and norms are taken of;
+# and those of all derivatives.
+MOVED, DIFFERENTIATED = "matrices", "all"
 WORST_RADIUS = 5e-3
 AVERAGE_RADIUS = 0.1
 

@@ -22,7 +22,7 @@ from robustflat.evaluate.team import Team
 from robustflat.flatness.closure import Closure, Kind, attack_cost
 from robustflat.flatness.decorator import SHARPNESS, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.options import AVERAGE_RADIUS, WORST_RADIUS, Options
+from robustflat.flatness.options import AVERAGE_RADIUS, MOVED, WORST_RADIUS, Options
 from robustflat.flatness.subject import Draw, LossKind, Subject, normal
 from robustflat.perturb import Ascent, Ball, displaced, maximise
 from robustflat.perturb.displace import Move
@@ -31,7 +31,6 @@ from robustflat.perturb.scales import Scale
 Part = dict[str, float]
 # Draws in the shapes of the weights, on the CPU.
 Drawn = Callable[[Draw], list[Tensor]]
-PARAMETERS = "matrices"
 _BALL = ("parameters", "ball", "weight_norm", "radius", "m", "normalise_logits")
 
 
@@ -274,7 +273,7 @@ def _measure(
         "ball": options.ball,
         "weight_norm": options.weight_norm,
         "radius": options.radius_or(default_radius),
-        "parameters": options.parameters or PARAMETERS,
+        "parameters": options.parameters or MOVED,
         "reference_loss": total["reference"],
         "perturbed_loss": total["reference"] + total["increase"],
         "example_standard_error": error["example_standard_error"],
@@ -291,7 +290,7 @@ def _measure(
 def _around(
     subject: Subject, options: Options, closure: Closure, default_radius: float
 ) -> Iterator[Neighbourhood]:
-    named = subject.parameters(options, PARAMETERS)
+    named = subject.parameters(options, MOVED)
     ball = options.weight_ball(default_radius)
     with displaced(named.values()) as move:
         yield Neighbourhood(closure, dict(named), ball, options.scale, move)

@@ -141,6 +141,11 @@ class Krylov:
         np.fill_diagonal(self._projected[: self.count, : self.count], values)
 
 
+def basis_of(k: int, end: str) -> int:
+    """How many vectors :func:`extreme` holds."""
+    return 2 * k + 1 + _SPARE[end]
+
+
 def extreme(
     hessian: Hessian,
     k: int,
@@ -150,7 +155,6 @@ def extreme(
     max_hvps: int,
     generator: torch.Generator,
     near: Tensor | None = None,
-    basis: int | None = None,
 ) -> Eigenpairs:
     """The k algebraically largest ("top") or smallest ("bottom") eigenvalues of ``H``.
 
@@ -167,7 +171,6 @@ def extreme(
         generator: of the starting vector, on the CPU, so that it is the same everywhere.
         near: ``[D]``, a vector to start from, such as an eigenvector of a while ago; a little of
             the random one is added, or an eigenvector could never be left.
-        basis: vectors that are held; from k if None.
     """
     size = hessian.size
     k = min(k, size)
@@ -180,7 +183,7 @@ def extreme(
             values=exact[order], vectors=vectors, residuals=np.zeros(k), converged=True,
             products=size,
         )  # fmt: skip
-    basis = min(max(basis or 2 * k + 1 + _SPARE[end], k + 2), size)
+    basis = min(basis_of(k, end), size)
     start = torch.randn(size, generator=generator, dtype=hessian.dtype)
     if near is not None:
         start = near.cpu() / near.norm().cpu() + 0.1 * start / start.norm()

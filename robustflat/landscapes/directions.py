@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.flatness.closure import Closure
+from robustflat.flatness.curvature import hessian_of, pairs_of
+from robustflat.flatness.mechanism import gradient_of
 from robustflat.flatness.options import BALLS, BallName, Options
-from robustflat.flatness.spectrum import Hessian, extreme
+from robustflat.flatness.subject import LossKind, Subject
 from robustflat.perturb import SCALES, Ball
 
 # Random ones, by the group of weights that they are normalised in.
@@ -53,39 +54,40 @@ class Random:
 
 
 def eigenvectors(
-    closure: Closure, named: Mapping[str, nn.Parameter], count: int, options: Options, seed: int
+    subject: Subject, options: Options, loss: LossKind, named: Mapping[str, nn.Parameter]
 ) -> list[list[Tensor]]:
     """The Hessian's top eigenvectors, each as long as the weights that it moves.
 
     A coordinate is then a relative displacement, as it is for random directions. The sign is such
     that the largest entry is positive.
 
+    Args:
+        subject: the model on its images.
+        options: say how many (``k``) and of which ``parameters``.
+        loss: of its Hessian.
+        named: these parameters.
+
     Raises:
         UserError: if one does not converge.
     """
-    hessian = Hessian(closure, dict(named))
-    pairs = extreme(
-        hessian,
-        count,
-        tolerance=options.tolerance,
-        max_hvps=options.max_hvps,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    if not pairs.converged or len(pairs.values) < count:
+    pairs = pairs_of(subject, options, loss, "top")
+    if not pairs.converged or len(pairs.values) < options.k:
         raise UserError(
-            f"The {count} first eigenvectors did not converge within {options.max_hvps} "
+            f"The {options.k} first eigenvectors did not converge within {options.max_hvps} "
             "Hessian-vector products. Draw along another direction, or fewer."
         )
-    found = []
-    for column in pairs.vectors:
-        sign = 1.0 if column[column.abs().argmax()] >= 0 else -1.0
-        found.append(_as_long_as(hessian.split(column * sign), named))
-    return found
+    hessian = hessian_of(subject, options, loss)
+    return [
+        _as_long_as(hessian.split(column * column[column.abs().argmax()].sign()), named)
+        for column in pairs.vectors
+    ]
 
 
-def gradient(closure: Closure, named: Mapping[str, nn.Parameter]) -> list[Tensor]:
+def gradient(
+    subject: Subject, options: Options, loss: LossKind, named: Mapping[str, nn.Parameter]
+) -> list[Tensor]:
     """The direction of steepest ascent of the loss, as long as the weights that it moves."""
-    return _as_long_as(closure.value_and_grad(list(named.values()))[1], named)
+    return _as_long_as(gradient_of(subject, options, loss), named)
 
 
 def _as_long_as(way: list[Tensor], named: Mapping[str, nn.Parameter]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from robustflat.errors import UserError
 from robustflat.evaluate.record import fingerprint_of_state
 from robustflat.flatness.examples import Data
+from robustflat.flatness.subject import LossKind
 from robustflat.flatness.undisturbed import undisturbed
 from robustflat.landscapes.directions import DIRECTIONS, RANDOM, Random, eigenvectors, gradient
 from robustflat.landscapes.record import Landscape
@@ -96,7 +98,7 @@ def landscape(
         named = subject.parameters(scene.options, parameters)
 
         def prepare() -> Place:
-            ways = _ways(scene, named, directions, dimensions, direction_loss)
+            ways = _ways(scene, named, directions, dimensions, parameters, direction_loss)
             return lambda draw, at: move(_combine(ways(draw), at))
 
         with displaced(named.values()) as move:
@@ -179,7 +181,8 @@ def _ways(
     named: Mapping[str, nn.Parameter],
     directions: str,
     dimensions: int,
-    direction_loss: str,
+    parameters: str,
+    direction_loss: LossKind,
 ) -> Callable[[int], list[list[Tensor]]]:
     """From the number of a draw to its directions, one an axis; made at the centre."""
     subject = scene.subject
@@ -191,13 +194,12 @@ def _ways(
                 for axis in range(dimensions)
             ]
         )
-    loss = subject.closure(scene.options, "clean" if direction_loss == "clean" else "robust_fixed")
+    options = replace(scene.options, parameters=parameters, k=dimensions)
 
     def made() -> list[list[Tensor]]:
         if directions == "gradient":
-            return [gradient(loss, named)]
-        seed = subject.generator("lanczos", "directions").initial_seed() % 2**32
-        return eigenvectors(loss, named, dimensions, scene.options, seed)
+            return [gradient(subject, options, direction_loss, named)]
+        return eigenvectors(subject, options, direction_loss, named)
 
     # The processes of a team must go the same way to the last bit, each on its own device.
     found = scene.team.once(lambda: [[t.cpu() for t in way] for way in made()])

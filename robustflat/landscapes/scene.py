@@ -123,7 +123,6 @@ class Scene:
         attack = attack_of(common.get("attack", "pgd-10"), threat)
         self.options = Options(attack=attack)
         x, y, _ = read_examples(data, common.get("examples"))
-        check_model(model, x, y, size)
         self.model = model
         self.team, self._tell = common.get("team", Team()), common.get("on_progress")
         self._store, self._done, self._total = common.get("store"), 0.0, 1.0
@@ -136,6 +135,7 @@ class Scene:
         self._fresh = fresh[order.to(fresh.device)]
         first = next(model.parameters())
         attacked = attacked or set(self.losses) != {"clean"}
+        check_model(model, x, y, size, [attack] if attacked else [])
         ball = attack.ball
         self.about = {
             **common.get("about", {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from robustflat.models.loading import load_model
 from robustflat.models.named import MODELS, build
 from robustflat.models.normalized import Normalize, Normalized
-from robustflat.models.resnet import preact_resnet18
+from robustflat.models.resnet import preact_resnet18, preact_resnet18_silu, resnet18, resnet50
 from robustflat.models.small import mlp, small_cnn
 from robustflat.models.state import load_state
 from robustflat.models.wide import wide_resnet, wide_resnet_silu
@@ -19,6 +19,9 @@ __all__ = [
     "load_state",
     "mlp",
     "preact_resnet18",
+    "preact_resnet18_silu",
+    "resnet18",
+    "resnet50",
     "small_cnn",
     "wide_resnet",
     "wide_resnet_silu",

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
+from robustflat.models.likely import likely
 from robustflat.models.named import MODELS, build, is_known
 from robustflat.models.normalized import Normalize, Normalized
+from robustflat.models.robustbench import from_robustbench
 from robustflat.models.state import load_state
 
 Kind = Literal["script", "export", "weights"]
+_ROBUSTBENCH = "robustbench:"
 Statistics = tuple[Sequence[float], Sequence[float]]
 
 
@@ -56,7 +59,8 @@ def load_model(
 
     Args:
         spec: A name that `robustflat.models.build` knows (a built-in model, "timm:NAME",
-            "package.module:factory"), or the file of a TorchScript or exported program.
+            "package.module:factory"), "robustbench:NAME", or the file of a TorchScript or exported
+            program.
         weights: File of a state dict for a model given by name.
         normalise: "none" if the network takes images in [0, 1] itself, else the mean and std per
             channel, in [0, 1] units, that it is to be put behind. Only where weights or model
@@ -76,7 +80,14 @@ def load_model(
             weights, or its normalisation is not known.
     """
     kind = recognised(spec, weights, options, trust)
-    if kind is None:
+    if spec.startswith(_ROBUSTBENCH):
+        if weights is not None or normalise not in (None, "none"):
+            raise UserError(
+                f"{spec} brings its own weights and normalisation: name neither a file of weights "
+                "nor --normalise."
+            )
+        net, normalise = from_robustbench(spec.removeprefix(_ROBUSTBENCH), options or {}), "none"
+    elif kind is None:
         net = _named(spec, weights, num_classes, in_channels, image_size, dict(options or {}))
     else:
         net = _program(Path(spec), kind, trust)
@@ -141,7 +152,8 @@ def recognised(
     if kind is None and weights is None and ":" not in spec and not is_known(spec):
         raise UserError(
             f"{spec} does not exist: there is no file or run {spec}, and no model of that name. "
-            f"Models are {', '.join(MODELS)}, timm:NAME and package.module:factory."
+            f"Models are {', '.join(MODELS)}, timm:NAME, robustbench:NAME and "
+            "package.module:factory."
         )
     if kind is not None and options:
         raise UserError(f"{spec} is a program, which has no options: leave --model-option out.")
@@ -203,7 +215,13 @@ def _named(
                 f"{weights} holds {type(state).__name__}, not a state dict. Save "
                 "model.state_dict()."
             )
-        known = load_state(model, state) == "whole"
+        try:
+            known = load_state(model, state) == "whole"
+        except UserError as error:
+            guess = likely(state)
+            if guess in (None, name):
+                raise
+            raise UserError(f"{error} They look like the weights of {guess}.") from None
     # The normalisation that `build` put in front is a stand-in unless it came with the weights.
     return model.net if isinstance(model, Normalized) and not known else model
 

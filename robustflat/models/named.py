@@ -12,7 +12,7 @@ from torch import nn
 
 from robustflat.errors import UserError
 from robustflat.models.normalized import Normalized
-from robustflat.models.resnet import preact_resnet18
+from robustflat.models.resnet import preact_resnet18, preact_resnet18_silu, resnet18, resnet50
 from robustflat.models.small import mlp, small_cnn
 from robustflat.models.wide import wide_resnet, wide_resnet_silu
 from robustflat.plugins import imported
@@ -21,6 +21,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
     "mlp": mlp,
     "preact_resnet18": preact_resnet18,
+    "preact_resnet18_silu": preact_resnet18_silu,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
     "wide_resnet": wide_resnet,
     "wide_resnet_silu": wide_resnet_silu,
 }

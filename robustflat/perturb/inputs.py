@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Literal
@@ -150,7 +150,7 @@ class InputPerturbation:
         y: Tensor,
         *,
         generator: torch.Generator | None = None,
-        start: Tensor | None = None,
+        starts: Sequence[Tensor] = (),
         parts: int = 1,
     ) -> Tensor:
         """Attack a batch.
@@ -162,8 +162,8 @@ class InputPerturbation:
             y: labels ``[N]`` (soft ``[N, C]`` for "ce"); not used by "kl". Whole numbers
                 ``[N, 2]`` are the label and a target, which is then climbed towards.
             generator: source of randomness, on the device of ``x``.
-            start: a first perturbation of the shape of ``x`` in place of a drawn one; brought into
-                ball and box first, unless the configured start is "normal".
+            starts: a first perturbation of the shape of ``x`` for every restart in place of drawn
+                ones; brought into ball and box first, unless the configured start is "normal".
             parts: how many parts of the batch pass through the model one after the other, which
                 takes less memory. Only BatchNorm in mode "batch" sees a difference.
 
@@ -173,15 +173,20 @@ class InputPerturbation:
         x = x.detach()
         if self.ball.radius == 0:
             return x.clone()
+        begin: list[Tensor | None] = [*starts] if starts else [None] * self.restarts
+        if len(begin) != self.restarts:
+            raise ValueError(
+                f"An attack of {self.restarts} restarts begins at as many starts, got {len(begin)}."
+            )
         with attack_mode(model, self.mode), buffers_kept(model):
             target = y
             if self.loss == "kl":
                 target = _without_graph(lambda rows: model(x[rows]), slices(len(x), parts))
-            best = self._search(model, x, target, generator, start, parts)
+            best = self._search(model, x, target, generator, begin[0], parts)
             if self.restarts > 1:
                 best_loss = self._losses(model, best, target, parts)
-                for _ in range(self.restarts - 1):
-                    candidate = self._search(model, x, target, generator, None, parts)
+                for start in begin[1:]:
+                    candidate = self._search(model, x, target, generator, start, parts)
                     loss = self._losses(model, candidate, target, parts)
                     better = (loss > best_loss).view(-1, *[1] * (x.ndim - 1))
                     best = torch.where(better, candidate, best)

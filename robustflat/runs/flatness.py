@@ -30,6 +30,7 @@ def measure_subject(
     split: str | None = None,
     samples: int | None = None,
     attack: InputPerturbation | str | None = None,
+    seed: int | None = None,
     options: dict[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     team: Team | None = None,
@@ -49,6 +50,7 @@ def measure_subject(
         samples: images to use; a preset's own number, or the configuration's, if None.
         attack: of the robust loss, as :func:`robustflat.flatness.flatness` takes it; a preset's
             own, or the configuration's, if None.
+        seed: of all that is random, the training's if None.
         options: of :class:`robustflat.flatness.Options`, over the configuration's; a list is a
             sweep of its values.
         on_progress: told how far the measurement has come.
@@ -70,6 +72,8 @@ def measure_subject(
         attack = None if attack is None else attack_of(attack, threat)
     else:
         attack = said = None
+    seed = None if seed == subject.seed else seed
+    other = None if said == config.attack else attack
     settings = _acting(chosen, config.options) | _checked(chosen, options or {})
     # On which images each measure is taken, how many of them, and with which attack; None: its own.
     places: dict[tuple[str, int, str | None], list[str]] = {}
@@ -93,7 +97,7 @@ def measure_subject(
             names,
             eps,
             norm,
-            subject.seed,
+            subject.seed if seed is None else seed,
             batch_size=subject.evaluation.batch_size,
             attack=attack,
             usual_attack=config.attack,
@@ -118,14 +122,12 @@ def measure_subject(
                     "split": where,
                     "samples": number,
                     "attack": by,
-                    "seed": subject.seed,
+                    "seed": subject.seed if seed is None else seed,
                     "options": settings,
                     "device": str(subject.device),
                     "torch": torch.__version__,
                     "measures": {
-                        _called(
-                            name, where, None if said == config.attack else attack
-                        ): figure.to_dict()
+                        _called(name, where, other, seed): figure.to_dict()
                         for name, figure in figures.items()
                     },
                 }
@@ -160,10 +162,11 @@ def _checked(measures: Sequence[str], options: Mapping[str, Any]) -> dict[str, A
     return dict(options)
 
 
-def _called(name: str, split: str, attack: InputPerturbation | None) -> str:
-    """As a measure is called on images, or with an attack, that it is not usually taken with."""
+def _called(name: str, split: str, attack: InputPerturbation | None, seed: int | None) -> str:
+    """As a measure is called that is not taken as usual; None is as usual."""
     measure = find(name)
     other = [] if split == (measure.split or "train") else [f"split={split}"]
     if attack is not None and measure.loss != "clean" and "attack=" not in name:
         other.append(f"attack={title(attack)}")
+    other += [] if seed is None else [f"seed={seed}"]
     return called(name, other)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from robustflat.evaluate.team import Team
 from robustflat.flatness.curvature import hessian_of
 from robustflat.flatness.examples import read_examples
-from robustflat.flatness.mechanism import cosine
 from robustflat.flatness.options import Options
 from robustflat.flatness.spectrum import extreme
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.flatness.undisturbed import undisturbed
 from robustflat.perturb import InputPerturbation, Perturbation, WeightPerturbation, pgd
 from robustflat.perturb.scales import one
+from robustflat.perturb.watch import cosine
 
 # Of eigenvalues, relative: what is compared to them is a bound, not a figure.
 TOLERANCE = 1e-3
@@ -99,7 +99,7 @@ class Edge:
             found = {
                 "lambda_1": float(pairs.values[0]),
                 "gradient_norm": norm,
-                "alignment": cosine(gradient, hessian.split(self._near)),
+                "alignment": abs(float(cosine(gradient, hessian.split(self._near)))),
                 "products": float(pairs.products),
                 "converged": float(pairs.converged),
             }

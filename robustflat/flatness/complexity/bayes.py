@@ -15,7 +15,7 @@ from robustflat.flatness import curvature
 from robustflat.flatness.closure import Closure
 from robustflat.flatness.decorator import CURVED, FIXED, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
-from robustflat.flatness.options import Options
+from robustflat.flatness.options import DIFFERENTIATED, Options
 from robustflat.flatness.subject import LossKind, Subject, normal
 from robustflat.perturb import displaced
 
@@ -63,7 +63,7 @@ def fisher_rao(subject: Subject, options: Options, loss: LossKind, name: str) ->
     without biases J w = L f. Details: ``model``, the same with labels drawn from the model, whose
     expectation is the variance of J w over the predicted classes.
     """
-    named = subject.parameters(options, curvature.PARAMETERS)
+    named = subject.parameters(options, DIFFERENTIATED)
     closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
     weights = {key: p.detach() for key, p in named.items()}
 
@@ -158,7 +158,7 @@ def _sigma(
     subject: Subject, options: Options, name: str, spread: Callable[[Tensor, float], Tensor]
 ) -> Figure:
     closure = subject.closure(options, "clean")
-    parameters = list(subject.parameters(options, curvature.PARAMETERS).values())
+    parameters = list(subject.parameters(options, DIFFERENTIATED).values())
     weights = [p.detach().clone() for p in parameters]
 
     def noise(index: int, sigma: float) -> list[Tensor]:

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from robustflat.errors import UserError
 from robustflat.flatness.decorator import measure
 from robustflat.flatness.figure import Figure
-from robustflat.flatness.options import Options
+from robustflat.flatness.options import MOVED, Options
 from robustflat.flatness.subject import LossKind, Subject
 from robustflat.models.normalized import Normalize
-
-LAYERS = "matrices"
 
 
 @measure("parameter_norm", uses=("parameters",))
@@ -132,7 +130,7 @@ def _all(subject: Subject, options: Options, default: str) -> dict[str, nn.Param
 
 
 def _matrices(subject: Subject, options: Options) -> dict[str, Tensor]:
-    layers = _all(subject, options, LAYERS)
+    layers = _all(subject, options, MOVED)
     return {n: p.detach().double().flatten(1) for n, p in layers.items() if p.ndim > 1}
 
 
