@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -27,8 +28,9 @@ from robustflat import models
 from robustflat.cli import app, main
 from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
-from robustflat.evaluate import Team, doubts
+from robustflat.evaluate import Team, doubts, fast
 from robustflat.files import update_json
+from robustflat.perturb.compiled import Compiled
 from robustflat.runs.comparison import compare
 from robustflat.runs.evaluation import Wanted, evaluate_subject
 from robustflat.runs.flatness import measure_subject
@@ -91,6 +93,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pla
     shorten(monkeypatch)
     # Checks that have tests of their own, and cost more than all that is tried here.
     monkeypatch.setattr(doubts, "probes", lambda *a, **k: [])
+    monkeypatch.setattr(fast, "Compiled", functools.partial(Compiled, backend="eager"))
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(str(place))
 
@@ -206,6 +209,9 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("precision", ALL, ["--precision", "bf16"],
      lambda one: list(one["result"]["attacks"]) == ["pgd-2@bf16"]),
     ("precision", ALL, ["--precision", "fp16"], "fp32, bf16"),
+    ("compiled", ["run", *FILES, "factory"], ["--compile"], lambda one: one["compiled"] is True),
+    # What cannot be compiled is searched as it is, and told.
+    ("compiled", ["program"], ["--compile"], lambda one: one["compiled"] is False),
     ("by_class", ALL, ["--by-class"], lambda one: len(one["result"]["classes"]) == 10),
     ("save_adversarial", ALL, ["--save-adversarial", "adv.txt"], "ends in .npz"),
     ("save_adversarial", ALL, ["--save-adversarial", "adv.npz", "--merge"], "with every --shard"),

@@ -39,7 +39,7 @@ def evaluate(
     merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
-    compile: Annotated[
+    compiled: Annotated[
         bool,
         typer.Option("--compile", help="Search with the model compiled; the eager one judges."),
     ] = False,
@@ -76,7 +76,7 @@ def evaluate(
         shard=shard,
         merge=merge,
         precision=one_of("--precision", precision, ("fp32", "bf16")),
-        compile=compile,
+        compile=compiled,
         save_adversarial=save_adversarial,
     )
     opened = subjects(output=output)

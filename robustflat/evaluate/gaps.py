@@ -101,7 +101,7 @@ def scores(
     *,
     batch_size: int = 128,
     seed: int = 0,
-    compile: bool = False,
+    fast: bool = False,
 ) -> Scores:
     """Attack every example of a split; in eval mode, at the weights the model has.
 
@@ -111,7 +111,7 @@ def scores(
         attack: The same one for every split that is compared.
         batch_size: Images at a time.
         seed: Of the attack's random starts.
-        compile: Search with the model compiled, where it can be; the eager model is measured.
+        fast: Search with the model compiled, where it can be; the eager model is measured.
 
     Returns:
         Scores of all examples, on the CPU.
@@ -121,13 +121,13 @@ def scores(
     """
     chosen = choose(data)
     with held(model) as place, ExitStack() as stack:
-        fast = stack.enter_context(compiled(model, chosen.shape, place)) if compile else None
+        net = stack.enter_context(compiled(model, chosen.shape, place)) if fast else None
 
         def run(adversary: InputPerturbation | None) -> Metrics:
             parts = torch.arange(len(chosen)).split(batch_size)
             batches = ((chosen.images(at).to(place), chosen.labels[at].to(place)) for at in parts)
             generator = torch.Generator(place).manual_seed(seed)
-            return measure(model, batches, adversary, generator, fast)
+            return measure(model, batches, adversary, generator, net)
 
         clean, attacked = run(None), run(attack)
     return Scores(

@@ -80,8 +80,8 @@ class Evaluation:
             with; `predictions` where none did.
         warnings: Reasons to doubt the figures, and what was left out; one sentence each.
         settings: What the figures depend on: norm, eps, seed, batch_size, samples, shard, classes,
-            whether the search was compiled, and, if outcomes were stored, SHA-256 of data, of all labels and of the model (else,
-            and for the data of merged shards, None).
+            whether the search was compiled, and, if outcomes were stored, SHA-256 of data, of all
+            labels and of the model (else, and for the data of merged shards, None).
     """
 
     count: int

@@ -245,6 +245,7 @@ class Job:
             "examples": team.once(lambda: self._shown(network)),
         }
         asked = {"samples": self._images.samples, "seed": self._wanted.seed}
+        asked["compiled"] = result.settings["compiled"]
         return self._measurement("test", network.state(), **asked, result=found)
 
     def _shown(self, network: Network) -> dict[str, Any]:
@@ -312,7 +313,7 @@ class Job:
             began = time.perf_counter()
             found = gaps.scores(
                 network.model, chosen, attack, batch_size=self._batch_size,
-                compile=self._wanted.compile,
+                fast=self._wanted.compile,
             )  # fmt: skip
             found.save(path)
             return found, time.perf_counter() - began
