@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,30 +109,43 @@ def table(found: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Print the table, and write it where it is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("targets", nargs="+")
-    parser.add_argument("--samples", type=int, default=300)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that say of which models and images."""
+    found = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    found.add_argument("targets", nargs="+")
+    found.add_argument("--samples", type=int, default=300)
+    found.add_argument("--device", default="cpu")
     for name in ("norm", "eps", "model", "data", "normalise"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--root", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+        found.add_argument(f"--{name}")
+    found.add_argument("--root", type=Path)
+    return found
+
+
+def opened(given: argparse.Namespace) -> Iterator[Subject]:
+    """The subjects, on one thread.
+
+    Raises:
+        UserError: If one cannot be measured.
+    """
     elsewhere = Elsewhere(
         model=given.model, data=given.data, root=given.root, normalise=given.normalise
     )
     eps = None if given.eps is None else float(read_number(given.eps))
+    for target in given.targets:
+        subject = open_subject(
+            target, norm=given.norm, eps=eps, device=given.device, elsewhere=elsewhere
+        )
+        torch.set_num_threads(1)
+        yield subject
+
+
+def main() -> int:
+    """Print the table, and write it where it is asked for."""
+    options = parser(__doc__)
+    options.add_argument("--out", type=Path)
+    given = options.parse_args()
     try:
-        found = []
-        for target in given.targets:
-            subject = open_subject(
-                target, norm=given.norm, eps=eps, device=given.device, elsewhere=elsewhere
-            )
-            torch.set_num_threads(1)
-            found += rows(subject, given.samples)
+        found = [row for subject in opened(given) for row in rows(subject, given.samples)]
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
