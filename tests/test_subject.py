@@ -209,6 +209,11 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("precision", ALL, ["--precision", "bf16"],
      lambda one: list(one["result"]["attacks"]) == ["pgd-2@bf16"]),
     ("precision", ALL, ["--precision", "fp16"], "fp32, bf16"),
+    ("radii", ALL, ["--radii", "0"], "at least one radius above 0"),
+    ("radii", ALL, ["--radii", "0.1,x"], "--radii"),
+    ("radii", ALL, ["--radii", "0.1", "--shard", "1/2"], "no place for --shard"),
+    ("curve", ALL, ["--curve", "c.png"], "over --radii"),
+    ("curve", ALL, ["--radii", "0.1", "--curve", "c.txt"], "no ending of a picture"),
     ("compiled", ["run", *FILES, "factory"], ["--compile"], lambda one: one["compiled"] is True),
     # What cannot be compiled is searched as it is, and told.
     ("compiled", ["program"], ["--compile"], lambda one: one["compiled"] is False),
@@ -313,6 +318,23 @@ def test_examples_of_every_kind_are_saved_and_attack_again(
     code, said = run(kind, *again, "--norm", "linf", "--eps", "0.2")
     assert code == 2
     assert "made for linf 0.1, and the evaluation is for linf 0.2" in said
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_kind_has_a_curve_over_radii(run: Any, tmp_path: Path, kind: str) -> None:
+    home = tmp_path / "home"
+    said = ("--samples", 30, "--output", home, "--attack", "pgd-2", "--curve", tmp_path / "c.png")
+    code, text = run(kind, *said, "--radii", "0.1,13/255")
+    assert code == 0, text
+    assert "13/255" in text
+    (one,) = read(home / "curves.json", "evaluate")
+    assert (one["kind"], one["attack"], one["samples"]) == ("curve", "pgd-2", 30)
+    points = one["result"]["points"]
+    assert [point["eps"] for point in points] == [0.0, 13 / 255, 0.1]
+    assert points[0]["accuracy"] > points[1]["accuracy"] > points[2]["accuracy"]
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.width > 400
+    assert not (home / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize("kind", ALL)
