@@ -52,7 +52,7 @@ def compared(subject: Subject, samples: int) -> list[list[Any]]:
             driver = AutoAttack(
                 model, norm=threat.norm_name.capitalize(), eps=threat.eps, seed=0, device="cpu"
             )
-            found = driver.run_standard_evaluation(x, y, batch_size=BATCH)
+            found, *_ = driver.run_standard_evaluation(x, y, batch_size=BATCH)
             return model(found).argmax(1) == y
 
     def ours(fast: bool) -> Tensor:

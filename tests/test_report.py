@@ -915,6 +915,15 @@ def test_every_colour_of_a_figure_has_a_meaning_in_both_themes(tmp_path: Path) -
         assert used <= theme.keys()
 
 
+@pytest.mark.parametrize(
+    ("values", "dtick"), [([1.0, 200.0], "D2"), ([1.0, 400.0], 1), ([1e-9, 1.0, 100.0], 2)]
+)
+def test_logarithmic_axes_have_some_marks_and_not_too_many(values: Any, dtick: Any) -> None:
+    line = Series(name="l", run=0, x=list(range(len(values))), y=values)
+    chart = Chart(title="t", series=[line], x=Axis(), y=Axis(log=True))
+    assert interactive.plotly(chart)["layout"]["yaxis"]["dtick"] == dtick
+
+
 def test_gaps_and_lone_points_and_empty_charts() -> None:
     line = Series(name="l", run=7, x=[1, 2, 3, 4], y=[1.0, None, math.inf, -2.0])
     chart = Chart(title="t", series=[line], x=Axis(label="x"), y=Axis(log=True))

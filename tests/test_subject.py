@@ -42,7 +42,7 @@ FACTORY = """
 import torch
 from robustflat import models
 def make(num_classes, file):
-    net = models.build("mlp", num_classes=num_classes, in_channels=1, mean=(0.0,), std=(1.0,),
+    net = models.build("mlp", num_classes=num_classes, in_channels=1,
                        image_size=(8, 8), options={"hidden": [16]}).net
     net.load_state_dict(torch.load(file))
     return net
@@ -390,7 +390,7 @@ def test_images_of_a_folder_are_brought_to_the_size_that_is_said(run: Any, tmp_p
                 image = Image.new("RGB", (24, 24), (left,) * 3)
                 image.paste((right,) * 3, (12, 0, 24, 24))
                 image.save(tmp_path / "images" / split / name / f"{i}.png")
-    net = models.build("mlp", num_classes=2, in_channels=3, mean=(0.0,) * 3, std=(1.0,) * 3,
+    net = models.build("mlp", num_classes=2, in_channels=3,
                        image_size=(8, 8), options={"hidden": [2]}).net  # fmt: skip
     first, second = [m for m in net.modules() if isinstance(m, nn.Linear)]
     with torch.no_grad():
@@ -523,7 +523,7 @@ def test_the_doubt_names_more_or_less_normalisation(
 
     def save_net(scale: float, shift: float, name: str) -> None:
         """The nearest mean, of pixels x that come as (x - shift) / scale."""
-        net = models.build("mlp", num_classes=10, in_channels=1, mean=(0.0,), std=(1.0,),
+        net = models.build("mlp", num_classes=10, in_channels=1,
                            image_size=(8, 8), options={"hidden": [64]}).net  # fmt: skip
         first, second = [m for m in net.modules() if isinstance(m, nn.Linear)]
         with torch.no_grad():

@@ -61,7 +61,7 @@ def test_mlflow_gets_the_curves_of_a_run_that_was_interrupted(
     assert run.data.params["weights.gamma"] == "0.02"
     history = client.get_metric_history(run.info.run_id, "validation/robust/accuracy")
     assert {m.step: m.value for m in history} == dict(accuracies(folder))
-    history = client.get_metric_history(run.info.run_id, "robust/rise_under_weights")
+    history = client.get_metric_history(run.info.run_id, "robust/increase_under_weights")
     assert {m.step for m in history} == set(range(4, 9))
 
 
@@ -104,7 +104,7 @@ def test_wandb_gets_the_curves_of_a_run_that_was_interrupted(
             for name, value in values.items():
                 told.setdefault(name, []).append((values["_step"], value))
     assert dict(told["validation/robust/accuracy"]) == dict(accuracies(folder))
-    assert {step for step, _ in told["robust/rise_under_weights"]} == set(range(4, 9))
+    assert {step for step, _ in told["robust/increase_under_weights"]} == set(range(4, 9))
 
 
 def test_training_anew_begins_anew_with_trackers(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +23,7 @@ from robustflat.evaluate.attacks import Attack, Request, Suite, plan
 from robustflat.evaluate.examples import Data, Examples, choose
 from robustflat.evaluate.fast import compiled
 from robustflat.evaluate.frozen import Plain, device_of, held
-from robustflat.evaluate.record import Entry, Fingerprint, Record, file_for, fingerprint_of, resume
+from robustflat.evaluate.record import Entry, Record, digest_of, file_for, fingerprint_of, resume
 from robustflat.evaluate.result import Evaluation, from_record
 from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Task, Threat
@@ -155,7 +157,7 @@ def evaluate(
             "samples": chosen.samples,
             "shard": chosen.shard,
             "data": None if store is None else digest,
-            "labels": None if store is None else _fingerprint(chosen.all_labels),
+            "labels": None if store is None else digest_of([chosen.all_labels]),
             "model": None if store is None else fingerprint_of(model),
             "classes": classes,
             "compiled": fast is not None,
@@ -386,12 +388,6 @@ def _cost(attacks: Sequence[Attack], count: int) -> str:
     return words + (f"; and {unknown}." if unknown else ".")
 
 
-def _fingerprint(tensor: Tensor) -> str:
-    found = Fingerprint()
-    found.add(tensor)
-    return found.text()
-
-
 def _clean(
     model: nn.Module, data: Examples, batch_size: int, device: torch.device, team: Team
 ) -> tuple[int, Tensor, Tensor, str]:
@@ -430,12 +426,11 @@ def fingerprint_of_images(data: Examples, batch_size: int) -> str:
 
 def _prints(images: Tensor) -> list[str]:
     """Image by image, so that batches of other sizes have the same."""
-    return [_fingerprint(image) for image in images]
+    return [digest_of([image]) for image in images]
 
 
 def _joined(prints: Sequence[Sequence[str]]) -> str:
-    joined = "".join(text for batch in prints for text in batch)
-    return _fingerprint(torch.tensor(list(joined.encode()), dtype=torch.uint8))
+    return hashlib.sha256("".join(chain.from_iterable(prints)).encode()).hexdigest()
 
 
 def classes_of(model: nn.Module, data: Examples) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from robustflat.evaluate.fast import compiled
 from robustflat.evaluate.frozen import held
 from robustflat.evaluate.intervals import LEVEL, bootstrap_means, percentiles
 from robustflat.evaluate.kept import Kept
+from robustflat.files import json_safe
 from robustflat.perturb import InputPerturbation
 
 FIGURES = ("clean_accuracy", "robust_accuracy", "clean_loss", "robust_loss")
@@ -42,14 +42,7 @@ class Scores(Kept):
 
     def rows(self) -> Tensor:
         """The four figures of `FIGURES`, float64 [4, N]."""
-        return torch.stack(
-            [
-                self.clean_correct.double(),
-                self.robust_correct.double(),
-                self.clean_loss.double(),
-                self.robust_loss.double(),
-            ]
-        )
+        return torch.stack([getattr(self, field.name).double() for field in fields(self)])
 
 
 @dataclass(frozen=True)
@@ -62,8 +55,8 @@ class Figure:
 
     def to_dict(self) -> dict[str, float | None]:
         """For JSON; what is not finite is null."""
-        numbers = {"value": self.value, "low": self.low, "high": self.high}
-        return {key: n if math.isfinite(n) else None for key, n in numbers.items()}
+        found: dict[str, float | None] = json_safe(asdict(self))
+        return found
 
 
 Figures = dict[str, Figure]
@@ -86,12 +79,7 @@ class Gap:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: stable keys, null for what is not finite."""
-        return {
-            "confidence": LEVEL,
-            "counts": dict(self.counts),
-            "splits": {name: _dicts(figures) for name, figures in self.splits.items()},
-            "gaps": {name: _dicts(figures) for name, figures in self.gaps.items()},
-        }
+        return {"confidence": LEVEL, **json_safe(asdict(self))}
 
 
 def scores(
@@ -216,7 +204,3 @@ def _figures(values: Tensor, draws: Tensor) -> Figures:
     return {
         name: Figure(float(values[i]), *percentiles(draws[:, i])) for i, name in enumerate(FIGURES)
     }
-
-
-def _dicts(figures: Figures) -> dict[str, dict[str, float | None]]:
-    return {name: figure.to_dict() for name, figure in figures.items()}

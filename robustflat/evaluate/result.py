@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from robustflat.evaluate import doubts
 from robustflat.evaluate.classes import by_class, confusion
 from robustflat.evaluate.intervals import LEVEL, Interval, wilson
 from robustflat.evaluate.record import Record, file_for, load, merged
+from robustflat.files import json_safe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,23 +115,11 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the per-example outcomes, for JSON: stable keys, no NaN."""
-        return {
-            "count": self.count,
-            "clean_accuracy": self.clean_accuracy,
-            "clean_interval": list(self.clean_interval),
-            "robust_accuracy": self.robust_accuracy,
-            "robust_interval": list(self.robust_interval),
-            "confidence": LEVEL,
-            **{
-                kind: {
-                    name: {**asdict(found), "interval": list(found.interval)}
-                    for name, found in results.items()
-                }
-                for kind, results in (("suites", self.suites), ("attacks", self.attacks))
-            },
-            "warnings": list(self.warnings),
-            "settings": dict(self.settings),
-        }
+        shown = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown |= {kind: {name: asdict(one) for name, one in shown[kind].items()}
+                  for kind in ("suites", "attacks")}  # fmt: skip
+        kept = {key: value for key, value in shown.items() if not isinstance(value, Tensor)}
+        return {"confidence": LEVEL, **json_safe(kept)}
 
 
 def from_record(record: Record) -> Evaluation:
