@@ -1,4 +1,4 @@
-"""Commands that measure runs or any models: evaluate, flatness, landscape."""
+"""Commands that measure runs or any models: evaluate, flatness, landscape, corruptions."""
 
 from __future__ import annotations
 
@@ -334,3 +334,56 @@ def landscape(
                     "drawn. Take a smaller --span."
                 )
         typer.echo(f"written: {output}")
+
+
+@of_subjects
+def corruptions(
+    subjects: Opener,
+    folder: Annotated[
+        Path, typer.Option(help="CIFAR-10-C's arrays or ImageNet-C's folders, or the like.")
+    ],
+    corruption: Annotated[
+        list[str] | None, typer.Option(help="Only these; else the 15 of the mean.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of a run: best (if left out) or last.")
+    ] = None,
+    weights: Weights = None,
+    samples: Annotated[
+        int | None, typer.Option(help="A fixed class-balanced subset of every set.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; the run's own, or evaluations/NAME."),
+    ] = None,
+) -> None:
+    """Classify corrupted test images: the error by corruption and severity, and the mean.
+
+    With several processes: torchrun -m robustflat corruptions ...
+    """
+    from robustflat.evaluate import Team
+    from robustflat.report.progress import Counter
+    from robustflat.report.tables import corruptions_table
+    from robustflat.runs.corruptions import measure_corruptions
+
+    opened = subjects(output=output)
+    team = Team.of_torchrun()
+    console = out.console(quiet=not team.is_first)
+    for subject in opened:
+        with Counter(console, subject.name) as counter:
+            found = measure_corruptions(
+                subject, folder, corruptions=corruption, checkpoint=checkpoint, weights=weights,
+                samples=samples, on_progress=counter.on_set, team=team,
+            )  # fmt: skip
+        if not team.is_first:
+            continue
+        result = found["result"]
+        count = f"{result['count']:,} images of each"
+        console.print(corruptions_table(f"{subject.name}: {count}", result))
+        if result["mce"] is None:
+            out.note(
+                console,
+                "The mean is that of the errors themselves. The mCE, in units of AlexNet's errors, "
+                "is defined for all 15 corruptions of ImageNet-C.",
+            )
+        typer.echo(f"written: {subject.home.root / 'corruptions.json'}")

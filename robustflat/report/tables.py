@@ -80,6 +80,22 @@ class Comparison:
         return table
 
 
+def corruptions_table(title: str, result: dict[str, Any]) -> Table:
+    """Errors by corruption and severity, with their means."""
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("error of", overflow="fold")
+    for name in (*map(str, range(1, 6)), "mean"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("clean images", *[""] * 5, f"{result['clean_error']:.1%}")
+    for name, errors in result["errors"].items():
+        mean = sum(errors) / len(errors)
+        table.add_row(Text(name), *(f"{error:.1%}" for error in (*errors, mean)))
+    table.add_row(f"mean of {len(result['errors'])}", *[""] * 5, f"{result['mean_error']:.1%}")
+    if result["mce"] is not None:
+        table.add_row("mCE (AlexNet = 100%)", *[""] * 5, f"{result['mce']:.1%}")
+    return table
+
+
 def evaluation_table(report: dict[str, Any]) -> Table:
     """The attacks of one evaluation at one checkpoint."""
     table = Table(title=Text(report["title"]), title_justify="left")
