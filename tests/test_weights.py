@@ -386,3 +386,16 @@ def test_every_method_with_every_objective_and_attack(
     assert changed == (method != "none")
     torch.optim.SGD(parameters, lr=0.1).step()
     assert not any(torch.equal(p, b) for p, b in zip(parameters[-2:], before[-2:], strict=True))
+
+
+def test_the_older_fsdp_is_refused() -> None:
+    class FullyShardedDataParallel(nn.Module):
+        """Stands for torch's, which needs a process group."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat = nn.Parameter(torch.ones(3, 2))
+
+    model = FullyShardedDataParallel()
+    with pytest.raises(ValueError, match="fully_shard"):
+        rf.awp(0.1).backward(lambda: model.flat.sum(), model)

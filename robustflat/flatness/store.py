@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.evaluate.record import Fingerprint, fingerprint_of
+from robustflat.evaluate.record import digest_of, fingerprint_of
 
 FORMAT = "robustflat-flatness-parts/2"
 # The key of the logits by which a network is known again; and of how many images.
@@ -139,10 +139,8 @@ class Store:
 
 def identity(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any]) -> Identity:
     """A model's identity on some tensors, of which the first are its images, with settings."""
-    place, found = next(model.parameters()), Fingerprint()
-    for tensor in tensors:
-        found.add(tensor)
-    parts = [fingerprint_of(model), found.text(), settings]
+    place = next(model.parameters())
+    parts = [fingerprint_of(model), digest_of(tensors), settings]
     text = json.dumps(parts, sort_keys=True, default=repr)
     with torch.no_grad():
         logits = model(tensors[0][:PROBED].to(place.device, place.dtype))

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from robustflat.perturb.ball import Ball
+from robustflat.perturb.ball import Ball, drawn
 
 Start = Literal["zero", "uniform", "sphere", "normal", "gaussian"]
 Direction = Literal["steepest", "raw", "given"]
@@ -169,9 +169,9 @@ def _start(
     if start == "zero":
         return [torch.zeros_like(t) for t in like]
     if start == "normal":
-        return [torch.empty_like(t).normal_(0, _NORMAL_STD, generator=generator) for t in like]
+        return [drawn(t, lambda e: e.normal_(0, _NORMAL_STD, generator=generator)) for t in like]
     if start == "gaussian":
-        return [torch.empty_like(t).normal_(0, ball.radius, generator=generator) for t in like]
+        return [drawn(t, lambda e: e.normal_(0, ball.radius, generator=generator)) for t in like]
     within = replace(ball, radius=ball.radius * ascent.spread)
     return within.sample(like, generator, surface=start == "sphere")
 

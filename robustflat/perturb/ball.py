@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -129,9 +129,9 @@ class Ball:
     def _sizes(self, u: list[Tensor], p: float) -> list[Tensor]:
         if self.group == "row":
             return [_row_norm(t, p) for t in u]
-        norms = torch._foreach_norm(u, p)
+        norms = tensor_norms(u, p)
         if self.group == "tensor":
-            return list(norms)
+            return norms
         total = torch.linalg.vector_norm(torch.stack(norms), p)
         return [total] * len(u)
 
@@ -171,9 +171,28 @@ class Ball:
         return torch.where(top + threshold > 0, shrunk, rows)
 
 
+def tensor_norms(u: list[Any], p: float = 2) -> list[Tensor]:
+    """The p-norm of every tensor; of a DTensor, parts of which may be empty, that of the whole."""
+    if not hasattr(u[0], "device_mesh"):
+        return list(torch._foreach_norm(u, p))
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = u[0].device_mesh
+    # What was computed may be cut otherwise than the rest, or whole in every process.
+    cut = next((t.placements for t in u if any(p.is_shard() for p in t.placements)), None)
+    cut = cut or u[0].placements
+    held = [(t if t.placements == cut else t.redistribute(mesh, cut)).to_local() for t in u]
+    placements = [Shard(0) if p.is_shard() else Replicate() for p in cut]
+    own = torch.stack([torch.linalg.vector_norm(t, p) if t.numel() else t.sum() for t in held])
+    # One row a process: all norms in one exchange.
+    table = DTensor.from_local(own.unsqueeze(0), mesh, placements, run_check=False)
+    together = torch.linalg.vector_norm(table, p, dim=0)
+    return list(together.redistribute(mesh, [Replicate()] * mesh.ndim).unbind())
+
+
 def _row_norm(t: Tensor, p: float) -> Tensor:
     if t.ndim < 2:
-        return torch.linalg.vector_norm(t, p)
+        return tensor_norms([t], p)[0]
     return torch.linalg.vector_norm(t, p, dim=tuple(range(1, t.ndim)), keepdim=True)
 
 
@@ -183,17 +202,35 @@ def _divide(u: list[Tensor], sizes: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_div(u, torch._foreach_clamp_min(sizes, tiny)))
 
 
+def drawn(like: Any, fill: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``fill`` makes of an empty tensor like ``like``.
+
+    Where processes hold parts of it (a DTensor), the first one draws the whole, as one alone would.
+    """
+    if not hasattr(like, "device_mesh"):
+        return fill(torch.empty_like(like))
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    whole = fill(torch.empty(like.shape, dtype=like.dtype, device=like.device))
+    placements = [Replicate() if p.is_partial() else p for p in like.placements]
+    return distribute_tensor(whole, like.device_mesh, placements)
+
+
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.empty_like(like).uniform_(generator=generator)
+    return drawn(like, lambda t: t.uniform_(generator=generator))
 
 
 def _generalised_normal(like: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """Independent coordinates with density proportional to exp(-|x|^p) (p = inf: uniform)."""
     if p == 2:
-        return torch.empty_like(like).normal_(generator=generator)
+        return drawn(like, lambda t: t.normal_(generator=generator))
     if p == math.inf:
-        return torch.empty_like(like).uniform_(-1, 1, generator=generator)
-    # Gamma variates are not drawn in half precision.
-    shape = torch.full_like(like, 1 / p, dtype=torch.promote_types(like.dtype, torch.float32))
-    magnitude = torch._standard_gamma(shape, generator=generator) ** (1 / p)
-    return torch.copysign(magnitude, _uniform(like, generator) - 0.5).to(like.dtype)
+        return drawn(like, lambda t: t.uniform_(-1, 1, generator=generator))
+
+    def fill(t: Tensor) -> Tensor:
+        # Gamma variates are not drawn in half precision.
+        shape = torch.full_like(t, 1 / p, dtype=torch.promote_types(t.dtype, torch.float32))
+        magnitude = torch._standard_gamma(shape, generator=generator) ** (1 / p)
+        return torch.copysign(magnitude, _uniform(t, generator) - 0.5).to(t.dtype)
+
+    return drawn(like, fill)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from robustflat.perturb.sharded import part
+
 Move = Callable[[list[Tensor]], None]
 
 
@@ -97,9 +99,10 @@ def displaced(parameters: Iterable[Tensor], *, carry: bool = False) -> Iterator[
 def _write(tensors: list[Tensor], values: list[Tensor], delta: list[Tensor] | None = None) -> None:
     if not tensors:
         return
-    torch._foreach_copy_(tensors, values)
+    held = [part(t, t) for t in tensors]
+    torch._foreach_copy_(held, [part(v, t) for v, t in zip(values, tensors, strict=True)])
     if delta is not None:
-        torch._foreach_add_(tensors, delta)
+        torch._foreach_add_(held, [part(d, t) for d, t in zip(delta, tensors, strict=True)])
     # Inside an autocast region, low-precision copies of the weights are cached: without this the
     # model would go on computing with the old ones.
     torch.clear_autocast_cache()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustflat.perturb.displace import buffers_kept
+from robustflat.perturb.sharded import is_sharded
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -45,6 +46,16 @@ def average(tensors: list[Tensor]) -> None:
         torch._foreach_div_(tensors, dist.get_world_size())
 
 
+def average_climbed(model: nn.Module, value: Tensor, gradient: list[Tensor]) -> list[Tensor]:
+    """Replace ``value`` by its mean over all processes, and return that of ``gradient``."""
+    if isinstance(model, DistributedDataParallel):
+        gradient = [t.clone() for t in gradient]
+        average([value, *gradient])
+    elif is_sharded(model):  # which has averaged the gradient itself
+        average([value])
+    return gradient
+
+
 def average_grads(model: nn.Module) -> None:
     """Replace every ``.grad`` by its mean over all processes."""
     average([p.grad for p in model.parameters() if p.grad is not None])
@@ -54,8 +65,13 @@ def check_wrapper(model: nn.Module) -> None:
     """Refuse a wrapper under which several passes a step go wrong without a word.
 
     Raises:
-        ValueError: for DistributedDataParallel with a static graph.
+        ValueError: for DistributedDataParallel with a static graph, and for the older FSDP.
     """
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError(
+            "FullyShardedDataParallel (FSDP1) lays many weights into one flat tensor, in which a "
+            "weight perturbation finds no layers. Use torch.distributed.fsdp.fully_shard."
+        )
     if isinstance(model, DistributedDataParallel) and model.static_graph:
         raise ValueError(
             "DistributedDataParallel(static_graph=True) counts on one forward pass a step, but a "
@@ -83,9 +99,15 @@ def take(
     """
     keep = nullcontext() if updates else buffers_kept(model)
     with torch.enable_grad(), unsynchronised(model), keep:
-        value = closure()
-        scaled = value if scaler is None else scaler.scale(value)
-        found = torch.autograd.grad(scaled, parameters, allow_unused=True)
+        if is_sharded(model):  # whose weights are in no graph: only .grad is filled
+            with set_aside(model, returns=True):
+                value = closure()
+                value.backward()
+                found = tuple(p.grad for p in parameters)
+        else:
+            value = closure()
+            scaled = value if scaler is None else scaler.scale(value)
+            found = torch.autograd.grad(scaled, parameters, allow_unused=True)
     gradient = [
         torch.zeros_like(precise(p)) if g is None else precise(g)
         for p, g in zip(parameters, found, strict=True)
@@ -102,10 +124,10 @@ def unscaled(gradient: list[Tensor], scaler: torch.amp.GradScaler | None) -> lis
 
 
 @contextmanager
-def set_aside(model: nn.Module) -> Iterator[None]:
+def set_aside(model: nn.Module, *, returns: bool = False) -> Iterator[None]:
     """Let a gradient be made in empty ``.grad``; then add it to what ``.grad`` held before.
 
-    After an exception ``.grad`` is as it was.
+    After an exception, and if it ``returns`` anyhow, ``.grad`` is as it was.
     """
     earlier = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in earlier:
@@ -113,12 +135,15 @@ def set_aside(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for parameter, gradient in earlier:
-            parameter.grad = gradient
+        returns = True
         raise
+    finally:
+        if returns:
+            for parameter, gradient in earlier:
+                parameter.grad = gradient
     with torch.no_grad():
         for parameter, gradient in earlier:
-            if gradient is not None:
+            if gradient is not None and not returns:
                 new, parameter.grad = parameter.grad, gradient
                 if new is not None:
                     gradient.add_(new)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from robustflat.perturb.sharded import is_sharded
+
 
 def slices(rows: int, parts: int) -> list[slice]:
     """``rows`` cut into so many parts, whose sizes differ by one at most.
@@ -41,11 +43,19 @@ def accumulated(
 
     Returns:
         A scalar with gradient (once differentiable, with respect to parameters alone).
+
+    Raises:
+        ValueError: if processes hold parts of the weights.
     """
     rows = parts[-1].stop - parts[0].start
     shares = [(part.stop - part.start) / rows for part in parts]
     if not torch.is_grad_enabled():
         return torch.stack([loss(p) * s for p, s in zip(parts, shares, strict=True)]).sum()
+    if is_sharded(model):
+        raise ValueError(
+            "accumulate takes gradients part by part, which a model of fully_shard gives in .grad "
+            "alone. Use smaller batches, or more processes."
+        )
     parameters = [p for p in model.parameters() if p.requires_grad]
     value: Tensor = _Accumulated.apply(loss, parts, shares, scaler, *parameters)
     return value

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from robustflat.perturb.ball import Ball, tensor_norms
+
 # From the parameters' names and centre values to T: one tensor each, broadcastable; None is T = 1.
 Scale = Callable[[list[str], list[Tensor]], list[Tensor] | None]
 
@@ -89,22 +91,17 @@ def one(names: list[str], weights: list[Tensor]) -> None:
 
 def tensor_norm(names: list[str], weights: list[Tensor]) -> list[Tensor]:
     """T = the L2 norm of each tensor: radii are relative to it (AWP, Wu et al. 2020, eq. 8)."""
-    return list(torch._foreach_norm(weights, 2))
+    return tensor_norms(weights)
 
 
 def row_norm(names: list[str], weights: list[Tensor]) -> list[Tensor]:
     """T = the L2 norm of each filter (Li et al. 2018, filter normalisation)."""
-    return [
-        torch.linalg.vector_norm(w, 2, dim=tuple(range(1, w.ndim)), keepdim=True)
-        if w.ndim > 1
-        else torch.linalg.vector_norm(w, 2)
-        for w in weights
-    ]
+    return Ball(2, 1.0, "row").size(weights)
 
 
 def global_norm(names: list[str], weights: list[Tensor]) -> list[Tensor]:
     """T = the L2 norm of all selected weights together."""
-    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(weights, 2)))
+    total = torch.linalg.vector_norm(torch.stack(tensor_norms(weights)))
     return [total] * len(weights)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from robustflat.perturb.ball import tensor_norms
 
 _watching: ContextVar[Watch | None] = ContextVar("watching", default=None)
 
@@ -80,9 +83,10 @@ class Watch:
             found["rise"] = found["loss/perturbed"] - found["loss/centre"]
         return found
 
-    def note(self, name: str, value: Tensor) -> None:
+    def note(self, name: str, value: Any) -> None:
         """Note a scalar, if this step is looked at."""
         if self._looks:
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
             self._found.setdefault(name, []).append(value.detach())
 
     @torch.no_grad()
@@ -99,11 +103,11 @@ class Watch:
     def perturbed(self, names: list[str], weights: list[Tensor], delta: list[Tensor]) -> None:
         """The weights stand perturbed by ``delta`` from ``weights``."""
         if self._looks:
-            sizes = torch._foreach_norm(delta), torch._foreach_norm(weights)
+            sizes = tensor_norms(delta), tensor_norms(weights)
             tiny = torch.finfo(delta[0].dtype).tiny
-            whole = [torch.linalg.vector_norm(torch.stack(list(part))) for part in sizes]
+            whole = [torch.linalg.vector_norm(torch.stack(part)) for part in sizes]
             self.note("perturbation", whole[0] / whole[1].clamp_min(tiny))
-            relative = torch.stack(list(sizes[0])) / torch.stack(list(sizes[1])).clamp_min(tiny)
+            relative = torch.stack(sizes[0]) / torch.stack(sizes[1]).clamp_min(tiny)
             for name, weight, size in zip(names, weights, relative.unbind(), strict=True):
                 if weight.ndim > 1:
                     self.note(f"layers/{name}", size)
@@ -138,7 +142,7 @@ def watching() -> Watch | None:
 
 def norm(tensors: list[Tensor]) -> Tensor:
     """The L2 norm of all together."""
-    return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(tensors))))
+    return torch.linalg.vector_norm(torch.stack(tensor_norms(tensors)))
 
 
 def cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:

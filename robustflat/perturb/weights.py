@@ -19,6 +19,7 @@ from robustflat.perturb.displace import Move, buffers_kept, displaced
 from robustflat.perturb.memory import Choice, Memory, Rule, Trail
 from robustflat.perturb.perturbation import Loss, Perturbation, Sync
 from robustflat.perturb.scales import Scale, check_selection, one, select
+from robustflat.perturb.sharded import check_sharded, parts_only, placed
 from robustflat.perturb.watch import gradients_of, watching
 
 Statistics = Literal["perturbed", "centre", "both"]
@@ -263,22 +264,20 @@ class WeightPerturbation(Perturbation):
                 yield None
             return
         gradients.check_wrapper(model)
-        chosen = select(gradients.bare(model), self.parameters)
-        trail = Trail(generator=generator)
-        if self.remembers:
-            trail.memory = self.memory.recall(list(chosen.values()))
-            trail.step = self.memory.steps
-        if not self._ascends:
-            with buffers_kept(model, on_error_only=True):
+        with parts_only(model), buffers_kept(model, on_error_only=True):
+            check_sharded(self, model, scaled=scaler is not None)
+            chosen = select(gradients.bare(model), self.parameters)
+            trail = Trail(generator=generator)
+            if self.remembers:
+                trail.memory = self.memory.recall(list(chosen.values()))
+                trail.step = self.memory.steps
+            if not self._ascends:
                 yield trail
-            return
-        with (
-            buffers_kept(model, on_error_only=True),
-            displaced(chosen.values(), carry=carry) as move,
-        ):
-            self._climb(loss, model, chosen, move, trail, scaler)
-            with buffers_kept(model) if self.statistics == "centre" else nullcontext():
-                yield trail
+                return
+            with displaced(chosen.values(), carry=carry) as move:
+                self._climb(loss, model, chosen, move, trail, scaler)
+                with buffers_kept(model) if self.statistics == "centre" else nullcontext():
+                    yield trail
 
     def _climb(
         self,
@@ -385,9 +384,8 @@ class WeightPerturbation(Perturbation):
         if len(values) > 1:
             total = list(torch._foreach_div(total, len(values)))
         mean = torch.stack(values).mean()
-        if self.sync == "global" and isinstance(model, DistributedDataParallel):
-            total = [t.clone() for t in total]
-            gradients.average([mean, *total])
+        if self.sync == "global":
+            total = gradients.average_climbed(model, mean, total)
         watch = watching()
         if watch is not None:  # of the first batch, the one that is descended
             of_all = trail.losses[-1].mean() if self.wants_rows else values[0]
@@ -454,7 +452,7 @@ class WeightPerturbation(Perturbation):
         for parameter, g in zip(chosen, gradient, strict=True):
             if parameter.grad is not None:  # a zero gradient would let weight decay move it
                 # A copy: `.grad` is averaged and clipped, and a rule may yet look at the trail.
-                parameter.grad = g.to(parameter.dtype, copy=True)
+                parameter.grad = placed(g, parameter).to(parameter.dtype, copy=True)
 
     @torch.no_grad()
     def _keep(self, trail: Trail, model: nn.Module, *, careful: bool) -> None:

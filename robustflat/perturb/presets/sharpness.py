@@ -356,6 +356,11 @@ def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 def _outstanding(g: Tensor, quantile: float) -> Tensor:
     """``g`` where its |z-score| exceeds a quantile of them (linear interpolation), else 0."""
+    if hasattr(g, "device_mesh"):
+        raise ValueError(
+            "zsharp sorts the entries of every tensor, of which fully_shard leaves each process a "
+            "part. Use another method, or DistributedDataParallel."
+        )
     z = ((g - g.mean()) / (g.std() + 1e-12)).abs().flatten()
     # torch.quantile refuses more than 16 million entries.
     position = quantile * (z.numel() - 1)
