@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -181,7 +182,8 @@ class TrainStep:
         attack: Callable[..., Tensor] = self.attack
         # The weights stand still, so that their low-precision copies may outlast a pass: a region
         # around those of the passes keeps them. Not enabled, as the arithmetic between is exact.
-        with torch.autocast(x.device.type, enabled=False):
+        whole = self.precision and torch.autocast(x.device.type, enabled=False)
+        with whole or nullcontext():
             if isinstance(attack, InputPerturbation):
                 return attack(model, x, y, generator=generator, parts=self.accumulate)
             parts = slices(len(x), self.accumulate)
