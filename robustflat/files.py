@@ -126,18 +126,18 @@ def locked(path: Path, *, patience: float | None = None) -> Iterator[None]:
         UserError: if the folder cannot be written, or patience is at its end.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        with writing(path):
+    with writing(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.info("Waiting for another process that is at work on %s.", path)
             try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                _log.info("Waiting for another process that is at work on %s.", path)
                 lock.acquire(timeout=-1 if patience is None else patience)
-    except Timeout:
-        raise UserError(
-            f"Another process is at work on {path}. Wait until it ends, or end it first: two would "
-            "spoil each other's files."
-        ) from None
+            except Timeout:
+                raise UserError(
+                    f"Another process is at work on {path}. Wait until it ends, or end it first: "
+                    "two would spoil each other's files."
+                ) from None
     try:
         yield
     finally:

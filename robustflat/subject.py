@@ -280,14 +280,11 @@ def _restored(
     options = dict(config.model.options)
     if config.model.name.startswith("timm:"):
         options.pop("pretrained", None)
-    channels = images.shape[0]
     with torch.random.fork_rng(devices=[]):
         model = models.build(
             config.model.name,
             num_classes=len(images.classes),
-            in_channels=channels,
-            mean=(0.0,) * channels,
-            std=(1.0,) * channels,
+            in_channels=images.shape[0],
             image_size=images.shape[1:],
             options=options,
         )

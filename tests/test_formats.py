@@ -15,7 +15,8 @@ from train_support import config
 from robustflat.errors import UserError
 from robustflat.report.formats import table
 from robustflat.report.tables import Comparison, shown
-from robustflat.runs.comparison import Cell, Row, effect_of, setting_of
+from robustflat.runs.comparison import Cell, Row
+from robustflat.runs.description import effect_of, setting_of
 from robustflat.runs.grouping import by_seed, ordered
 
 

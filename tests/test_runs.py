@@ -19,8 +19,8 @@ from robustflat.errors import UserError
 from robustflat.evaluate.shown import Shown
 from robustflat.report.tables import Comparison
 from robustflat.runs import records
-from robustflat.runs.comparison import Cell, columns, compare, limits, method_of
-from robustflat.runs.description import describe
+from robustflat.runs.comparison import Cell, columns, compare, limits
+from robustflat.runs.description import describe, method_of
 from robustflat.runs.evaluation import Wanted, evaluate_subject
 from robustflat.runs.flatness import measure_subject
 from robustflat.subject import open_subject

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,8 +21,9 @@ from robustflat.evaluate.accuracy import right
 from robustflat.evaluate.adversarial import Adversarial, Pictures, check_target
 from robustflat.evaluate.attacks import Attack, Request, Suite, plan
 from robustflat.evaluate.examples import Data, Examples, choose
+from robustflat.evaluate.fast import compiled
 from robustflat.evaluate.frozen import Plain, device_of, held
-from robustflat.evaluate.record import Entry, Fingerprint, Record, file_for, fingerprint_of, resume
+from robustflat.evaluate.record import Entry, Record, digest_of, file_for, fingerprint_of, resume
 from robustflat.evaluate.result import Evaluation, from_record
 from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Task, Threat
@@ -54,6 +57,9 @@ class Work:
             attacks' names with "@bf16". Such a search may find less: evaluate in fp32 before
             reporting.
         sanity: Examples on which the sanity checks are made; 0 leaves them out.
+        compile: Search with the model compiled by torch.compile, on a CPU in half to three quarters
+            of the time; the eager model judges. Where it cannot be compiled, the log says so, and
+            the search is the eager one.
         save_adversarial: A new file ending in .npz for the adversarial examples (`Adversarial`).
             Attacks whose images a store has not kept are run again. All images are in memory once.
         team: The processes that share the batches, all of which call `evaluate` alike and get the
@@ -68,6 +74,7 @@ class Work:
     batch_size: int = 128
     precision: Literal["fp32", "bf16"] = "fp32"
     sanity: int = 32
+    compile: bool = False
     save_adversarial: Path | None = None
     team: Team = field(default_factory=Team)
     on_progress: Progress | None = None
@@ -135,11 +142,13 @@ def evaluate(
     path = None if store is None else file_for(store, chosen.shard)
     alone = locked(path) if path is not None and team.is_first else nullcontext()
     training = model.training
-    with alone, held(model) as place:
-        plain = Plain(model)
+    with alone, held(model) as place, ExitStack() as stack:
+        plain, fast = Plain(model), None
         classes, correct, predictions, digest = _clean(plain, chosen, work.batch_size, place, team)
         task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
         suites = plan(attacks, task, work.precision, chosen)
+        if work.compile:
+            fast = stack.enter_context(compiled(model, chosen.shape, place))
         settings: dict[str, Any] = {
             "norm": threat.norm_name,
             "eps": threat.eps,
@@ -148,9 +157,10 @@ def evaluate(
             "samples": chosen.samples,
             "shard": chosen.shard,
             "data": None if store is None else digest,
-            "labels": None if store is None else _fingerprint(chosen.all_labels),
+            "labels": None if store is None else digest_of([chosen.all_labels]),
             "model": None if store is None else fingerprint_of(model),
             "classes": classes,
+            "compiled": fast is not None,
         }
         fresh = Record(
             settings=settings,
@@ -167,7 +177,7 @@ def evaluate(
         run = _Run(
             record=record,
             plain=plain,
-            searched=Plain(model, bf16=work.precision == "bf16"),
+            searched=Plain(model if fast is None else fast, bf16=work.precision == "bf16"),
             examples=chosen,
             task=task,
             device=place,
@@ -378,12 +388,6 @@ def _cost(attacks: Sequence[Attack], count: int) -> str:
     return words + (f"; and {unknown}." if unknown else ".")
 
 
-def _fingerprint(tensor: Tensor) -> str:
-    found = Fingerprint()
-    found.add(tensor)
-    return found.text()
-
-
 def _clean(
     model: nn.Module, data: Examples, batch_size: int, device: torch.device, team: Team
 ) -> tuple[int, Tensor, Tensor, str]:
@@ -422,12 +426,11 @@ def fingerprint_of_images(data: Examples, batch_size: int) -> str:
 
 def _prints(images: Tensor) -> list[str]:
     """Image by image, so that batches of other sizes have the same."""
-    return [_fingerprint(image) for image in images]
+    return [digest_of([image]) for image in images]
 
 
 def _joined(prints: Sequence[Sequence[str]]) -> str:
-    joined = "".join(text for batch in prints for text in batch)
-    return _fingerprint(torch.tensor(list(joined.encode()), dtype=torch.uint8))
+    return hashlib.sha256("".join(chain.from_iterable(prints)).encode()).hexdigest()
 
 
 def classes_of(model: nn.Module, data: Examples) -> int:

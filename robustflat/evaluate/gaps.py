@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from robustflat.errors import UserError
 from robustflat.evaluate.accuracy import Metrics, measure
 from robustflat.evaluate.examples import Data, choose
+from robustflat.evaluate.fast import compiled
 from robustflat.evaluate.frozen import held
 from robustflat.evaluate.intervals import LEVEL, bootstrap_means, percentiles
 from robustflat.evaluate.kept import Kept
+from robustflat.files import json_safe
 from robustflat.perturb import InputPerturbation
 
 FIGURES = ("clean_accuracy", "robust_accuracy", "clean_loss", "robust_loss")
@@ -40,14 +42,7 @@ class Scores(Kept):
 
     def rows(self) -> Tensor:
         """The four figures of `FIGURES`, float64 [4, N]."""
-        return torch.stack(
-            [
-                self.clean_correct.double(),
-                self.robust_correct.double(),
-                self.clean_loss.double(),
-                self.robust_loss.double(),
-            ]
-        )
+        return torch.stack([getattr(self, field.name).double() for field in fields(self)])
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,8 @@ class Figure:
 
     def to_dict(self) -> dict[str, float | None]:
         """For JSON; what is not finite is null."""
-        numbers = {"value": self.value, "low": self.low, "high": self.high}
-        return {key: n if math.isfinite(n) else None for key, n in numbers.items()}
+        found: dict[str, float | None] = json_safe(asdict(self))
+        return found
 
 
 Figures = dict[str, Figure]
@@ -84,12 +79,7 @@ class Gap:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: stable keys, null for what is not finite."""
-        return {
-            "confidence": LEVEL,
-            "counts": dict(self.counts),
-            "splits": {name: _dicts(figures) for name, figures in self.splits.items()},
-            "gaps": {name: _dicts(figures) for name, figures in self.gaps.items()},
-        }
+        return {"confidence": LEVEL, **json_safe(asdict(self))}
 
 
 def scores(
@@ -99,6 +89,7 @@ def scores(
     *,
     batch_size: int = 128,
     seed: int = 0,
+    fast: bool = False,
 ) -> Scores:
     """Attack every example of a split; in eval mode, at the weights the model has.
 
@@ -108,6 +99,7 @@ def scores(
         attack: The same one for every split that is compared.
         batch_size: Images at a time.
         seed: Of the attack's random starts.
+        fast: Search with the model compiled, where it can be; the eager model is measured.
 
     Returns:
         Scores of all examples, on the CPU.
@@ -116,12 +108,14 @@ def scores(
         UserError: If the data cannot be used.
     """
     chosen = choose(data)
-    with held(model) as place:
+    with held(model) as place, ExitStack() as stack:
+        net = stack.enter_context(compiled(model, chosen.shape, place)) if fast else None
 
         def run(adversary: InputPerturbation | None) -> Metrics:
             parts = torch.arange(len(chosen)).split(batch_size)
             batches = ((chosen.images(at).to(place), chosen.labels[at].to(place)) for at in parts)
-            return measure(model, batches, adversary, torch.Generator(place).manual_seed(seed))
+            generator = torch.Generator(place).manual_seed(seed)
+            return measure(model, batches, adversary, generator, net)
 
         clean, attacked = run(None), run(attack)
     return Scores(
@@ -210,7 +204,3 @@ def _figures(values: Tensor, draws: Tensor) -> Figures:
     return {
         name: Figure(float(values[i]), *percentiles(draws[:, i])) for i, name in enumerate(FIGURES)
     }
-
-
-def _dicts(figures: Figures) -> dict[str, dict[str, float | None]]:
-    return {name: figure.to_dict() for name, figure in figures.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -279,8 +279,6 @@ def merged(records: Sequence[Record]) -> Record:
     Raises:
         UserError: If the shards are not those of one evaluation, or one is missing or unfinished.
     """
-    if not records:
-        raise UserError("There is no shard to merge.")
     records = sorted(records, key=lambda r: parse_shard(str(r.settings.get("shard"))))
     # Each shard knows only its own images; the labels are those of all.
     own = ("shard", "data")
@@ -339,21 +337,14 @@ def merged(records: Sequence[Record]) -> Record:
     return whole
 
 
-class Fingerprint:
+def digest_of(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of tensors: their types, shapes and bytes, one after the other."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def add(self, tensor: Tensor) -> None:
-        """Go on with a tensor."""
+    found = hashlib.sha256()
+    for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
-        self._digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        self._digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-
-    def text(self) -> str:
-        """Of everything so far."""
-        return self._digest.hexdigest()
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def fingerprint_of(model: nn.Module) -> str:
@@ -363,9 +354,9 @@ def fingerprint_of(model: nn.Module) -> str:
 
 def fingerprint_of_state(state: Mapping[str, Any]) -> str:
     """The same of a state_dict."""
-    found = Fingerprint()
-    for name, value in sorted(state.items()):
-        if isinstance(value, Tensor):
-            found.add(torch.tensor(list(name.encode()), dtype=torch.uint8))
-            found.add(value)
-    return found.text()
+    return digest_of(
+        tensor
+        for name, value in sorted(state.items())
+        if isinstance(value, Tensor)
+        for tensor in (torch.tensor(list(name.encode()), dtype=torch.uint8), value)
+    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robustflat.errors import UserError
-from robustflat.evaluate.record import Fingerprint, fingerprint_of
+from robustflat.evaluate.record import digest_of, fingerprint_of
 
 FORMAT = "robustflat-flatness-parts/2"
 # The key of the logits by which a network is known again; and of how many images.
@@ -151,8 +151,5 @@ def identity(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any
 
 def fingerprint(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any]) -> str:
     """A hash of a model's weights and buffers, some tensors and settings."""
-    found = Fingerprint()
-    for tensor in tensors:
-        found.add(tensor)
-    parts = [fingerprint_of(model), found.text(), settings]
+    parts = [fingerprint_of(model), digest_of(tensors), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()

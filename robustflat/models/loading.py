@@ -190,8 +190,6 @@ def _named(
                 name,
                 num_classes=num_classes,
                 in_channels=in_channels,
-                mean=(0.0,) * in_channels,
-                std=(1.0,) * in_channels,
                 image_size=image_size,
                 options=options | ({"pretrained": False} if pretrained and weights else {}),
             )

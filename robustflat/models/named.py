@@ -45,8 +45,8 @@ def build(
     *,
     num_classes: int,
     in_channels: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     image_size: tuple[int, int] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
@@ -62,7 +62,8 @@ def build(
             so.
         num_classes: Number of logits.
         in_channels: Channels of the images.
-        mean: Mean per channel in [0, 1] units, for the normalisation.
+        mean: Mean per channel in [0, 1] units, for the normalisation; None, with `std`: one that
+            changes nothing, for weights that bring their own.
         std: Standard deviation per channel, likewise.
         image_size: Height and width of the images, for the models that depend on them (`mlp`).
         options: The model's own options. A factory's `normalize` (default false) says whether
@@ -77,6 +78,8 @@ def build(
     """
     if num_classes < 2:
         raise UserError(f"A classifier needs at least 2 classes, got {num_classes}.")
+    mean = (0.0,) * in_channels if mean is None else mean
+    std = (1.0,) * in_channels if std is None else std
     if len(mean) != in_channels:
         raise UserError(
             f"The normalisation has {len(mean)} channels but the images have {in_channels}."

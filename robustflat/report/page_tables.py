@@ -12,7 +12,8 @@ from robustflat.flatness import MEASURES
 from robustflat.report.chart import UNITS, number, significant
 from robustflat.report.record import Record, state_of
 from robustflat.report.tables import label_of, seeds_of, shown
-from robustflat.runs.comparison import Cell, Row, Unit, columns, effect_of, is_usual, label
+from robustflat.runs.comparison import Cell, Row, Unit, columns, label
+from robustflat.runs.description import effect_of, is_usual
 from robustflat.runs.grouping import by_seed
 from robustflat.train.folder import flattened
 

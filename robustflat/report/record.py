@@ -13,7 +13,8 @@ from robustflat.config import RunConfig
 from robustflat.errors import UserError
 from robustflat.landscapes import Landscape, drawn_in
 from robustflat.runs import records
-from robustflat.runs.comparison import Row, compare, method_of, whole
+from robustflat.runs.comparison import Row, compare, whole
+from robustflat.runs.description import method_of
 from robustflat.subject import distinct_names
 from robustflat.train.folder import RunFolder
 

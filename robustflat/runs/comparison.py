@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from robustflat.config import RunConfig
-from robustflat.config.choice import Built
-from robustflat.config.values import Section
 from robustflat.errors import UserError
 from robustflat.landscapes import Landscape, drawn_in
 from robustflat.runs import records
+from robustflat.runs.description import method_of, plain, setting_of
 from robustflat.runs.records import Measurement
 from robustflat.subject import distinct_names
-from robustflat.train.folder import FREE_TO_CHANGE, RunFolder, flattened
+from robustflat.train.folder import RunFolder
 
 Circumstances = dict[str, Any]
 # Of a figure: none, a share that is shown in percent, a difference of shares in points.
 Unit = Literal["", "%", "pp"]
 T = TypeVar("T")
-# What names a run, or looks on, changes no weight either; the monitor chooses the best checkpoint.
-_IDLE = ("name", "listeners", "threads")
 # Circumstances that are a network's own.
 _OF_NETWORK = ("weights", "model")
 # Settings of a measure that are the images', the attack's or the run's own.
@@ -158,58 +152,6 @@ def label(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def method_of(config: RunConfig) -> str:
-    """A run's method in words, such as "adversarial + awp(gamma=0.01)"."""
-    objective = config.objective.name
-    words = {"adversarial": "AT", "trades": "TRADES", "mart": "MART"}.get(objective, objective)
-    weights = config.weights
-    if weights.name == "none":
-        return words
-    return f"{words} + {_call(weights)}"
-
-
-def setting_of(config: RunConfig) -> str:
-    """A mark of all that a training depends on but its seed."""
-    about = {key: value for key, value in effect_of(config).items() if key != "seed"}
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def effect_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that can change the weights, by dotted key; what is off has none but that."""
-    content = config.model_dump(mode="json")
-    for name in ("weights", "attack"):
-        if content[name].get("name") == "none":
-            content[name] = {"name": "none"}
-    return {
-        ".".join(key): value
-        for key, value in flattened(content)
-        if key[0] not in _IDLE and not any(key[: len(free)] == free for free in FREE_TO_CHANGE)
-    }
-
-
-def is_usual(config: RunConfig, key: str) -> bool:
-    """Whether what is named there has a dotted key by default, and is not known by it."""
-    at: Any = config
-    named = False
-    for part in key.split("."):
-        named |= isinstance(at, Built)
-        if named and isinstance(at, Section):
-            own = at.own[:1] if isinstance(at, Built) else ()
-            if part not in ("name", *own, *at.model_dump(exclude_defaults=True)):
-                return True
-        at = getattr(at, part, None)
-    return False
-
-
-def _call(section: Built) -> str:
-    """A section as a call: its first key, which says how strong it is, and what is not usual."""
-    unusual = section.model_dump(exclude_defaults=True)
-    shown = {k: getattr(section, k) for k in section.own if k == section.own[0] or k in unusual}
-    shown |= {k: v for k, v in unusual.items() if k in ("when", "step")}
-    said = (f"{k}={_call(v) if isinstance(v, Built) else _plain(v)}" for k, v in shown.items())
-    return f"{section.name}({', '.join(said)})"
-
-
 def whole(root: Any, make: Callable[[], T]) -> T:
     """What ``make`` makes of a run's files.
 
@@ -265,8 +207,9 @@ def _drawn(found: Landscape) -> str:
 
 
 def _in_words(key: str, value: Any) -> str:
-    plain = key in ("threat", "checkpoint", "images", "attacks", "weights")
-    return f"{value}" if plain else f"{key.replace('_', ' ')} {_plain(value)}"
+    if key in ("threat", "checkpoint", "images", "attacks", "weights"):
+        return str(value)
+    return f"{label(key)} {plain(value)}"
 
 
 def _figures(folder: RunFolder) -> list[tuple[Circumstances, Cell]]:
@@ -321,10 +264,8 @@ def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
         yield {**about, **{k: v for k, v in options.items() if k != "norm"}}, cell
     if len(test["suites"]) > 1:
         over = {"attacks": "over " + " and ".join(test["suites"])}
-        yield (
-            {**about, **over},
-            _share(test["robust_accuracy"], test["robust_interval"], "worst case"),
-        )
+        cell = _share(test["robust_accuracy"], test["robust_interval"], "worst case")
+        yield {**about, **over}, cell
 
 
 def _gap(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
@@ -384,7 +325,3 @@ def _cell(figure: dict[str, Any], metric: str, unit: Unit = "pp") -> Cell:
 def _share(value: float, interval: Sequence[float], metric: str) -> Cell:
     low, high = interval
     return Cell(value, low, high, metric=metric)
-
-
-def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

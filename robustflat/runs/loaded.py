@@ -181,7 +181,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         """For notebooks: how it was trained, and what was measured."""
-        from robustflat.runs.comparison import method_of
+        from robustflat.runs.description import method_of
 
         epochs = len(self.folder.metrics())
         about = f"{method_of(self.config)}, seed {self.config.seed}, {epochs} epochs"
