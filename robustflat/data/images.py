@@ -317,8 +317,8 @@ class FileImages(Images):
             if image.size != (width, height):
                 raise UserError(
                     f"{self.where(index)} is {image.size[1]}x{image.size[0]} (height x width) "
-                    f"where the data set is {height}x{width}. Bring all images to one size with data.image_size, "
-                    "or of a model with --image-size."
+                    f"where the data set is {height}x{width}. Bring all images to one "
+                    "size with data.image_size, or of a model with --image-size."
                 )
             return _pixels(image)
 
