@@ -222,9 +222,9 @@ class DataConfig(Section):
 
     Of an ``image_folder`` or ``webdataset`` the shorter side is brought to ``resize`` (by default
     ``image_size``) and the centre square of ``image_size`` cut out. ``cache: true`` decodes all
-    files of a folder once, into the folder ``.decoded`` beside them; false reads them as they are needed,
-    in ``workers`` processes (by default as many as there are CPU cores, at most 8). Figures do not
-    depend on it.
+    files of a folder once, into the folder ``.decoded`` beside them; false reads them as they are
+    needed, in ``workers`` processes (by default as many as there are CPU cores, at most 8). Figures
+    do not depend on it.
     """
 
     name: str = "digits"
