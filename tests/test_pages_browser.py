@@ -174,6 +174,13 @@ def test_on_paper_the_page_is_light_and_whole(browser: Any, page: Path) -> None:
     run(browser, "dispatchEvent(new Event('beforeprint'))")
     printed = run(browser, "return all('.plot')[0].layout.paper_bgcolor")
     assert printed == palette.themes()["light"]["page"]
+    # Two stand side by side, but for what has rows with names.
+    widths = run(
+        browser,
+        """return all('.plot').filter(p => p.data)
+        .map(p => [p.layout.width, !!p.closest('.one, .wide')])""",
+    )
+    assert {tuple(found) for found in widths} == {(700, True), (345, False)}
     run(browser, "dispatchEvent(new Event('afterprint'))")
     assert (
         run(browser, "return all('.plot')[0].layout.paper_bgcolor")

@@ -86,7 +86,7 @@ def test_values_of_steps_have_charts_and_ones_own_too(tmp_path: Path) -> None:
     board.on_end()
     found = {tag: curve(tmp_path, tag) for tag in read(tmp_path).Tags()["scalars"]}
     assert found == {
-        "1-robust/rise_under_weights": [(20, 0.25)],
+        "1-robust/increase_under_weights": [(20, 0.25)],
         "2-weights/cosine_of_successive": [(20, -0.5)],
         "9-layers/a.weight": [(20, 0.125)],
         "5-optimisation/lr": [(20, 0.5)],
@@ -182,7 +182,7 @@ def test_best_minus_last_is_what_was_lost_since_the_best_epoch(
 
 def test_a_run_shows_its_double_perturbation(run: RunFolder) -> None:
     steps = [1, 3, 5, 7]  # every second of 2 epochs of 4 steps, counted from 1
-    for tag in ("1-robust/rise_under_weights", "4-attack/share_broken", "5-optimisation/lr"):
+    for tag in ("1-robust/increase_under_weights", "4-attack/share_broken", "5-optimisation/lr"):
         assert [at for at, _ in curve(run.root, tag)] == steps
     # Successive perturbations: the first step has none before it.
     assert [at for at, _ in curve(run.root, "2-weights/cosine_of_successive")] == steps[1:]
@@ -190,7 +190,7 @@ def test_a_run_shows_its_double_perturbation(run: RunFolder) -> None:
         np.array([v for _, v in curve(run.root, f"2-weights/loss_at_{where}")])
         for where in ("centre", "perturbed")
     )
-    rise = [v for _, v in curve(run.root, "1-robust/rise_under_weights")]
+    rise = [v for _, v in curve(run.root, "1-robust/increase_under_weights")]
     assert rise == pytest.approx(list(worst - centre), abs=1e-5)
     assert all(v > 0 for v in rise)  # AWP ascends
     layers = [tag for tag in read(run.root).Tags()["scalars"] if tag.startswith("9-layers/")]
@@ -208,6 +208,12 @@ def test_a_run_has_pictures_text_settings_and_a_layout(run: RunFolder) -> None:
     assert pictures == [f"7-pictures/{name}" for name in ("1-examples", "2-confusion", "3-line")]
     # The alphabet shows the robust curves first, above the pictures.
     assert min([*events.Tags()["scalars"], *pictures]).startswith("1-robust/")
+    scalars = {
+        tag for part in ("", "validation") for tag in read(run.root / part).Tags()["scalars"]
+    }
+    assert sorted(scalars)[:3] == [
+        f"1-robust/{name}" for name in ("accuracy", "accuracy_gap", "increase_under_weights")
+    ]
     assert [image.step for image in events.Images(pictures[0])] == [8]  # the last epoch
     config_text, environment = (
         events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -221,7 +227,7 @@ def test_a_run_has_pictures_text_settings_and_a_layout(run: RunFolder) -> None:
     assert shown["Robust accuracy"] == [ACCURACY + "$"]
     assert shown["Robust gap, train - validation"] == [GAP]
     assert list(shown).index("Robust gap, train - validation") == 1
-    assert list(shown.values())[2] == ["1-robust/rise_under_weights"]
+    assert list(shown.values())[2] == ["1-robust/increase_under_weights"]
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     data = plugin_data_pb2.HParamsPluginData.FromString(content)
     said = data.session_start_info.hparams

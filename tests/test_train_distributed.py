@@ -195,7 +195,7 @@ def test_what_is_told_of_two_processes_is_that_of_the_whole_batch(
     tags = [t for t in one.Tags()["scalars"] if not t.startswith(("8-machine", "1-robust/acc"))]
     assert two.Tags()["scalars"] == one.Tags()["scalars"]
     for name in (
-        "1-robust/rise_under_weights", "2-weights/cosine_of_gradients", "4-attack/share_broken",
+        "1-robust/increase_under_weights", "2-weights/cosine_of_gradients", "4-attack/share_broken",
         "2-weights/gradient_norm_of_ascent", "4-attack/loss_at_step_3",
     ):  # fmt: skip
         assert name in tags

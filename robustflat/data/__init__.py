@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from robustflat.data.augment import Augment
+from robustflat.data.corruptions import CORRUPTIONS, Corrupted, corrupted
 from robustflat.data.epochs import Extra, batch_count, batches, share
 from robustflat.data.extra import load_extra
 from robustflat.data.images import FileImages, Images, MemoryImages
@@ -16,10 +17,12 @@ from robustflat.data.split import balanced, mixed, proportional
 from robustflat.data.workers import usual_workers
 
 __all__ = [
+    "CORRUPTIONS",
     "DESCRIPTIONS",
     "NAMES",
     "PACKAGED",
     "Augment",
+    "Corrupted",
     "Data",
     "Extra",
     "FileImages",
@@ -31,6 +34,7 @@ __all__ = [
     "balanced",
     "batch_count",
     "batches",
+    "corrupted",
     "cutmix",
     "generator_for",
     "load",

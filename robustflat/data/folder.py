@@ -79,6 +79,21 @@ def _files(root: Path, split: str) -> dict[str, list[str]]:
             f"{root / 'test'}, each with one folder of images per class (if your test images are "
             "in another folder, rename or link it)."
         )
+    return class_files(folder)
+
+
+def class_files(folder: Path) -> dict[str, list[str]]:
+    """The image files of a folder of classes, by class, all sorted.
+
+    Args:
+        folder: It has a folder for every class.
+
+    Returns:
+        Paths by the class's name.
+
+    Raises:
+        UserError: If there is no class, or one without images.
+    """
     found: dict[str, list[str]] = {}
     for directory in sorted(folder.iterdir()):
         if not directory.is_dir() or directory.name.startswith("."):

@@ -10,7 +10,7 @@ from typing import Any
 Curves = dict[tuple[str, str], float]
 
 _OF_STEPS = {
-    "rise": "1-robust/rise_under_weights",
+    "rise": "1-robust/increase_under_weights",
     "perturbation": "2-weights/relative_size",
     "loss/centre": "2-weights/loss_at_centre",
     "loss/perturbed": "2-weights/loss_at_perturbed",

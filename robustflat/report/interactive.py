@@ -44,8 +44,11 @@ def plotly(figure: Figure, *, surface: bool = False) -> _Json:
     if not rows:
         side = _axis(figure.y)
         values = [v for trace in data for v in trace["y"] if v is not None]
-        if figure.y.log and values and max(values) < 300 * min(values):
-            side |= {"dtick": "D2", "tickformat": "~g"}  # 1, 2, 5 where powers alone are too few
+        if figure.y.log and values:
+            decades = math.log10(max(values) / min(values))
+            # 1, 2, 5 where powers alone are too few.
+            few = {"dtick": "D2", "tickformat": "~g"}
+            side |= few if decades < 2.5 else {"dtick": math.ceil(decades / 6)}
         axes = {"xaxis": _axis(figure.x), "yaxis": side, "hovermode": "x"}
         return {"data": data, "layout": {**_layout(340), **axes}}
     # From top to bottom, with a row to spare.

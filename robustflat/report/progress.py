@@ -181,6 +181,10 @@ class Counter:
         """An attack finished ``done`` of ``total`` batches; ``standing`` examples withstand."""
         self._update(attack, done, total, f"{self._name}  {attack}: {standing} standing")
 
+    def on_set(self, name: str, done: int, total: int) -> None:
+        """Of ``total`` sets of images ``done`` have been classified, the last one ``name``."""
+        self._update("sets", done, total, f"{self._name}  {name}")
+
     def on_measure(self, progress: Measured) -> None:
         """A flatness measurement has come so far."""
         text = f"{self._name}  {progress.measure}"

@@ -30,7 +30,7 @@ _FINAL = {
     "1-robust/overfitting_best_minus_last": "best - last",
     "9-outcome/clean_accuracy": "clean accuracy",
     "9-outcome/robust_loss": "robust loss",
-    "1-robust/rise_under_weights": "rise under weights",
+    "1-robust/increase_under_weights": "increase under weights",
 }
 # The charts of the page "Custom scalars".
 _LAYOUT = {
@@ -39,7 +39,7 @@ _LAYOUT = {
         "Robust gap, train - validation": ["Multiline", ["1-robust/accuracy_gap"]],
         "Rise of the loss under the weights' perturbation": [
             "Multiline",
-            ["1-robust/rise_under_weights"],
+            ["1-robust/increase_under_weights"],
         ],
         "Robust loss": ["Multiline", ["1-robust/loss$"]],
         "Loss gap, validation - train": ["Multiline", ["1-robust/loss_gap"]],

@@ -45,7 +45,8 @@ class Graphed(nn.Module):
         """Logits of ``x``.
 
         Raises:
-            UserError: if the model's pass cannot be recorded, or passes overlap.
+            UserError: if passes overlap, or the model's pass cannot be recorded; torch then leaves
+                the GPU's own random generator unusable in this process.
         """
         if not (x.requires_grad and torch.is_grad_enabled()):
             logits: Tensor = self.model(x)

@@ -11,7 +11,9 @@ function draw(plot) {
   for (const trace of data) trace.visible = !hidden.has(String(trace.meta.run));
   // A line of the legend holds as many names as fit beside each other.
   const shown = layout.showlegend ? data.filter(trace => trace.showlegend && trace.visible) : [];
-  const wide = plot.clientWidth || 320, longest = Math.max(0, ...shown.map(trace => trace.name.length));
+  // On paper two stand side by side, where the screen may have one.
+  if (printing) layout.width = plot.closest(".one, .wide") ? 700 : 345;
+  const wide = layout.width || plot.clientWidth || 320, longest = Math.max(0, ...shown.map(trace => trace.name.length));
   layout.height += 20 * Math.ceil(shown.length / Math.max(1, Math.floor(wide / (60 + 7 * longest))));
   return Plotly.react(plot, data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
 }
