@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 import robustflat as rf
 from robustflat import models
+from robustflat.perturb.compiled import Compiled
 from robustflat.perturb.modes import Mode, attack_mode
-from robustflat.train.compiled import Compiled
 from robustflat.train.step import TrainStep
 
 Job = Callable[[], object]

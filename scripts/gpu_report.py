@@ -29,7 +29,7 @@ from robustflat import models
 from robustflat.evaluate import Work
 from robustflat.files import write_json
 from robustflat.numerics import float32
-from robustflat.train.compiled import Compiled
+from robustflat.perturb.compiled import Compiled
 from robustflat.train.graphed import Graphed
 from robustflat.train.step import Autocast, TrainStep
 

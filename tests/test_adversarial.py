@@ -249,10 +249,6 @@ def test_another_model_is_a_surrogate() -> None:
     assert found.attacks["transfer:itself"].accuracy > direct.robust_accuracy
     assert weaker.training
     assert all(map(torch.equal, before, weaker.state_dict().values()))
-    # What it breaks beyond those that see gradients is a reason for doubt.
-    doubtful = evaluate(model, data, [{**request, "model": trained()}, "fgsm"], **common)
-    more = doubtful.attacks["fgsm"].accuracy - doubtful.robust_accuracy
-    assert more == 0 or "The black-box attack transfer:itself broke" in doubtful.warnings[0]
 
 
 @pytest.mark.parametrize(

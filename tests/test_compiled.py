@@ -21,8 +21,8 @@ from train_support import config, same_run, saved, stopped, trained
 import robustflat as rf
 from robustflat import models
 from robustflat.errors import UserError
+from robustflat.perturb.compiled import Compiled, check_compiled, check_compiler
 from robustflat.runs.description import describe
-from robustflat.train.compiled import Compiled, check_compiled, check_compiler
 from robustflat.train.folder import RunFolder
 from robustflat.train.step import Autocast, TrainStep
 

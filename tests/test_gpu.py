@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 import robustflat as rf
 from robustflat import models, numerics
 from robustflat.errors import UserError
+from robustflat.perturb.compiled import Compiled
 from robustflat.train.averaging import Average, ema
-from robustflat.train.compiled import Compiled
 from robustflat.train.graphed import Graphed
 from robustflat.train.step import Autocast, TrainStep
 

@@ -242,6 +242,13 @@ def specs(page: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def key_of(section: str) -> list[tuple[dict[str, str | None], str]]:
+    """The marks of a section's key, each with its meaning."""
+    (key,) = re.findall(r'<p class="key">(.*?)</p>', section)
+    page = Page(key)
+    return [(a, t) for (a, _), (_, t) in zip(page.find("i"), page.find("span"), strict=True)]
+
+
 def traces(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A drawing's curves by name."""
     return {n: trace for trace in spec["data"] if (n := trace["meta"].get("name"))}
@@ -318,6 +325,9 @@ def test_comparison_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
     assert cells(text, "worst case")[0][1].endswith("43.9 to 55.9%")
     assert cells(text, "average clean")[0][1].endswith("± 0.0034")
     assert cells(text, "square")[0][1].startswith("50.0%")
+    # The section on flatness tells the two errors apart.
+    said = [t for _, t in Page(text).find("small")]
+    assert {"± 0.0011 over directions", "± 0.0032 over images"} <= set(said)
     parts = [t for _, t in Page(text).find("tr", "part")]
     assert parts == [
         "Accuracy on test images", "Robust generalization", "Sharpness of the training loss",
@@ -414,6 +424,8 @@ def test_curves_hold_the_metrics(tmp_path: Path) -> None:
     # The gap is larger where it is worse: train minus validation, for the loss the other way.
     gap = drawn["Gap of the robust accuracy (train − validation)"]
     assert traces(gap)["a"]["y"] == pytest.approx([30 - 58, 60 - 56, 90 - 54])
+    assert gap["layout"]["yaxis"]["title"]["text"] == "pp"
+    assert drawn["Robust accuracy"]["layout"]["yaxis"]["title"]["text"] == ""
     assert (gap["layout"]["yaxis"]["zeroline"], gap["layout"]["yaxis"]["rangemode"]) == (
         True, "tozero",
     )  # fmt: skip
@@ -461,6 +473,7 @@ def test_marks_stand_where_the_files_say(tmp_path: Path) -> None:
     ]
     assert words[0]["x"] == pytest.approx([97.0, 60.17, 55.87])
     assert (words[1]["y"], words[1]["textposition"]) == (late["y"], "middle right")
+    assert spec["layout"]["margin"]["r"] > 30, "room for words beside 100 %"
     assert best["error_x"]["array"] == pytest.approx([97 - 81.3, 5.87, 5.87])
     assert best["error_x"]["arrayminus"] == pytest.approx([81.3 - 91, 6.13, 6.13])
     assert (best["marker"]["symbol"], late["marker"]["symbol"]) == ("circle", "circle-open")
@@ -506,6 +519,8 @@ def test_the_gap_of_every_checkpoint(tmp_path: Path) -> None:
         "clean_accuracy", "robust_accuracy", "clean_loss", "robust_loss")]  # fmt: skip
     assert len(numbers) == 2 * 5 * 4
     assert "300 train, 100 validation, 200 test" in section
+    key = {t: a["class"] for a, t in key_of(section)}
+    assert key == {"train": "square", "validation": "circle-open", "test": "circle"}
     assert "L∞, ε = 8/255" in text
 
 
@@ -607,6 +622,11 @@ def test_landscapes_of_several_directions_have_bands(tmp_path: Path) -> None:
         [50, 90, 40]
     )
     assert drawn["Loss around the weights, logarithmic"]["layout"]["yaxis"]["type"] == "log"
+    section = written(tmp_path, folder).split("<h2>Weight-loss landscape</h2>")[1]
+    section = section.split("</section>")[0]
+    assert {t: a["class"] for a, t in key_of(section)} == {"robust": "solid", "clean": "dash"}
+    # The legend has the run by its solid line.
+    assert [t["line"]["dash"] for t in spec["data"] if t["showlegend"]] == ["solid"]
     one = landscape()
     several = Landscape(
         axes=one.axes, names=one.names, measured=6, about=one.about,
@@ -760,6 +780,10 @@ def test_settings_that_differ_in_effect_and_environments(tmp_path: Path) -> None
     assert "Seeds: 0, 3." in page.find("p", "lead")[0][1]
     same = written(tmp_path, one, make(tmp_path / "d", seed=3))
     assert "The runs have the same settings" in same
+    assert "<h2>Settings that differ" in same
+    alone = written(tmp_path, one)
+    assert "<h2>Settings</h2>" in alone
+    assert "The runs have" not in alone
 
 
 def test_runs_of_one_setting_are_taken_together(tmp_path: Path) -> None:
@@ -773,6 +797,7 @@ def test_runs_of_one_setting_are_taken_together(tmp_path: Path) -> None:
     assert first.startswith("at-*AT")
     assert "seeds 0, 1" in first
     assert second.startswith("awp")
+    assert "n = 1: seeds 0" in second
     heads = [t for _, t in page.find("button")]
     worst = heads.index("worst case") - 1
     cells_ = [t for _, t in page.find("td")][worst]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -29,8 +30,9 @@ from robustflat.cli import app, main
 from robustflat.data import images as image_files
 from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
-from robustflat.evaluate import Team, doubts
+from robustflat.evaluate import Team, doubts, fast
 from robustflat.files import update_json
+from robustflat.perturb.compiled import Compiled
 from robustflat.runs.comparison import compare
 from robustflat.runs.evaluation import Wanted, evaluate_subject
 from robustflat.runs.flatness import measure_subject
@@ -93,6 +95,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pla
     shorten(monkeypatch)
     # Checks that have tests of their own, and cost more than all that is tried here.
     monkeypatch.setattr(doubts, "probes", lambda *a, **k: [])
+    monkeypatch.setattr(fast, "Compiled", functools.partial(Compiled, backend="eager"))
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(str(place))
 
@@ -208,6 +211,15 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("precision", ALL, ["--precision", "bf16"],
      lambda one: list(one["result"]["attacks"]) == ["pgd-2@bf16"]),
     ("precision", ALL, ["--precision", "fp16"], "fp32, bf16"),
+    ("radii", ALL, ["--radii", "0"], "at least one radius above 0"),
+    ("radii", ALL, ["--radii", "0.1,x"], "--radii"),
+    ("radii", ALL, ["--radii", "0.1", "--shard", "1/2"], "no place for --shard"),
+    ("curve", ALL, ["--curve", "c.png"], "over --radii"),
+    ("curve", ALL, ["--radii", "0.1", "--curve", "c.txt"], "no ending of a picture"),
+    ("compiled", ["run", *FILES, "factory"], ["--compile"], lambda one: one["compiled"] is True),
+    # What cannot be compiled is searched as it is, and told.
+    ("compiled", ["program"], ["--compile"], lambda one: one["compiled"] is False),
+    ("by_class", ALL, ["--by-class"], lambda one: len(one["result"]["classes"]) == 10),
     ("save_adversarial", ALL, ["--save-adversarial", "adv.txt"], "ends in .npz"),
     ("save_adversarial", ALL, ["--save-adversarial", "adv.npz", "--merge"], "with every --shard"),
     ("save_adversarial", ["run"], ["--save-adversarial", "adv.npz", "--checkpoint", "both"],
@@ -305,17 +317,39 @@ def test_examples_of_every_kind_are_saved_and_attack_again(
     base = ("--samples", 30, "--no-gap")
     file = tmp_path / "adv.npz"
     first = (*base, "--attack", "pgd-2", "--save-adversarial", file)
-    assert run(kind, *first, "--output", tmp_path / "a")[0] == 0
+    code, said = run(kind, *first, "--output", tmp_path / "a", "--by-class")
+    assert code == 0, said
+    assert "Taken for, under all attacks" in said
+    assert "The weakest class is" in said
     code, said = run(kind, *first, "--output", tmp_path / "b")
     assert code == 2
     assert "exists: remove it" in said
     again = (*base, "--attack", f"transfer:{file}", "--output", tmp_path / "b")
-    assert run(kind, *again)[0] == 0
+    code, said = run(kind, *again)
+    assert code == 0, said
+    assert "Taken for" not in said
     (made,), (stored,) = attacked_in(tmp_path / "a"), attacked_in(tmp_path / "b")
     assert stored["result"]["robust_accuracy"] == made["result"]["robust_accuracy"]
     code, said = run(kind, *again, "--norm", "linf", "--eps", "0.2")
     assert code == 2
     assert "made for linf 0.1, and the evaluation is for linf 0.2" in said
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_kind_has_a_curve_over_radii(run: Any, tmp_path: Path, kind: str) -> None:
+    home = tmp_path / "home"
+    said = ("--samples", 30, "--output", home, "--attack", "pgd-2", "--curve", tmp_path / "c.png")
+    code, text = run(kind, *said, "--radii", "0.1,13/255")
+    assert code == 0, text
+    assert "13/255" in text
+    (one,) = read(home / "curves.json", "evaluate")
+    assert (one["kind"], one["attack"], one["samples"]) == ("curve", "pgd-2", 30)
+    points = one["result"]["points"]
+    assert [point["eps"] for point in points] == [0.0, 13 / 255, 0.1]
+    assert points[0]["accuracy"] > points[1]["accuracy"] > points[2]["accuracy"]
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.width > 400
+    assert not (home / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -12,7 +12,7 @@ import pytest
 from train_support import config, stopped
 
 from robustflat.errors import UserError
-from robustflat.report.trackers import MLflow, WandB
+from robustflat.report.trackers import MLflow, WandB, _Tracker
 from robustflat.train import Listener, train
 from robustflat.train.folder import RunFolder
 
@@ -43,6 +43,44 @@ def accuracies(folder: RunFolder) -> list[tuple[int, Any]]:
     return [
         (r["steps"], pytest.approx(r["monitor"]["validation"]["robust_accuracy"])) for r in rows
     ]
+
+
+class Gone(_Tracker):
+    """A tracker whose server fails at a step; 0: it does not answer at all."""
+
+    def __init__(self, folder: Path, at: int) -> None:
+        super().__init__("json", folder)
+        self.at, self.told = at, []
+
+    def _open(self, known: str | None, config: dict[str, Any]) -> str:
+        if not self.at:
+            raise ConnectionError("no server.\nTraceback ...")
+        return "id"
+
+    def _send(self, values: dict[str, float], at: int) -> None:
+        if at == self.at:
+            raise ConnectionError("no server.\nTraceback ...")
+        self.told.append(at)
+
+
+def test_a_tracker_that_cannot_be_opened_is_a_sentence_and_one_that_is_lost_ends_nothing(
+    tmp_path: Path,
+) -> None:
+    asked = config(tmp_path, **EVERY)
+    with pytest.raises(
+        UserError, match=r"json could not be opened: ConnectionError: no server\. Ch"
+    ):
+        train(asked, listeners=lambda f: [Gone(f.root, 0)])
+    kept: list[Gone] = []
+
+    def lost(folder: RunFolder) -> list[Listener]:
+        kept.append(Gone(folder.root, 3))
+        return [*kept]
+
+    with pytest.warns(UserWarning, match="json was lost at step 3: ConnectionError: no server"):
+        _, finished = train(asked, overwrite=True, listeners=lost)
+    assert finished
+    assert kept[0].told == [1, 2]
 
 
 @pytest.mark.filterwarnings("ignore")

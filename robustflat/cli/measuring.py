@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from robustflat.cli import output as out
-from robustflat.cli.options import Checkpoint, Opener, Weights, named, of_subjects, one_of
+from robustflat.cli.options import Checkpoint, Opener, Weights, named, number, of_subjects, one_of
 from robustflat.errors import UserError
+
+if TYPE_CHECKING:
+    from robustflat.runs.evaluation import Wanted
+    from robustflat.subject import Subject
 
 
 @of_subjects
@@ -39,6 +43,23 @@ def evaluate(
     merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    radii: Annotated[
+        str | None,
+        typer.Option(
+            help="Several radii in the norm, such as 2/255,4/255,8/255: robust accuracy over them, "
+            "and nothing else."
+        ),
+    ] = None,
+    curve: Annotated[
+        Path | None, typer.Option(help="With --radii: a .png, .pdf, .svg or .html file.")
+    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Search with the model compiled; the eager one judges."),
+    ] = False,
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="Show the classes, and what is taken for what.")
+    ] = False,
     save_adversarial: Annotated[
         Path | None, typer.Option(help="A new .npz file for the adversarial examples.")
     ] = None,
@@ -53,7 +74,7 @@ def evaluate(
     """
     from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
-    from robustflat.report.tables import evaluation_table, gap_table
+    from robustflat.report.tables import class_tables, evaluation_table, gap_table, weakest
     from robustflat.runs.evaluation import Job, Wanted
 
     if no_gap and gap_samples:
@@ -69,11 +90,15 @@ def evaluate(
         shard=shard,
         merge=merge,
         precision=one_of("--precision", precision, ("fp32", "bf16")),
+        compile=compiled,
         save_adversarial=save_adversarial,
     )
     opened = subjects(output=output)
     if save_adversarial is not None and len(opened) > 1:
         raise UserError("--save-adversarial is one file: name one subject.")
+    if radii is not None or curve is not None:
+        _over_radii(opened, wanted, radii, curve)
+        return
     jobs = [Job(subject, wanted) for subject in opened]  # all are looked at before one is paid for
     team = Team.of_torchrun()
     console = out.console(quiet=not team.is_first)
@@ -92,6 +117,10 @@ def evaluate(
             state = f"{name} checkpoint (epoch {entry['epoch']}, {entry['weights']})"
             title = f"{subject.name}: {state}" if subject.is_run else subject.name
             console.print(evaluation_table({"title": title, "result": entry["test"]}))
+            classes = entry["test"]["classes"]
+            for table in class_tables(classes) if by_class else ():
+                console.print(table)
+            typer.echo(weakest(classes))
             for warning in entry["test"]["warnings"]:
                 out.note(console, warning)
         if any(entry["gap"] for entry in report["checkpoints"].values()):
@@ -100,6 +129,44 @@ def evaluate(
             typer.echo(f"written: {subject.home.evaluation}")
         else:
             typer.echo(f"shard {shard} is done; when all are, join them with --merge.")
+
+
+def _over_radii(
+    opened: list[Subject], wanted: Wanted, radii: str | None, picture: Path | None
+) -> None:
+    """Measure, show and draw robust accuracy over several radii."""
+    from robustflat.evaluate import Team
+    from robustflat.report.drawing import Drawing
+    from robustflat.report.landscape_picture import check_ending
+    from robustflat.report.progress import Counter
+    from robustflat.report.radii import chart, radius_table
+    from robustflat.runs.radii import curves_file, measure_radii
+    from robustflat.subject import distinct_names
+
+    if radii is None:
+        raise UserError(
+            "--curve draws robust accuracy over --radii: say them, such as 2/255,4/255."
+        )
+    wanted_radii = [number("--radii", text) or 0.0 for text in radii.split(",")]
+    if picture is not None and picture.suffix != ".html":
+        check_ending(picture)
+    team = Team.of_torchrun()
+    console = out.console(quiet=not team.is_first)
+    if team.is_first:
+        out.speak()
+    found = {}
+    names = distinct_names([subject.home.root for subject in opened])
+    for name, subject in zip(names, opened, strict=True):
+        with Counter(console, subject.name) as counter:
+            found[name] = measure_radii(subject, wanted, wanted_radii, counter.on_attack, team)
+        if team.is_first:
+            console.print(radius_table(name, found[name]))
+            for warning in found[name].warnings:
+                out.note(console, warning)
+            typer.echo(f"written: {curves_file(subject)}")
+    if team.is_first and picture is not None:
+        Drawing("robust accuracy over the radius", [chart(found)]).save(picture)
+        typer.echo(f"written: {picture}")
 
 
 @of_subjects

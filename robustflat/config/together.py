@@ -237,7 +237,7 @@ def _of_the_mix(config: RunConfig) -> Iterator[Conflict]:
     if config.data.mix is None:
         return
     mix, loss = config.data.mix.name, getattr(config.attack, "loss", "ce")
-    if loss in ("margin", "dlr"):
+    if loss in ("margin", "probability_margin", "dlr"):
         yield _told(
             "attack.loss",
             f"attack.loss {loss} is not defined for the mixed labels of data.mix {mix}. Leave "

@@ -38,6 +38,7 @@ def measure(
     batches: Iterable[tuple[Tensor, Tensor]],
     attack: InputPerturbation | None = None,
     generator: torch.Generator | None = None,
+    searched: nn.Module | None = None,
 ) -> Metrics:
     """Accuracy and cross-entropy over batches, at the attack's images if there is one.
 
@@ -51,6 +52,7 @@ def measure(
         batches: Images [B, C, H, W] and labels int64 [B].
         attack: What to do to the images first.
         generator: The attack's randomness, on the model's device; seeded with 0 if None.
+        searched: What the attack is given in place of the model: the same, compiled.
 
     Returns:
         The figures. Values are fetched from the device once, at the end.
@@ -66,7 +68,7 @@ def measure(
             if attack is not None:
                 if generator is None:
                     generator = torch.Generator(device).manual_seed(0)
-                x = attack(model, x, y, generator=generator)
+                x = attack(model if searched is None else searched, x, y, generator=generator)
             logits = model(x).float()
             losses.append(F.cross_entropy(logits, y, reduction="none"))
             correct.append(right(logits, y))

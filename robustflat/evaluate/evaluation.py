@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ from robustflat.evaluate.accuracy import right
 from robustflat.evaluate.adversarial import Adversarial, Pictures, check_target
 from robustflat.evaluate.attacks import Attack, Request, Suite, plan
 from robustflat.evaluate.examples import Data, Examples, choose
+from robustflat.evaluate.fast import compiled
 from robustflat.evaluate.frozen import Plain, device_of, held
 from robustflat.evaluate.record import Entry, Record, digest_of, file_for, fingerprint_of, resume
 from robustflat.evaluate.result import Evaluation, from_record
@@ -56,6 +57,9 @@ class Work:
             attacks' names with "@bf16". Such a search may find less: evaluate in fp32 before
             reporting.
         sanity: Examples on which the sanity checks are made; 0 leaves them out.
+        compile: Search with the model compiled by torch.compile, on a CPU in half to three quarters
+            of the time; the eager model judges. Where it cannot be compiled, the log says so, and
+            the search is the eager one.
         save_adversarial: A new file ending in .npz for the adversarial examples (`Adversarial`).
             Attacks whose images a store has not kept are run again. All images are in memory once.
         team: The processes that share the batches, all of which call `evaluate` alike and get the
@@ -70,6 +74,7 @@ class Work:
     batch_size: int = 128
     precision: Literal["fp32", "bf16"] = "fp32"
     sanity: int = 32
+    compile: bool = False
     save_adversarial: Path | None = None
     team: Team = field(default_factory=Team)
     on_progress: Progress | None = None
@@ -137,11 +142,13 @@ def evaluate(
     path = None if store is None else file_for(store, chosen.shard)
     alone = locked(path) if path is not None and team.is_first else nullcontext()
     training = model.training
-    with alone, held(model) as place:
-        plain = Plain(model)
+    with alone, held(model) as place, ExitStack() as stack:
+        plain, fast = Plain(model), None
         classes, correct, predictions, digest = _clean(plain, chosen, work.batch_size, place, team)
         task = Task(norm=threat.norm, eps=threat.eps, classes=classes, shape=chosen.shape)
         suites = plan(attacks, task, work.precision, chosen)
+        if work.compile:
+            fast = stack.enter_context(compiled(model, chosen.shape, place))
         settings: dict[str, Any] = {
             "norm": threat.norm_name,
             "eps": threat.eps,
@@ -153,6 +160,7 @@ def evaluate(
             "labels": None if store is None else digest_of([chosen.all_labels]),
             "model": None if store is None else fingerprint_of(model),
             "classes": classes,
+            "compiled": fast is not None,
         }
         fresh = Record(
             settings=settings,
@@ -169,7 +177,7 @@ def evaluate(
         run = _Run(
             record=record,
             plain=plain,
-            searched=Plain(model, bf16=work.precision == "bf16"),
+            searched=Plain(model if fast is None else fast, bf16=work.precision == "bf16"),
             examples=chosen,
             task=task,
             device=place,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,15 @@ class Examples:
             positions: int64 [M].
         """
         return self.read(positions).contiguous(memory_format=torch.contiguous_format)
+
+    def part(self, places: Tensor) -> Examples:
+        """Those at some places, int64 [M]."""
+        return replace(
+            self,
+            labels=self.labels[places],
+            positions=self.positions[places],
+            read=lambda positions: self.read(places[positions]),
+        )
 
 
 def choose(data: Data, samples: int | None = None, shard: str | None = None) -> Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from robustflat.errors import UserError
 from robustflat.evaluate.accuracy import Metrics, measure
 from robustflat.evaluate.examples import Data, choose
+from robustflat.evaluate.fast import compiled
 from robustflat.evaluate.frozen import held
 from robustflat.evaluate.intervals import LEVEL, bootstrap_means, percentiles
 from robustflat.evaluate.kept import Kept
@@ -87,6 +89,7 @@ def scores(
     *,
     batch_size: int = 128,
     seed: int = 0,
+    fast: bool = False,
 ) -> Scores:
     """Attack every example of a split; in eval mode, at the weights the model has.
 
@@ -96,6 +99,7 @@ def scores(
         attack: The same one for every split that is compared.
         batch_size: Images at a time.
         seed: Of the attack's random starts.
+        fast: Search with the model compiled, where it can be; the eager model is measured.
 
     Returns:
         Scores of all examples, on the CPU.
@@ -104,12 +108,14 @@ def scores(
         UserError: If the data cannot be used.
     """
     chosen = choose(data)
-    with held(model) as place:
+    with held(model) as place, ExitStack() as stack:
+        net = stack.enter_context(compiled(model, chosen.shape, place)) if fast else None
 
         def run(adversary: InputPerturbation | None) -> Metrics:
             parts = torch.arange(len(chosen)).split(batch_size)
             batches = ((chosen.images(at).to(place), chosen.labels[at].to(place)) for at in parts)
-            return measure(model, batches, adversary, torch.Generator(place).manual_seed(seed))
+            generator = torch.Generator(place).manual_seed(seed)
+            return measure(model, batches, adversary, generator, net)
 
         clean, attacked = run(None), run(attack)
     return Scores(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from robustflat.errors import UserError
 from robustflat.evaluate import doubts
+from robustflat.evaluate.classes import by_class, confusion
 from robustflat.evaluate.intervals import LEVEL, Interval, wilson
 from robustflat.evaluate.record import Record, file_for, load, merged
 from robustflat.files import json_safe
@@ -79,8 +81,8 @@ class Evaluation:
             with; `predictions` where none did.
         warnings: Reasons to doubt the figures, and what was left out; one sentence each.
         settings: What the figures depend on: norm, eps, seed, batch_size, samples, shard, classes,
-            and, if outcomes were stored, SHA-256 of data, of all labels and of the model (else,
-            and for the data of merged shards, None).
+            whether the search was compiled, and, if outcomes were stored, SHA-256 of data, of all
+            labels and of the model (else, and for the data of merged shards, None).
     """
 
     count: int
@@ -97,6 +99,19 @@ class Evaluation:
     attacked: Tensor
     warnings: list[str]
     settings: dict[str, Any]
+
+    def confusion(self, *, attacked: bool = False) -> Tensor:
+        """How many examples of each label (row) the model takes for each class, int64 [C, C].
+
+        Args:
+            attacked: Under all attacks together, as `attacked` has it; else without any.
+        """
+        found = self.attacked if attacked else self.predictions
+        return confusion(self.labels, found, self.settings["classes"])
+
+    def by_class(self, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+        """Figures of every class; see `robustflat.evaluate.classes.by_class`."""
+        return by_class(self.labels, self.outcomes, self.predictions, self.attacked, names)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the per-example outcomes, for JSON: stable keys, no NaN."""

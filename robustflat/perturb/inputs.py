@@ -20,7 +20,7 @@ from robustflat.perturb.modes import MODES, Mode, attack_mode
 from robustflat.perturb.parts import slices
 from robustflat.perturb.watch import watching
 
-LossName = Literal["ce", "kl", "margin", "dlr"]
+LossName = Literal["ce", "kl", "margin", "probability_margin", "dlr"]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -40,6 +40,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     right = logits.gather(1, y[:, None]).squeeze(1)
     wrong = logits.scatter(1, y[:, None], -math.inf).amax(1)
     return wrong - right
+
+
+def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Largest wrong probability minus the right one, the loss of PMA (Xie et al. 2024)."""
+    return margin(logits.softmax(1), y)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
@@ -62,7 +67,33 @@ attack_losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": cross_entropy,
     "kl": kl_divergence,
     "margin": margin,
+    "probability_margin": probability_margin,
     "dlr": dlr,
+}
+
+
+def _ahead(values: Tensor, pairs: Tensor) -> Tensor:
+    """By how much the second class of each pair is ahead of the first."""
+    right, target = values.gather(1, pairs).unbind(1)
+    return target - right
+
+
+def _dlr_towards(logits: Tensor, pairs: Tensor) -> Tensor:
+    """The targeted DLR (Croce & Hein 2020, eq. 7), over z1 - (z3 + z4) / 2."""
+    if logits.shape[1] < 4:
+        raise ValueError(
+            f"The targeted DLR loss needs at least 4 classes, got {logits.shape[1]}: use 'margin'."
+        )
+    ordered = logits.sort(dim=1, descending=True).values
+    return _ahead(logits, pairs) / (ordered[:, 0] - 0.5 * (ordered[:, 2] + ordered[:, 3]) + 1e-12)
+
+
+# From logits [N, C] and pairs of the label and a target [N, 2] to one loss a row.
+targeted_losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": lambda logits, pairs: -cross_entropy(logits, pairs[:, 1]),
+    "margin": _ahead,
+    "probability_margin": lambda logits, pairs: _ahead(logits.softmax(1), pairs),
+    "dlr": _dlr_towards,
 }
 
 
@@ -128,7 +159,8 @@ class InputPerturbation:
             model: maps images in the box to logits ``[N, C]``. Its modes, buffers and parameter
                 gradients are as before afterwards.
             x: images ``[N, ...]``.
-            y: labels ``[N]`` (soft ``[N, C]`` for "ce"); not used by "kl".
+            y: labels ``[N]`` (soft ``[N, C]`` for "ce"); not used by "kl". Whole numbers
+                ``[N, 2]`` are the label and a target, which is then climbed towards.
             generator: source of randomness, on the device of ``x``.
             starts: a first perturbation of the shape of ``x`` for every restart in place of drawn
                 ones; brought into ball and box first, unless the configured start is "normal".
@@ -174,7 +206,7 @@ class InputPerturbation:
         start: Tensor | None,
         parts: int,
     ) -> Tensor:
-        climb, watch, steps = attack_losses[self.loss], watching(), count(1)
+        climb, watch, steps = self._climbed(target), watching(), count(1)
 
         def of_rows(u: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -212,8 +244,12 @@ class InputPerturbation:
         )
         return x + u if self.box is None else (x + u).clamp_(*self.box)
 
+    def _climbed(self, target: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        is_pair = target.ndim == 2 and not target.is_floating_point()
+        return (targeted_losses if is_pair else attack_losses)[self.loss]
+
     def _losses(self, model: nn.Module, x: Tensor, target: Tensor, parts: int) -> Tensor:
-        climb = attack_losses[self.loss]
+        climb = self._climbed(target)
         return _without_graph(lambda r: climb(model(x[r]), target[r]), slices(len(x), parts))
 
 
@@ -259,7 +295,7 @@ def pgd(
         step_size: in image units; 2.5 * eps / steps if None.
         start: "uniform" in the ball, "sphere", "zero", "normal" (0.001 times a standard normal, as
             in TRADES and MART) or "gaussian" (eps times one, not projected before the first step).
-        loss: "ce", "kl", "margin" or "dlr".
+        loss: "ce", "kl", "margin", "probability_margin" (of PMA) or "dlr".
         restarts: independent starts, the best kept for each image.
         mode: "eval" or "batch".
         keep: the "last" iterate or the "best".

@@ -13,6 +13,12 @@ from rich.text import Text
 from robustflat.report.chart import UNITS, significant
 from robustflat.runs.comparison import Cell, Row, columns, label
 
+# Confusion matrices of more classes fit on no terminal.
+_MATRIX = 20
+_CONFUSED = {
+    "clean_as": "Taken for, without an attack",
+    "attacked_as": "Taken for, under all attacks",
+}
 _CAPTION = (
     "clean, attacks: test images, best checkpoint unless a line says otherwise; each attack on all "
     "that the model classifies. robust gap: train - test, last checkpoint. best - last: robust "
@@ -116,6 +122,56 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         )
     if len(result["attacks"]) > 1:
         line("worst case", "robust")
+    return table
+
+
+def class_tables(figures: dict[str, dict[str, Any]]) -> list[Table]:
+    """The classes of one evaluation, those that withstand least first; and what is taken for what.
+
+    Args:
+        figures: by class, as `robustflat.evaluate.classes.by_class` gives them.
+    """
+    table = Table(title="Classes", title_justify="left")
+    table.add_column("class", overflow="fold")
+    for name in ("images", "clean", "robust"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("attacked, taken for", overflow="fold")
+    for name, of in sorted(figures.items(), key=lambda pair: _robust(pair[1])):
+        most = sorted(of["attacked_as"].items(), key=lambda pair: -pair[1])[:3]
+        shares = [f"{of[key] / of['count']:.1%}" for key in ("clean", "robust")]
+        said = ", ".join(f"{other} ({count})" for other, count in most)
+        table.add_row(*map(Text, (name, str(of["count"]), *shares, said)))
+    if len(figures) > _MATRIX:
+        return [table]
+    return [table, *(_matrix(figures, key, title) for key, title in _CONFUSED.items())]
+
+
+def weakest(figures: dict[str, dict[str, Any]]) -> str:
+    """A sentence on the class of which the smallest share withstands all attacks."""
+    name = min(figures, key=lambda name: _robust(figures[name]))
+    of = figures[name]
+    return (
+        f"The weakest class is {name}: {_robust(of):.1%} of its {of['count']} images withstand "
+        f"all attacks, {of['clean'] / of['count']:.1%} are classified without one."
+    )
+
+
+def _robust(of: dict[str, Any]) -> float:
+    return float(of["robust"] / of["count"])
+
+
+def _matrix(figures: dict[str, dict[str, Any]], key: str, title: str) -> Table:
+    """A row for every class: how many of its images are taken for each."""
+    also = {other for of in figures.values() for other in of[key]}
+    names = [*figures, *sorted(also - figures.keys())]
+    table = Table(title=title, title_justify="left")
+    table.add_column("is", overflow="fold")
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for name, of in figures.items():
+        right = of["count"] - sum(of[key].values())
+        counts = {name: right, **of[key]}
+        table.add_row(Text(name), *(Text(str(counts.get(other, "·"))) for other in names))
     return table
 
 

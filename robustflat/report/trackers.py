@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from importlib import import_module
@@ -28,8 +29,8 @@ class _Tracker(Listener):
     """
 
     def __init__(self, package: str, folder: Path) -> None:
-        self._folder = RunFolder(folder)
-        self._steps = 0
+        self._name, self._folder = package, RunFolder(folder)
+        self._steps, self._lost = 0, False
         self._known = self._folder.known_as(package)
         try:
             self._package = import_module(package)
@@ -40,20 +41,45 @@ class _Tracker(Listener):
             ) from None
 
     def on_start(self, epochs: int, steps: int, done: int) -> None:
-        """Open it; a run that goes on is found by what it left in its folder."""
+        """Open it; a run that goes on is found by what it left in its folder.
+
+        Raises:
+            UserError: if it cannot be opened.
+        """
         self._steps = steps
         known = self._known.read_text(encoding="utf-8").strip() if self._known.is_file() else None
         config = yaml.safe_load(self._folder.config_file.read_text(encoding="utf-8"))
-        self._known.write_text(self._open(known, config), encoding="utf-8")
+        try:
+            known = self._open(known, config)
+        except Exception as error:  # of a package, a file or a server: there is no common kind
+            raise UserError(
+                f"The listener {self._name} could not be opened: {_first_line(error)}. Change its "
+                "keys under `listeners`, or leave it out."
+            ) from error
+        self._known.write_text(known, encoding="utf-8")
 
     def on_step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Hand on a step that was looked at."""
         if values:
-            self._send(_named(of_step(values)), epoch * self._steps + step + 1)
+            self._hand_on(of_step(values), epoch * self._steps + step + 1)
 
     def on_epoch(self, row: dict[str, Any]) -> None:
         """Hand on an epoch."""
-        self._send(_named(of_epoch(row)), row["steps"])
+        self._hand_on(of_epoch(row), row["steps"])
+
+    def _hand_on(self, curves: Curves, at: int) -> None:
+        """A server that is gone ends no training: from then on it is told nothing."""
+        if self._lost:
+            return
+        try:
+            self._send(_named(curves), at)
+        except Exception as error:
+            self._lost = True
+            warnings.warn(
+                f"The listener {self._name} was lost at step {at}: {_first_line(error)}. The run "
+                "goes on without it.",
+                stacklevel=2,
+            )
 
     @abstractmethod
     def _open(self, known: str | None, config: dict[str, Any]) -> str:
@@ -140,6 +166,10 @@ class WandB(_Tracker):
 
     def _send(self, values: dict[str, float], at: int) -> None:
         self._run.log(values, step=at)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
 def _named(curves: Curves) -> dict[str, float]:

@@ -60,6 +60,7 @@ class Wanted:
             ``evaluation.json`` is left alone: when all shards are done, call again with ``merge``.
         merge: Take the outcomes that all shards left instead of attacking.
         precision: "bf16" searches in bfloat16 and verifies in float32.
+        compile: Search with the model compiled by torch.compile, where it can be.
         save_adversarial: A new .npz file for the adversarial examples.
     """
 
@@ -72,6 +73,7 @@ class Wanted:
     shard: str | None = None
     merge: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
     save_adversarial: Path | None = None
 
     def of(self, subject: Subject) -> Wanted:
@@ -166,7 +168,7 @@ class Job:
         """
         subject, wanted, team = self._subject, self._wanted, team or Team()
         work = Work(
-            batch_size=self._batch_size, precision=wanted.precision,
+            batch_size=self._batch_size, precision=wanted.precision, compile=wanted.compile,
             save_adversarial=wanted.save_adversarial, team=team, on_progress=on_progress,
         )  # fmt: skip
         measured: list[records.Measurement] = []
@@ -202,6 +204,7 @@ class Job:
             "said": dict(self._subject.said),
             "batch_size": self._batch_size,
             "device": str(self._subject.device),
+            "compiled": self._wanted.compile,
             "versions": environment([])["versions"],
             **own,
         }
@@ -236,26 +239,18 @@ class Job:
 
     def _digest(self, network: Network, *circumstances: object) -> str:
         """Another evaluation, or another state of the subject, has a store of its own."""
-        kind = (network.digest, str(self._threat), self._subject.data, *map(str, circumstances))
+        data, compiled = self._subject.data, ("compiled",) if self._wanted.compile else ()
+        kind = (network.digest, str(self._threat), data, *map(str, circumstances), *compiled)
         return hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
 
     def _tested(self, network: Network, result: Evaluation, team: Team) -> records.Measurement:
-        labels, names = self._images.labels, self._subject.images().classes
-        kinds = {"count": labels >= 0, "clean": result.outcomes != -2}
-        kinds["robust"] = result.outcomes == -1
         found = {
             **result.to_dict(),
-            # By class how many images there are, are classified, and still are after all attacks.
-            "classes": {
-                str(name): {
-                    kind: int((which & (labels == i)).sum()) for kind, which in kinds.items()
-                }
-                for i, name in enumerate(names)
-                if (labels == i).any()
-            },
+            "classes": result.by_class(self._subject.images().classes),
             "examples": team.once(lambda: self._shown(network)),
         }
         asked = {"samples": self._images.samples, "seed": self._wanted.seed}
+        asked["compiled"] = result.settings["compiled"]
         return self._measurement("test", network.state(), **asked, result=found)
 
     def _shown(self, network: Network) -> dict[str, Any]:
@@ -321,7 +316,10 @@ class Job:
             if found is not None:
                 return found, None
             began = time.perf_counter()
-            found = gaps.scores(network.model, chosen, attack, batch_size=self._batch_size)
+            found = gaps.scores(
+                network.model, chosen, attack, batch_size=self._batch_size,
+                fast=self._wanted.compile,
+            )  # fmt: skip
             found.save(path)
             return found, time.perf_counter() - began
 

@@ -13,7 +13,7 @@ from robustflat.config import RunConfig
 from robustflat.errors import UserError
 from robustflat.models.files import read_tensors
 from robustflat.perturb import select
-from robustflat.train.compiled import Compiled, check_compiled, check_compiler
+from robustflat.perturb.compiled import Compiled, check_compiled, check_compiler
 from robustflat.train.graphed import Graphed
 from robustflat.train.optim import build_optimizer
 from robustflat.train.randomness import derived_seed

@@ -27,13 +27,15 @@ def plan(
 ) -> list[Suite]:
     """Turn names, mappings and perturbations into attacks.
 
-    Known names: "fgsm"; "pgd", "pgd-STEPS", "pgd-STEPS-RESTARTS", each optionally followed by
-    ":LOSS" (ce, margin, dlr, kl); "autoattack" and "autoattack:VERSION" with the versions
-    standard, plus, rand, fast and custom=ATTACK,ATTACK; each component of AutoAttack by its own
-    name, with the settings of `standard`; "torchattacks:NAME"; "package.module:function" or a
-    function of your own (`own`); "transfer:FILE.npz", examples that were saved before, or with the
-    option "model" those of that surrogate (`transfer`). A mapping has such a name or function under
-    "name", and options beside it. What is asked for twice is run once.
+    Known names: "fgsm"; "pgd", "pgd-STEPS", "pgd-STEPS-RESTARTS" and the same of "apgd", each
+    optionally followed by ":LOSS" (ce, margin, probability_margin, dlr; kl of pgd) and by
+    ":logits-COUNT" or ":malt-COUNT", so many targets in that order (`Targets`); "autoattack" and
+    "autoattack:VERSION" with the versions standard, plus, rand, fast and custom=ATTACK,ATTACK; each
+    component of AutoAttack by its own name, with the settings of `standard`; "torchattacks:NAME";
+    "package.module:function" or a function of your own (`own`); "transfer:FILE.npz", examples that
+    were saved before, or with the option "model" those of that surrogate (`transfer`). A mapping
+    has such a name or function under "name", and options beside it. What is asked for twice is run
+    once.
 
     Args:
         requests: What to run, in this order.
@@ -95,7 +97,7 @@ def _suite(request: Request, task: Task, examples: Examples | None) -> Suite:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(
             f"Unknown attack {name!r}.{hint} There are fgsm, pgd, pgd-STEPS, pgd-STEPS-RESTARTS, "
-            f"autoattack, autoattack:VERSION, {', '.join(autoattack.COMPONENTS)}, "
+            f"apgd, autoattack, autoattack:VERSION, {', '.join(autoattack.COMPONENTS)}, "
             "torchattacks:NAME, transfer:FILE.npz and package.module:function."
         )
     return _single(found)

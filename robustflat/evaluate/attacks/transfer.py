@@ -96,7 +96,7 @@ def _surrogate(name: str, options: dict[str, Any], task: Task) -> Attack:
         return found.to(x.device)
 
     identity = {"attack": "transfer", "model": fingerprint_of(model), "by": by}
-    return Attack(name=name, identity=identity, run=run, black_box=True)
+    return Attack(name=name, identity=identity, run=run)
 
 
 def _nothing(_: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:

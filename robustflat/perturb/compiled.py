@@ -17,18 +17,22 @@ class Compiled(nn.Module):
 
     Its parameters are frozen while a pass is recorded: compiled code decides what it computes
     before it is asked for, and else would compute the gradient of the weights too. They are the
-    model's own, so what changes them in place is seen, and nothing is compiled anew. Every shape of
-    a batch is compiled by itself: what is computed does not hang on the batches before, and a
-    resumed run repeats it bit for bit.
+    model's own, so what changes them in place is seen, and nothing is compiled anew.
 
     Args:
         model: the network; it stands in whatever mode the attack puts it.
         backend: of torch.compile.
+        any_size: compile once for batches of any size, as where images that are broken are left
+            out of the batch. Else every shape is compiled by itself: what is computed does not hang
+            on the batches before, and a resumed run repeats it bit for bit.
     """
 
-    def __init__(self, model: nn.Module, backend: str = "inductor") -> None:
+    def __init__(
+        self, model: nn.Module, backend: str = "inductor", *, any_size: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
+        self.any_size = any_size
 
         # A function: a compiled module would be one more module to be walked and switched.
         def logits(x: Tensor) -> Tensor:
@@ -37,7 +41,8 @@ class Compiled(nn.Module):
 
         # With code of its own, of which torch compiles eight versions and no more.
         logits.__code__ = logits.__code__.replace()
-        self._logits = torch.compile(logits, fullgraph=True, dynamic=False, backend=backend)
+        dynamic = None if any_size else False
+        self._logits = torch.compile(logits, fullgraph=True, dynamic=dynamic, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of ``x``.
@@ -45,6 +50,11 @@ class Compiled(nn.Module):
         Raises:
             UserError: if the model cannot be compiled.
         """
+        count = len(x)
+        if self.any_size:
+            # One row would be compiled as a case of its own.
+            x = x if count > 1 else torch.cat([x, x])
+            torch._dynamo.mark_dynamic(x, 0)
         try:
             with frozen(self.model), warnings.catch_warnings():
                 # Of train.precision: fp32, which is a choice.
@@ -55,10 +65,10 @@ class Compiled(nn.Module):
             torch._dynamo.exc.FailOnRecompileLimitHit,
         ) as error:
             raise UserError(
-                "train.compile is attack, but torch.compile cannot compile this model as a whole: "
-                f"{_reason(error)}. Leave train.compile out."
+                f"torch.compile cannot compile this model as a whole: {_reason(error)}. Leave "
+                "train.compile or --compile out."
             ) from None
-        return logits
+        return logits[:count]
 
 
 def check_compiler(device: torch.device) -> None:
@@ -71,9 +81,9 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False)(torch.ones(2, device=device))
     except Exception as error:  # of as many types as there are causes
         raise UserError(
-            f"train.compile is attack, but torch.compile does not work on {device}: "
-            f"{_reason(error)}. It needs a C++ compiler such as g++ and Python's headers, on a GPU "
-            "Triton too. Install them, or leave train.compile out."
+            f"torch.compile does not work on {device}: {_reason(error)}. It needs a C++ compiler "
+            "such as g++ and Python's headers, on a GPU Triton too. Install them, or leave "
+            "train.compile or --compile out."
         ) from None
 
 

@@ -1,0 +1,129 @@
+"""The compiled search: compiled once, judged by the eager model, and off where it cannot be."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import pytest
+import torch
+from evaluate_support import evaluate, held_out, shorten, trained
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import robustflat as rf
+from robustflat.errors import UserError
+from robustflat.evaluate import fast, scores
+from robustflat.perturb.compiled import Compiled
+
+ATTACKS = ["pgd-4", "apgd-10:dlr:malt-2", "autoattack:custom=apgd-ce,fab,fab-t,square"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of torch.compile but the last stage, which takes a compiler and seconds."""
+    monkeypatch.setattr(fast, "check_compiler", lambda device: None)
+    monkeypatch.setattr(fast, "Compiled", functools.partial(Compiled, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def test_all_attacks_search_with_one_compiled_model_of_any_size(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
+    model, data = trained(), held_out(23)
+    more: dict[str, Any] = {"eps": 0.15, "sanity": 0, "batch_size": 9}
+    eager = evaluate(model, data, ATTACKS, **more)
+    assert not counters["stats"]["unique_graphs"]
+    found = evaluate(model, data, ATTACKS, compile=True, **more)
+    assert (eager.settings["compiled"], found.settings["compiled"]) == (False, True)
+    assert torch.equal(found.outcomes, eager.outcomes)
+    assert 0 < found.robust_accuracy < found.clean_accuracy
+    # With a gradient and without: batches of all sizes share these, of one image too.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_one_image_is_computed_as_it_is(quick: None) -> None:
+    model, (x, _) = trained(), held_out(3)
+    net = Compiled(model, backend="eager", any_size=True)
+    for count in (3, 1, 2):
+        assert torch.allclose(net(x[:count]), model(x[:count]), atol=1e-6)
+        assert net(x[:count]).shape == (count, 10)
+
+
+class Wrong(nn.Module):
+    """A compiled model that computes another function."""
+
+    def __init__(self, model: nn.Module, **_: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = -self.model(x)
+        return found
+
+
+def test_the_eager_model_judges(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "Compiled", Wrong)
+    model, data = trained(), held_out(40)
+    more: dict[str, Any] = {"eps": 0.15, "sanity": 0}
+    # It misclassifies every clean image, and pulls all images to where the true one is right.
+    found = evaluate(model, data, ["pgd-4"], compile=True, **more)
+    assert found.clean_accuracy > 0.5
+    assert found.robust_accuracy > evaluate(model, data, ["pgd-4"], **more).robust_accuracy
+    attack = rf.pgd(eps=0.15, steps=4)
+    misled, plain = (scores(model, data, attack, fast=is_fast) for is_fast in (True, False))
+    assert torch.equal(misled.clean_loss, plain.clean_loss)
+    assert misled.robust_loss.mean() < plain.robust_loss.mean()
+    assert misled.robust_correct.sum() > plain.robust_correct.sum()
+
+
+def test_the_gap_is_that_of_the_eager_search(quick: None) -> None:
+    model, data, attack = trained(), held_out(30), rf.pgd(eps=0.15, steps=4)
+    found = scores(model, data, attack, fast=True)
+    assert counters["stats"]["unique_graphs"]
+    plain = scores(model, data, attack)
+    assert torch.allclose(found.robust_loss, plain.robust_loss, rtol=1e-3)
+    assert torch.equal(found.robust_correct, plain.robust_correct)
+
+
+class Asks(nn.Module):
+    """A pass that hangs on a value, which cannot be recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = trained()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.net(x) * (2 if x.sum().item() > -1 else 1)
+        return found
+
+
+def missing(device: torch.device) -> None:
+    raise UserError(f"torch.compile does not work on {device}: no compiler.")
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "cannot compile this model"])
+def test_where_it_cannot_be_compiled_the_search_is_the_eager_one_and_this_is_said(
+    quick: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    model = Asks().eval() if reason != "no compiler" else trained()
+    if reason == "no compiler":
+        monkeypatch.setattr(fast, "check_compiler", missing)
+    with caplog.at_level(logging.WARNING, "robustflat"):
+        found = evaluate(model, held_out(20), ["pgd-3"], eps=0.15, sanity=0, compile=True)
+    assert "The search is not compiled, and takes longer: torch.compile" in caplog.text
+    assert reason in caplog.text
+    assert not found.settings["compiled"]
+    eager = evaluate(model, held_out(20), ["pgd-3"], eps=0.15, sanity=0)
+    assert torch.equal(found.outcomes, eager.outcomes)
+
+
+def test_a_store_tells_the_two_apart(quick: None, tmp_path: Any) -> None:
+    model, data = trained(), held_out(10)
+    evaluate(model, data, ["fgsm"], eps=0.1, sanity=0, store=tmp_path)
+    with pytest.raises(UserError, match="compiled: there False, here True"):
+        evaluate(model, data, ["fgsm"], eps=0.1, sanity=0, store=tmp_path, compile=True)
