@@ -308,7 +308,7 @@ def test_shared_work_is_stated_once():
     both = cost(["hessian_trace", "hessian_frobenius"], 10, probes=5)
     assert both.total.hvp == both.measures["hessian_trace"].hvp == 5
     assert "10 examples" in str(both)
-    assert both.to_dict()["total"]["units"] == 3 + 5 * 6
+    assert both.total.units == 3 + 5 * 6
 
 
 def test_stated_cost_of_presets_and_sweeps_is_that_of_each():
