@@ -770,6 +770,11 @@ def test_settings_that_differ_in_effect_and_environments(tmp_path: Path) -> None
     assert [k for k in keys if k.startswith("weights.")] == [
         "weights.name", "weights.when.from_epoch", "weights.gamma", "weights.steps",
     ]  # fmt: skip
+    averaged = make(tmp_path / "f", bare=True, seed=3, train__average={"name": "ema"})
+    keys = [t for _, t in Page(written(tmp_path, one, averaged)).find("code")]
+    assert [k for k in keys if k.startswith("train.")] == [
+        "train.average.name", "train.average.decay",
+    ]  # fmt: skip
     rows = [t for _, t in page.find("tr", "differs")]
     assert rows == ["torch2.02.1", "deviceCPUH100"]
     # In the files themselves the lines that differ stand out.
