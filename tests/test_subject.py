@@ -21,7 +21,7 @@ import typer
 from evaluate_support import shorten
 from PIL import Image
 from torch import nn
-from train_support import config, saved, trained
+from train_support import config, evaluate_subject, saved, trained
 
 import robustflat as rf
 from robustflat import models
@@ -32,7 +32,7 @@ from robustflat.evaluate import Team, doubts, fast
 from robustflat.files import update_json
 from robustflat.perturb.compiled import Compiled
 from robustflat.runs.comparison import compare
-from robustflat.runs.evaluation import Wanted, evaluate_subject
+from robustflat.runs.evaluation import Wanted
 from robustflat.runs.flatness import measure_subject
 from robustflat.runs.records import evaluation_of, read
 from robustflat.subject import open_subject

@@ -329,16 +329,6 @@ class Job:
         return by_state
 
 
-def evaluate_subject(
-    subject: Subject,
-    wanted: Wanted | None = None,
-    on_progress: Progress | None = None,
-    team: Team | None = None,
-) -> dict[str, Any]:
-    """Evaluate a subject: `Job`, made and run."""
-    return Job(subject, wanted).run(on_progress, team)
-
-
 @contextmanager
 def _logged(path: Path, team: Team) -> Iterator[None]:
     """Have the first process say what it does, also in a file that is added to."""
