@@ -930,6 +930,14 @@ def test_a_factory_is_called_twice_only(run: Any, place: Path, tmp_path: Path) -
     given = ("counting:counted", "--model-option", "file=net.pt", "--normalise", "data", *SAID)
     assert run(*given, "--attack", "pgd-2", "--samples", 20, "--output", tmp_path / "home")[0] == 0
     assert len(sys.modules["counting"].calls) == 2
+    said = Elsewhere(data="digits", normalise="data", model_option={"file": "net.pt"})
+    subject = open_subject("counting:counted", device="cpu", elsewhere=said)
+    assert subject.network() is subject.network(), "many evaluations of one subject"
+    assert len(sys.modules["counting"].calls) == 4
+    assert open_subject("a").restore("last", "raw") is not open_subject("a").restore("last", "raw")
+    subject = open_subject("a", device="cpu")
+    assert subject.network("last", "raw") is subject.network("last", "raw")
+    assert subject.network("last", "raw") is not subject.network("best", "raw")
 
 
 def test_a_damaged_record_is_told_of_before_anything_is_paid(run: Any, tmp_path: Path) -> None:
