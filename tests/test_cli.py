@@ -12,11 +12,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from train_support import SMALL_CNN, contents, python, rows, saved, trained, values, write
+from train_support import (
+    SMALL_CNN,
+    contents,
+    evaluate_subject,
+    python,
+    rows,
+    saved,
+    trained,
+    values,
+    write,
+)
 
 import robustflat as rf
 from robustflat.cli import main
-from robustflat.runs.evaluation import Wanted, evaluate_subject
+from robustflat.runs.evaluation import Wanted
 from robustflat.runs.records import evaluation_of
 from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder

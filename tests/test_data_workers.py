@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
 import signal
 import sys
+import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +357,99 @@ def test_a_test_folder_comes_before_val(tree: Path, tmp_path: Path) -> None:
     for split, of in (("train", "train"), ("val", "val"), ("test", "train")):
         (tmp_path / split).symlink_to(tree / of)
     assert len(rd.load("image_folder", root=tmp_path, image_size=8, cache=False).test) == 24
+
+
+# WebDataset's shards
+
+
+def shards(tree: Path, root: Path, **changed: Any) -> Path:
+    """The files of a tree in its order, ten in a shard; ``changed`` members, or None without."""
+    for split in ("train", "val"):
+        (root / split).mkdir(parents=True)
+        files = sorted((tree / split).rglob("*.JPEG"))
+        for start in range(0, len(files), 10):
+            with tarfile.open(root / split / f"{start:06}.tar", "w") as tar:
+                for file in files[start : start + 10]:
+                    label = str(int(file.parent.name[1:])).encode()
+                    for kind, content in (
+                        ("cls", label),
+                        ("json", b"{}"),
+                        ("JPEG", file.read_bytes()),
+                    ):
+                        name = f"some.where/{file.stem}.{kind}"
+                        content = changed.get(name, content)
+                        if content is not None:
+                            info = tarfile.TarInfo(name)
+                            info.size = len(content)
+                            tar.addfile(info, BytesIO(content))
+    return root
+
+
+def every_image(root: Path, **said: Any) -> torch.Tensor:
+    train = rd.load("webdataset", root=root, **said).train
+    return train.fetch(torch.arange(len(train)))
+
+
+def test_shards_are_the_images_of_a_folder_bit_for_bit(tree: Path, tmp_path: Path) -> None:
+    root = shards(tree, tmp_path / "shards")
+    said: dict[str, Any] = {"image_size": 8, "resize": 9, "validation_samples": 6, "seed": 3}
+    ours = rd.load("webdataset", root=root, **said)
+    theirs = rd.load("image_folder", root=tree, cache=False, **said)
+    assert ours.classes == ("0", "1", "2")
+    for split in ("train", "validation", "test"):
+        one, two = getattr(ours, split), getattr(theirs, split)
+        assert one.streamed
+        assert torch.equal(one.labels, two.labels)
+        every = torch.arange(len(two)).flip(0)
+        assert torch.equal(one.fetch(every), two.fetch(every))
+        assert all(torch.equal(one.raw(i), two.raw(i)) for i in range(len(two)))
+    for workers in (0, 2):
+        for skip in (0, 2):
+            assert same(made(ours.train, workers=workers, skip=skip), made(theirs.train)[skip:])
+
+
+def test_a_run_on_shards_is_that_on_the_folder_and_is_resumed(tree: Path, tmp_path: Path) -> None:
+    root = shards(tree, tmp_path / "shards")
+    folder = trained(tmp_path / "tree", **RUN | {"data": RUN["data"] | {"root": str(tree)}})
+    data = RUN["data"] | {"root": str(root), "name": "webdataset"}
+    said = RUN | {"data": {k: v for k, v in data.items() if k != "cache"}}
+    same_run(folder, trained(tmp_path / "whole", **said))
+    asked = config(tmp_path / "again", **said)
+    stopped_in = RunFolder(tmp_path / "again" / "run")
+    stopped_in.prepare(asked, resume=False, machines=[])
+    stopped(asked, stopped_in, 2)
+    same_run(folder, trained(tmp_path / "again", resume=True, **(said | {"data__workers": 2})))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"some.where/000.cls": None}, "'some.where/000' without"),
+        ({"some.where/000.JPEG": None}, "'some.where/000' without"),
+        ({"some.where/000.cls": b"cat"}, "a whole number"),
+        ({"some.where/000.JPEG": b"no image"}, r"000000\.tar \(at byte \d+\) could not be read"),
+    ],
+)
+def test_wrong_shards_are_told(
+    tree: Path, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    root = shards(tree, tmp_path / "shards", **changed)
+    with pytest.raises(UserError, match=said):
+        every_image(root, image_size=8)
+
+
+def test_what_are_no_shards_is_told(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no shards .*train/\*\.tar"):
+        rd.load("webdataset", root=tree, image_size=8)
+    root = shards(tree, tmp_path / "shards")
+    with pytest.raises(UserError, match=r"000000\.tar \(at byte \d+\) is 11x14"):
+        every_image(root)
+    shard = root / "train" / "000000.tar"
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(UserError, match="plain tar file, not compressed"):
+        rd.load("webdataset", root=root, image_size=8)
+    shard.unlink()
+    with tarfile.open(shard, "w"):
+        pass
+    with pytest.raises(UserError, match="has nothing"):
+        rd.load("webdataset", root=root, image_size=8)

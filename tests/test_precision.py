@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from reference.nets import conv_bn, images, mlp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import robustflat as rf
+from robustflat.train.step import TrainStep
 
 METHODS = {
     "awp": rf.awp(0.5),
@@ -245,3 +247,70 @@ def test_float16_autocast_with_a_scaler() -> None:
         scaler.step(optimizer)
         scaler.update()
     assert float(loss().detach()) < 0.9 * first
+
+
+class Casts(TorchDispatchMode):
+    """Counts copies of the network's matrices in bfloat16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.shapes = [p.shape for p in model.parameters() if p.ndim > 1]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and found.dtype == torch.bfloat16:
+            self.count += found.shape in self.shapes
+        return found
+
+
+@pytest.mark.parametrize(
+    "attack", [rf.pgd("l2", 0.5, 5), rf.pgd("l2", 0.5, 4, loss="kl", restarts=2)]
+)
+@pytest.mark.parametrize("reattack", ["never", "descent"])
+def test_a_whole_attack_casts_the_weights_once_and_to_the_same_images(
+    attack: Any, reattack: Any
+) -> None:
+    x, y = images(6, dtype=torch.float32)
+    counts, ends = [], []
+    for together in (True, False):
+        model = conv_bn(dtype=torch.float32)
+
+        def apart(net: nn.Module, *given: Any, **more: Any) -> Tensor:
+            """The attack, each pass in a region of its own."""
+
+            def one(images: Tensor) -> Tensor:
+                torch.clear_autocast_cache()
+                found: Tensor = net(images)
+                torch.clear_autocast_cache()
+                return found
+
+            class Each(nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.net = net
+
+                def forward(self, images: Tensor) -> Tensor:
+                    return one(images)
+
+            return attack(Each(), *given, generator=more["generator"])  # type: ignore[no-any-return]
+
+        step = TrainStep(
+            attack=attack if together else apart,  # type: ignore[arg-type]
+            objective=rf.adversarial(),
+            optimizer=torch.optim.SGD(model.parameters(), 0.1),
+            precision=torch.bfloat16,
+            reattack=reattack,
+        )
+        for _ in range(2):
+            with Casts(model) as casts:
+                step(model, [(x, y)], rf.awp(0.3), torch.Generator().manual_seed(2))
+        counts.append(casts.count)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    attacks = 1 if reattack == "never" else 2
+    # Two matrices, in the climb, in the descent and once an attack; after each pass without
+    # gradient, as of the clean images and at the end of a start, anew.
+    times = 3 if attack.loss == "kl" else 1
+    assert counts[0] == 2 * (attacks * times + 2)
+    assert counts[0] < counts[1]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from train_support import SMALL_CNN, config, saved, trained
+from train_support import SMALL_CNN, config, evaluate_subject, saved, trained
 
 import robustflat as rf
 from robustflat.config import write_config
@@ -21,7 +21,7 @@ from robustflat.report.tables import Comparison
 from robustflat.runs import records
 from robustflat.runs.comparison import Cell, columns, compare, limits
 from robustflat.runs.description import describe, method_of
-from robustflat.runs.evaluation import Wanted, evaluate_subject
+from robustflat.runs.evaluation import Wanted
 from robustflat.runs.flatness import measure_subject
 from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder

@@ -220,10 +220,11 @@ class DataConfig(Section):
     ``place`` is where the training images are kept: on the ``device``, on the ``host``, or, by
     default, on the device if they take at most half of its free memory.
 
-    Of an ``image_folder`` the shorter side is brought to ``resize`` (by default ``image_size``) and
-    the centre square of ``image_size`` cut out. ``cache: true`` decodes all its files once, into
-    the folder ``.decoded`` beside them; false reads them as they are needed, in ``workers``
-    processes (by default as many as there are CPU cores, at most 8). Figures do not depend on it.
+    Of an ``image_folder`` or ``webdataset`` the shorter side is brought to ``resize`` (by default
+    ``image_size``) and the centre square of ``image_size`` cut out. ``cache: true`` decodes all
+    files of a folder once, into the folder ``.decoded`` beside them; false reads them as they are
+    needed, in ``workers`` processes (by default as many as there are CPU cores, at most 8). Figures
+    do not depend on it.
     """
 
     name: str = "digits"

@@ -32,14 +32,8 @@ def image_folder(
     Raises:
         UserError: If a folder is missing or empty, or the classes of the splits differ.
     """
-    if image_size is not None and (isinstance(image_size, bool) or image_size < 1):
-        raise UserError(f"data.image_size must be a positive number of pixels, got {image_size}.")
-    if resize is not None and (image_size is None or resize < image_size):
-        raise UserError(
-            f"data.resize is what the shorter side of an image has before the square of "
-            f"data.image_size is cut out, so it cannot be {resize} for {image_size}."
-        )
-    test_name = "val" if not (root / "test").exists() and (root / "val").exists() else "test"
+    check_sizes(image_size, resize)
+    _, test_name = splits_of(root)
     train, test = _files(root, "train"), _files(root, test_name)
     classes = tuple(train)
     if len(classes) < 2:
@@ -59,15 +53,28 @@ def image_folder(
         labels = torch.repeat_interleave(torch.arange(len(classes)), sizes)
         return FileImages(paths, labels, image_size, resize)
 
-    (train_images, test_images) = (split(train), split(test))
-    if train_images.shape != test_images.shape:
+    return split(train), split(test), classes
+
+
+def check_sizes(image_size: int | None, resize: int | None) -> None:
+    """Refuse sizes that no image can be brought to.
+
+    Raises:
+        UserError: Saying which.
+    """
+    if image_size is not None and (isinstance(image_size, bool) or image_size < 1):
+        raise UserError(f"data.image_size must be a positive number of pixels, got {image_size}.")
+    if resize is not None and (image_size is None or resize < image_size):
         raise UserError(
-            f"The images of {root / 'train'} and {root / test_name} have different sizes "
-            f"({train_images.shape[1]}x{train_images.shape[2]} and "
-            f"{test_images.shape[1]}x{test_images.shape[2]}). Set data.image_size, or of "
-            "a model --image-size."
+            f"data.resize is what the shorter side of an image has before the square of "
+            f"data.image_size is cut out, so it cannot be {resize} for {image_size}."
         )
-    return train_images, test_images, classes
+
+
+def splits_of(root: Path) -> tuple[str, str]:
+    """The folders to train and to test on; ImageNet calls the latter val."""
+    only_val = not (root / "test").exists() and (root / "val").exists()
+    return "train", "val" if only_val else "test"
 
 
 def _files(root: Path, split: str) -> dict[str, list[str]]:

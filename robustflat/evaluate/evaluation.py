@@ -23,7 +23,7 @@ from robustflat.evaluate.attacks import Attack, Request, Suite, plan
 from robustflat.evaluate.examples import Data, Examples, choose
 from robustflat.evaluate.fast import compiled
 from robustflat.evaluate.frozen import Plain, device_of, held
-from robustflat.evaluate.record import Entry, Record, digest_of, file_for, fingerprint_of, resume
+from robustflat.evaluate.record import Entry, Record, digest_of, file_for, fingerprint_of, resumed
 from robustflat.evaluate.result import Evaluation, from_record
 from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Task, Threat
@@ -170,7 +170,7 @@ def evaluate(
             predictions=predictions,
             path=path,
         )
-        record = team.once(lambda: _opened(fresh))
+        record = team.once(lambda: resumed(fresh))
         pictures = None
         if work.save_adversarial is not None:
             pictures = Pictures(chosen, record) if team.is_first else None
@@ -458,18 +458,3 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
             f"two classes, got {list(logits.shape)}."
         )
     return logits
-
-
-def _opened(fresh: Record) -> Record:
-    """The record to go on with: the one in the store, or this new one."""
-    path = fresh.path
-    record = None if path is None else resume(path, fresh.settings)
-    if record is None:
-        fresh.save()
-        return fresh
-    if len(record.right) != len(fresh.right):
-        raise UserError(
-            f"{path} has {len(record.right)} outcomes for {len(fresh.right)} examples: it is "
-            "damaged. Name another file or folder."
-        )
-    return record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,7 @@ class Autocast(nn.Module):
     """A model whose every forward pass is one autocast region of its own, with float32 logits.
 
     One region a pass, because a region caches the low-precision copies of the weights and would
-    not see them move.
+    not see them move. Only an attack, during which they stand still, is one region as a whole.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -179,10 +180,14 @@ class TrainStep:
         if self.attack is None or not self.objective.needs_attack:
             return x
         attack: Callable[..., Tensor] = self.attack
-        if isinstance(attack, InputPerturbation):
-            return attack(model, x, y, generator=generator, parts=self.accumulate)
-        parts = slices(len(x), self.accumulate)
-        return torch.cat([attack(model, x[p], y[p], generator=generator) for p in parts])
+        # The weights stand still, so that their low-precision copies may outlast a pass: a region
+        # around those of the passes keeps them. Not enabled, as the arithmetic between is exact.
+        whole = self.precision and torch.autocast(x.device.type, enabled=False)
+        with whole or nullcontext():
+            if isinstance(attack, InputPerturbation):
+                return attack(model, x, y, generator=generator, parts=self.accumulate)
+            parts = slices(len(x), self.accumulate)
+            return torch.cat([attack(model, x[p], y[p], generator=generator) for p in parts])
 
     def _reattacking(
         self,
