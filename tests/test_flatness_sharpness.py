@@ -158,19 +158,17 @@ def test_eps_zero_is_clean_and_radius_zero_is_zero():
     for kind in ("worst", "ascent", "average"):
         names = [f"{kind}_{loss}" for loss in ("clean", "robust", "robust_fixed")]
         figures = flatness(model, data, names, eps=0.0, batch_size=5, samples=3)
-        parts = [figures[n].details.get("samples", figures[n].value) for n in names]
-        if kind != "average":  # the directions are each measure's own
-            assert parts[0] == pytest.approx(parts[1], rel=1e-3) if kind == "worst" else True
-        assert (
-            figures[names[1]].details["reference_loss"]
-            == figures[names[0]].details["reference_loss"]
-        )
+        # Where nothing is drawn, that is but for the directions, which are each measure's own.
+        drawn_for_none = {
+            "worst": lambda figure: figure.details["restarts"][0],
+            "ascent": lambda figure: figure.value,
+            "average": lambda figure: figure.details["reference_loss"],
+        }[kind]
+        clean, *robust = (drawn_for_none(figures[name]) for name in names)
+        assert clean > 0
+        assert robust == [clean, clean]
         zero = flatness(model, data, names, radius=0.0, eps=0.05, batch_size=5, samples=3)
         assert [zero[n].value for n in names] == [0.0, 0.0, 0.0]
-    robust, clean = (
-        flatness(model, data, [n], eps=0.0)[n].value for n in ("ascent_robust", "ascent_clean")
-    )
-    assert robust == clean
 
 
 def test_worst_is_at_least_ascent_and_nothing_is_negative():
