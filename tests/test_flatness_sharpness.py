@@ -11,7 +11,7 @@ from flatness_models import Binary, examples, flat_gradient, full_hessian, mlp
 
 import robustflat as rf
 from robustflat.flatness import MEASURES, Options, cost, flatness
-from robustflat.flatness.closure import Closure
+from robustflat.flatness.closure import Closure, attack_cost
 from robustflat.flatness.examples import read_examples
 from robustflat.flatness.subject import Subject
 
@@ -342,6 +342,21 @@ def test_the_passes_stated_beforehand_are_those_made(name, restarts):
     (passes,) = stated.measures.values()
     assert spent == pytest.approx(passes.to_dict())
     assert passes.units == pytest.approx(stated.total.units)
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss": "kl", "start": "normal"}, {"keep": "best"}, {"eps": 0.0}]
+)
+def test_an_attack_costs_as_many_passes_as_the_model_makes(settings, restarts):
+    attack, model, passes = rf.pgd(steps=4, restarts=restarts, **settings), mlp(), []
+    model.register_forward_hook(lambda *given: passes.append(torch.is_grad_enabled()))
+    x, y, _ = read_examples(examples(6, (6,), 4))
+    closure = Closure(model=model, x=x, y=y, batch_size=6, count=lambda *told: None, attack=attack)
+    closure.attacked()
+    assert attack_cost(attack) == {
+        "input_gradient": sum(passes), "forward": len(passes) - sum(passes),
+    }  # fmt: skip
 
 
 def test_shared_work_is_stated_once():
