@@ -119,6 +119,7 @@ def test_saved_images_do_not_depend_on_where_an_evaluation_was_interrupted(tmp_p
     fresh = evaluate(model, data, ["pgd-2", "pgd-3"], **common)
     again = evaluate(model, data, [], store=tmp_path / "u", **common)
     assert torch.equal(fresh.outcomes, again.outcomes), "nothing is counted twice"
+    assert again.attacks["pgd-2"].broken == fresh.attacks["pgd-2"].broken
     assert again.attacks["pgd-2"].outside == 0
 
 

@@ -227,6 +227,48 @@ def test_m_sharpness_is_the_mean_over_chunks_weighted_by_their_examples():
     assert separately > together  # a maximum for each chunk is the larger
 
 
+def test_where_every_step_overshoots_into_lower_loss_the_centre_is_the_worst():
+    class Hill(torch.nn.Module):
+        """log(1 + exp(-w^2)), highest at w = 0."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([[1e-3]], dtype=torch.float64))
+
+        def forward(self, x):
+            z = self.weight.square().expand(len(x), 1)
+            return torch.cat([z, torch.zeros_like(z)], 1)
+
+    figure = only(flatness(Hill(), ONE, ["worst_clean"], ball="global", radius=0.1))
+    # The first restart begins by the gradient at the centre, the second elsewhere.
+    assert figure.details["restarts"][1] < 0
+    assert figure.value == figure.details["restarts"][0] == 0
+
+
+def test_the_errors_of_examples_and_of_chunks_are_those_of_their_means():
+    model, data = mlp(), examples(11, (6,), 4)
+    x, y, _ = read_examples(data)
+    gradient = flat_gradient(model, x, y)
+    before = F.cross_entropy(model(x), y, reduction="none").detach()
+    step = 0.05 * gradient / gradient.norm()
+    figure = only(flatness(model, data, ["ascent_clean"], ball="global", radius=0.05,
+                           parameters="all"))  # fmt: skip
+    with torch.no_grad():
+        start = 0
+        for p in model.parameters():
+            p.add_(step[start : start + p.numel()].view_as(p))
+            start += p.numel()
+        difference = F.cross_entropy(model(x), y, reduction="none") - before
+    assert figure.value == pytest.approx(float(difference.mean()))
+    error = float(difference.std()) / math.sqrt(11)
+    assert figure.details["example_standard_error"] == pytest.approx(error)
+    # Chunks share neither images nor directions: their errors add in quadrature.
+    chunks = only(flatness(model, data, ["average_clean"], m=6, samples=4))
+    errors = [np.std(part, ddof=1) / 2 for part in chunks.details["samples"]]
+    shared = math.hypot(6 / 11 * errors[0], 5 / 11 * errors[1])
+    assert chunks.standard_error == pytest.approx(shared)
+
+
 def test_normalised_logits_do_not_see_the_scale_of_the_last_layer():
     model, data = mlp(), examples(15, (6,), 4)
 
