@@ -97,6 +97,10 @@ def test_figures_show_the_files_numbers_and_are_saved(tmp_path: Path) -> None:
     ]  # fmt: skip
     styles = [(at.get_linestyle(), at.get_marker()) for at in legend.get_lines()]
     assert styles == [("-", "None"), ("-", "None"), ("--", "None"), ("None", "o")]
+    legend = run.figure("gaps").picture().axes[0].get_legend()
+    hollow = [at.get_markerfacecolor() == "none" for at in legend.get_lines()]
+    assert [t.get_text() for t in legend.get_texts()] == ["train", "validation", "test"]
+    assert hollow == [False, True, False]
     gap = lines(picture, "Gap of the robust accuracy (train − validation)")
     assert list(gap["a"].get_ydata()) == pytest.approx([30 - 58, 60 - 56, 90 - 54])
     assert "<svg" in drawing._repr_html_()
