@@ -297,6 +297,8 @@ def test_evaluate_writes_what_it_says(run: Any, fresh: RunFolder) -> None:
     ran = run("evaluate", fresh.root, "--checkpoint", "both", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "pgd-5" in ran.out
+    assert "run: robust-generalization gap, pgd-20" in ran.out
+    assert "best - last" in ran.out
     content = json.loads(fresh.evaluation.read_text())
     assert list(content) == ["format", "subject", "measurements"]
     assert content["subject"] == "run"

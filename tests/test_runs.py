@@ -400,6 +400,23 @@ def test_limits_are_said_of_what_shares_no_column_and_only_of_that(tmp_path: Pat
     ]
 
 
+def test_sentences_call_measures_as_people_do(tmp_path: Path) -> None:
+    one = made(tmp_path / "one", flat(value=0.25))
+    two = made(tmp_path / "two", flat(value=0.125, radius=0.2))
+    (said,) = limits([one, two])
+    assert said == (
+        "Not of the same radius (one: radius 0.1; two: radius 0.2), so not to be compared: worst "
+        "robust."
+    )
+
+
+def test_figures_of_attacks_come_first_whenever_they_were_measured(tmp_path: Path) -> None:
+    folder = made(tmp_path / "one", overfitted(), gauged(), attacked(), flat())
+    wanted = ["clean", "pgd-20", "AutoAttack", "worst case", "robust gap", "loss gap",
+              "best - last", "worst_robust", "none"]  # fmt: skip
+    assert columns(compare([folder])) == wanted
+
+
 def test_images_of_one_number_are_told_apart_by_a_mark(tmp_path: Path) -> None:
     one, two = attacked(), attacked()
     two["result"]["settings"] = {"labels": "ffffff0000"}

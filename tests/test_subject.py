@@ -376,9 +376,13 @@ def test_shards_of_every_kind_are_joined_and_its_gap_is_measured(
                    *(("--attack", attack) if code else ()))  # fmt: skip
         assert said[0] == code, said
         assert not code or "attacked with pgd-2, not with pgd-3" in said[1]
+        assert "forward-pass equivalents" not in said[1], "what is joined is not attacked again"
         if code:  # what was measured of the whole is not lost by joining
             whole = run(kind, *base[2:], "--attack", "fgsm", "--no-gap", "--output", tmp_path / "s")
             assert whole[0] == 0
+    # Without an attack whatever the shards have is joined, not what would be attacked with.
+    said = run(kind, *base[2:], "--no-gap", "--output", tmp_path / "s", "--merge")
+    assert said[0] == 0, said
     assert run(kind, *base, "--gap-samples", 10, "--output", tmp_path / "w.json")[0] == 0
     found = read(tmp_path / "w.json", "evaluate")
     gaps = ["gap", "gap", "overfitting"] if kind == "run" else ["gap"]
@@ -926,6 +930,30 @@ def test_a_factory_is_called_twice_only(run: Any, place: Path, tmp_path: Path) -
     given = ("counting:counted", "--model-option", "file=net.pt", "--normalise", "data", *SAID)
     assert run(*given, "--attack", "pgd-2", "--samples", 20, "--output", tmp_path / "home")[0] == 0
     assert len(sys.modules["counting"].calls) == 2
+    said = Elsewhere(data="digits", normalise="data", model_option={"file": "net.pt"})
+    subject = open_subject("counting:counted", device="cpu", elsewhere=said)
+    assert subject.network() is subject.network(), "many evaluations of one subject"
+    assert len(sys.modules["counting"].calls) == 4
+    assert open_subject("a").restore("last", "raw") is not open_subject("a").restore("last", "raw")
+    subject = open_subject("a", device="cpu")
+    assert subject.network("last", "raw") is subject.network("last", "raw")
+    assert subject.network("last", "raw") is not subject.network("best", "raw")
+
+
+def test_a_damaged_record_is_told_of_before_anything_is_paid(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text("{")
+    code, said = run("weights", "--attack", "pgd-2", "--output", tmp_path)
+    assert code == 2
+    assert "forward-pass equivalents" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_evaluations_with_two_seeds_stand_beside_each_other(run: Any, tmp_path: Path) -> None:
+    for seed in (0, 1, 0):
+        said = run("weights", "--attack", "pgd-1", "--samples", 20, "--seed", seed,
+                   "--output", tmp_path)  # fmt: skip
+        assert said[0] == 0, said
+    assert sorted(one["seed"] for one in attacked_in(tmp_path)) == [0, 1]
 
 
 def test_all_images_asked_for_by_number_are_the_whole(run: Any, tmp_path: Path) -> None:

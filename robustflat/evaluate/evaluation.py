@@ -57,9 +57,9 @@ class Work:
             attacks' names with "@bf16". Such a search may find less: evaluate in fp32 before
             reporting.
         sanity: Examples on which the sanity checks are made; 0 leaves them out.
-        compile: Search with the model compiled by torch.compile, on a CPU in half to three quarters
-            of the time; the eager model judges. Where it cannot be compiled, the log says so, and
-            the search is the eager one.
+        compile: Search with the model compiled by torch.compile, once for batches of any size; the
+            eager model judges. It pays for large networks and many images (docs/results.md). Where
+            it cannot be compiled, the log says so, and the search is the eager one.
         save_adversarial: A new file ending in .npz for the adversarial examples (`Adversarial`).
             Attacks whose images a store has not kept are run again. All images are in memory once.
         team: The processes that share the batches, all of which call `evaluate` alike and get the
