@@ -11,7 +11,7 @@ from torch import nn
 
 from robustflat import models
 from robustflat.config.values import read_number
-from robustflat.data import PACKAGED, Data
+from robustflat.data import PACKAGED, Data, load
 from robustflat.errors import UserError
 from robustflat.models.loading import Statistics, recognised
 
@@ -29,6 +29,7 @@ class Elsewhere:
         normalise: "none", "data" or "MEAN/STD" with one number a channel, separated by commas;
             see `robustflat.models.load_model`.
         trust: Whether a program may be loaded, which can run any code.
+        download: Whether a missing data set is fetched, where torchvision can.
     """
 
     model: str | None = None
@@ -38,6 +39,7 @@ class Elsewhere:
     image_size: int | None = None
     normalise: str | None = None
     trust: bool = False
+    download: bool = False
 
     def told(self) -> dict[str, Any]:
         """What was said that a figure depends on, for its record."""
@@ -60,12 +62,32 @@ class Elsewhere:
                 f"To measure the model {target}, say also --data: a model alone names no images. "
                 "For example: --data cifar10 --norm linf --eps 8/255."
             )
-        if self.root is not None and self.data in PACKAGED:
-            raise UserError(
-                f"The data set {self.data} comes with a package, not from a folder: leave --root "
-                "out."
-            )
+        self.checked_data()
         return spec, weights
+
+    def checked_data(self) -> None:
+        """Refuse what does not concern the data set.
+
+        Raises:
+            UserError: If it comes with a package, and a folder or a download was named.
+        """
+        for option, said in (("root", self.root), ("download", self.download)):
+            if said and self.data in PACKAGED:
+                raise UserError(
+                    f"The data set {self.data} comes with a package, not from a folder: leave "
+                    f"--{option} out."
+                )
+
+    def images(self) -> Data:
+        """The data set; of image files nothing is decoded before it is needed.
+
+        Raises:
+            UserError: If it is not there, or damaged.
+        """
+        return load(
+            str(self.data), root=self.root or Path("data"), download=self.download, cache=False,
+            image_size=self.image_size,
+        )  # fmt: skip
 
     def load(self, target: str, data: Data) -> nn.Module:
         """The model, with as many classes as `data` has.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import robustflat.data as datasets
 from robustflat import models
 from robustflat.config import RunConfig
 from robustflat.config.schema import EvaluateConfig, FlatnessConfig
-from robustflat.data import Data, Images
+from robustflat.data import Data, FileImages, Images
 from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
 from robustflat.evaluate.record import fingerprint_of
@@ -182,6 +182,8 @@ def open_subject(
     output: Path | None = None,
     elsewhere: Elsewhere | None = None,
     local_rank: int = 0,
+    batch_size: int | None = None,
+    workers: int | None = None,
 ) -> Subject:
     """The subject that a name or a path stands for.
 
@@ -197,6 +199,10 @@ def open_subject(
             evaluations/NAME, if None.
         elsewhere: What has to be said of a model.
         local_rank: Which GPU "auto" is, where several processes share a machine.
+        batch_size: Images at a time; that of the run, or 200, if None. Attacks have other random
+            starts with another one.
+        workers: Threads that decode image files; as many as there are processors, at most 8, if
+            None.
 
     Returns:
         The subject; nothing but the configuration of a run has been read.
@@ -212,9 +218,31 @@ def open_subject(
     threat = None if norm is None or eps is None else Threat.of(norm, eps)
     elsewhere = Elsewhere() if elsewhere is None else elsewhere
     place = resolve_device(device, local_rank)
+    for option, number in (("batch-size", batch_size), ("workers", workers)):
+        if number is not None and number < 1:
+            raise UserError(f"--{option} must be at least 1, got {number}.")
     if Path(target).is_dir():
-        return _of_run(RunFolder(target), threat, place, output, elsewhere)
-    return _of_model(str(target), threat, place, output, elsewhere)
+        subject = _of_run(RunFolder(target), threat, place, output, elsewhere)
+    else:
+        subject = _of_model(str(target), threat, place, output, elsewhere)
+    if batch_size is not None:
+        evaluation = subject.evaluation.model_copy(update={"batch_size": batch_size})
+        subject = replace(subject, evaluation=evaluation)
+    if workers is not None:
+        images = cache(lambda read=subject.images: _threaded(read(), workers))
+        subject = replace(subject, images=images)
+    return subject
+
+
+def _threaded(data: Data, threads: int) -> Data:
+    """The data, with image files decoded by so many threads."""
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    found: dict[str, Any] = {
+        k: v.threaded(threads) for k, v in splits.items() if isinstance(v, FileImages)
+    }
+    if not found:
+        raise UserError("--workers decode image files, and these data are in memory: leave it out.")
+    return replace(data, **found)
 
 
 def _of_run(
@@ -225,35 +253,57 @@ def _of_run(
     elsewhere: Elsewhere,
 ) -> Subject:
     config = folder.read_config()
+    other = ("data", "root", "image_size", "download") if elsewhere.data else ("download",)
     said = [f.name for f in fields(Elsewhere) if getattr(elsewhere, f.name)]
+    said = [name for name in said if name not in other]
     if said:
         raise UserError(
             f"{folder.root} is a run, which knows its model and images itself: leave "
-            f"{', '.join('--' + name.replace('_', '-') for name in said)} out."
+            f"{', '.join('--' + name.replace('_', '-') for name in said)} out (other images are "
+            "named by --data)."
         )
     use_threads(config)
     files = {"best": folder.best, "last": folder.last}
     # In the images' own place on the disk: only those that are measured are decoded.
-    lazily = config.data.model_copy(update={"cache": False})
-    images = cache(lambda: load_data(config.model_copy(update={"data": lazily})))
+    changes = {"cache": False} | ({"download": True} if elsewhere.download else {})
+    lazily = config.data.model_copy(update=changes)
+    own = cache(lambda: load_data(config.model_copy(update={"data": lazily})))
+    evaluation = config.evaluate
+    images = own
+    if elsewhere.data is not None:
+        elsewhere.checked_data()
+        images = cache(lambda: _alike(elsewhere.images(), own(), elsewhere, folder))
+        evaluation = evaluation.model_copy(update={"gap_samples": 0})
     return Subject(
         name=folder.name,
         home=folder if output is None else _home(output),
         device=device,
         threat=_trained_threat(config) if threat is None else threat,
         checkpoints=tuple(name for name, path in files.items() if path.is_file()),
-        evaluation=config.evaluate,
+        evaluation=evaluation,
         flatness=config.flatness,
         seed=config.seed,
-        data=config.data.name,
-        said={},
+        data=elsewhere.data or config.data.name,
+        said=elsewhere.told() | ({"data": elsewhere.data} if elsewhere.data else {}),
         images=images,
         restore=cache(
             lambda checkpoint, weights: _restored(
-                files[checkpoint], config, images(), device, checkpoint, weights
+                files[checkpoint], config, own(), device, checkpoint, weights
             )
         ),
     )
+
+
+def _alike(data: Data, own: Data, elsewhere: Elsewhere, folder: RunFolder) -> Data:
+    """Other data than the run's, if its network can classify them."""
+    kinds = [(len(one.classes), one.shape) for one in (data, own)]
+    if kinds[0] != kinds[1]:
+        (count, shape), (classes, size) = kinds
+        raise UserError(
+            f"--data {elsewhere.data} has {count} classes of images {list(shape)}, and the run "
+            f"{folder.root} was trained on {classes} classes of images {list(size)}."
+        )
+    return data
 
 
 def _trained_threat(config: RunConfig) -> Threat | None:
@@ -312,10 +362,7 @@ def _of_model(
     elsewhere: Elsewhere,
 ) -> Subject:
     elsewhere.checked(target)
-    name, root = str(elsewhere.data), elsewhere.root or Path("data")
-    images = cache(
-        lambda: datasets.load(name, root=root, cache=False, image_size=elsewhere.image_size)
-    )
+    images = cache(elsewhere.images)
     slug = re.sub(r"[^\w.-]+", "-", target).strip("-.")
     return Subject(
         name=target,
@@ -326,7 +373,7 @@ def _of_model(
         evaluation=EvaluateConfig(attacks=("autoattack",)),
         flatness=FlatnessConfig(),
         seed=0,
-        data=name,
+        data=str(elsewhere.data),
         said=elsewhere.told(),
         images=images,
         restore=cache(

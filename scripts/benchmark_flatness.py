@@ -1,4 +1,6 @@
-"""Compare flatness figures and their cost with other packages, in one run on one thread.
+"""Compare traces and sharpness, and their cost, with other packages, in one run on one thread.
+
+Eigenvalues are compared by benchmark_curvature.py.
 
 Each line is a figure by robustflat and by a peer, on the same float64 model and images, with the
 exact value of the full Hessian, and the ratio of the peer's time to ours. Peers that are not
@@ -42,7 +44,6 @@ def main() -> None:
     exact = _hessian(model, x, y)
     values = torch.linalg.eigvalsh(exact)
     print(f"{len(exact)} weights, {EXAMPLES} examples in batches of {BATCH}, one thread, float64")
-    _lines("hessian_max", float(values[-1]), model, x, y, _eigenvalue_peers(model, batches))
     _lines("hessian_trace", float(values.sum()), model, x, y, _trace_peers(model, batches))
     sharp: dict[str, Callable[[], float]] = {"plain loop": lambda: _worst(model, batches)}
     _lines("worst_clean", None, model, x, y, sharp)
@@ -56,7 +57,7 @@ def _lines(
     y: Tensor,
     peers: dict[str, Callable[[], float]],
 ) -> None:
-    options: dict[str, Any] = {"batch_size": BATCH, "tolerance": 1e-4, "probes": PROBES}
+    options: dict[str, Any] = {"batch_size": BATCH, "probes": PROBES}
     if measure == "worst_clean":
         options |= {"ball": "global", "radius": RADIUS, "parameters": "all"}
         options |= {"steps": STEPS, "restarts": 1}
@@ -88,37 +89,6 @@ def _timed(call: Callable[[], float]) -> tuple[float, float]:
 
 def _error(value: float, exact: float | None) -> str:
     return "" if exact is None else f"(off by {abs(value / exact - 1):.1e})"
-
-
-def _eigenvalue_peers(
-    model: nn.Module, batches: list[tuple[Tensor, Tensor]]
-) -> dict[str, Callable[[], float]]:
-    peers: dict[str, Callable[[], float]] = {}
-    with contextlib.suppress(ImportError):
-        from curvlinops import HessianLinearOperator
-        from scipy.sparse.linalg import eigsh
-
-        def by_curvlinops() -> float:
-            weights = list(model.parameters())
-            operator = HessianLinearOperator(model, nn.CrossEntropyLoss(), weights, batches)
-            return float(eigsh(operator.to_scipy(), k=1, which="LA", tol=1e-4)[0][0])
-
-        peers["curvlinops + eigsh"] = by_curvlinops
-    with contextlib.suppress(ImportError):
-        import pyhessian  # type: ignore[import-not-found,unused-ignore]
-
-        peers["pyhessian"] = lambda: float(
-            pyhessian.hessian(model, nn.CrossEntropyLoss(), dataloader=batches, cuda=False)
-            .eigenvalues(top_n=1)[0][0]
-        )  # fmt: skip
-    with contextlib.suppress(ImportError):
-        import hessian_eigenthings as things  # type: ignore[import-not-found,unused-ignore]
-
-        peers["hessian-eigenthings"] = lambda: float(
-            things.lanczos(_things_operator(model, batches), k=1, max_iter=40, seed=0)
-            .eigenvalues[0]
-        )  # fmt: skip
-    return peers
 
 
 def _trace_peers(

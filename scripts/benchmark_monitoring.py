@@ -12,7 +12,8 @@ person waits. At `monitor.step_every: 10`, the default, nine of ten steps are no
 cost is a tenth.
 
 Then what is done between epochs, in training steps and as the share of a run: measuring accuracy
-and loss on fixed images (`monitor.every`), and the pictures (`monitor.pictures_every`).
+and loss on fixed images (`monitor.every`), the pictures (`monitor.pictures_every`) and, where it is
+asked for, the look at the edge of stability (`monitor.edge`, 256 images, once an epoch).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> None:
         "every 10th",
         "measuring",
         "pictures",
+        "edge",
     ):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for case in args.case or _IMAGES:
@@ -87,6 +89,11 @@ def _row(case: str, args: argparse.Namespace, place: Path) -> list[str]:
     step = statistics.median(wall[False]) / _TURN
     measuring = _seconds(lambda: run._monitor(run.model))
     pictures = _seconds(lambda: _pictured(run))
+    # Of weights that have moved since the look before, or that would find its own answer there.
+    edge = _seconds(
+        lambda: run._monitor.at_edge(run.model, run._step.optimizer, run._weights),
+        run._train_epoch,
+    )
     epoch = _IMAGES[case] / config.train.batch_size
     for listener in run.teller.listeners:
         listener.on_end()
@@ -101,6 +108,7 @@ def _row(case: str, args: argparse.Namespace, place: Path) -> list[str]:
             for seconds, steps in (
                 (measuring, epoch * config.monitor.every),
                 (pictures, 5000),
+                (edge, epoch),
             )
         ),
     ]
@@ -123,7 +131,8 @@ def _begun(case: str, args: argparse.Namespace, place: Path, *, watched: bool) -
         found["model"] = {"name": "preact_resnet18", "options": {"width": args.width}}
         found["monitor"] = {}
     found["train"]["batch_size"] = batch
-    found["monitor"]["step_every"] = int(watched)
+    # Never in a training of a turn a time.
+    found["monitor"] |= {"step_every": int(watched), "edge": {"every": 10**6}}
     config = check_config(found)
     use_threads(config)
     folder = RunFolder(place / ("watched" if watched else "not"))
@@ -166,10 +175,11 @@ def _pictured(run: Trainer) -> None:
         listener.on_pictures({"steps": 0}, pictures)
 
 
-def _seconds(look: Any) -> float:
+def _seconds(look: Any, before: Any = lambda: None) -> float:
     """The median of three, after one of warm-up."""
     taken = []
     for _ in range(4):
+        before()
         began = time.perf_counter()
         look()
         taken.append(time.perf_counter() - began)

@@ -42,6 +42,11 @@ BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
 COLOURS = {"none": GREY, "awp": BLUE, "sam": ORANGE, "amp": GREEN}
 # What is asked of the ledger: targets, and what a measure that ranks them well would say.
 RANKED = ("gap_robust_loss", "gap_robust_accuracy", "test_robust_accuracy")
+# Measures whose order is also asked for within groups of runs.
+GROUPED = (
+    "worst_robust", "average_robust", "hessian_max_robust", "hessian_trace_robust",
+    "relative_flatness_robust", "worst_clean", "hessian_max", "logit_margin", "frobenius_sum",
+)  # fmt: skip
 
 
 def study_of(name: str, output: str | None = None) -> StudyConfig:
@@ -274,14 +279,7 @@ def rankings(runs: Sequence[RunResult], config: StudyConfig, target: str) -> dic
     """Every measure's ranking of a target, p-values corrected for the number of measures."""
     found: dict[str, Ranked] = {}
     for name in config.measures:
-        both = [(r, r.measure(name), r.target(target)) for r in runs]
-        known = [(r, x, y) for r, x, y in both if x is not None and y is not None]
-        data = Runs(
-            [x for _, x, _ in known],
-            [TARGETS[target].worse * y for _, _, y in known],
-            [r.factors for r, _, _ in known],
-            config.nesting(),
-        )
+        data = both_numbers(runs, config, name, target)
         axes, within = granulated(data)
         found[name] = Ranked(tau(data), within, axes)
     corrected = holm([ranked.whole.p_value for ranked in found.values()])
@@ -289,6 +287,18 @@ def rankings(runs: Sequence[RunResult], config: StudyConfig, target: str) -> dic
         name: Ranked(ranked.whole, ranked.within, ranked.axes, p)
         for (name, ranked), p in zip(found.items(), corrected, strict=True)
     }
+
+
+def both_numbers(runs: Sequence[RunResult], config: StudyConfig, measure: str, target: str) -> Runs:
+    """The runs that have a measure and a target, as the statistics take them."""
+    both = [(run, run.measure(measure), run.target(target)) for run in runs]
+    known = [(run, x, y) for run, x, y in both if x is not None and y is not None]
+    return Runs(
+        [x for _, x, _ in known],
+        [TARGETS[target].worse * y for _, _, y in known],
+        [run.factors for run, _, _ in known],
+        config.nesting(),
+    )
 
 
 def ranked_runs(runs: Sequence[RunResult]) -> list[RunResult]:
@@ -352,6 +362,21 @@ def ranking_table(ranked: dict[str, Ranked]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def group_table(runs: Sequence[RunResult], config: StudyConfig, target: str) -> str:
+    """A Markdown table of tau within each objective, and within the runs of a common loss."""
+    groups = {
+        f"{objective}": [r for r in runs if r.factors["objective"] == objective]
+        for objective in dict.fromkeys(r.factors["objective"] for r in runs)
+    }
+    groups["common loss"] = [r for r in runs if r.factors["common_loss"] is not None]
+    heads = [f"{name} ({len(group)})" for name, group in groups.items()]
+    lines = [f"| measure | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for measure in GROUPED:
+        cells = [_interval(tau(both_numbers(g, config, measure, target))) for g in groups.values()]
+        lines.append(f"| {measure} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _interval(e: Estimate) -> str:
     if e.value is None:
         return ""
@@ -396,6 +421,7 @@ def figures() -> None:
         for target in RANKED:
             title = TARGETS[target].title
             text.append(f"\n### {title}\n\n{ranking_table(by_target[target])}")
+            text.append(f"\nWithin groups of runs:\n\n{group_table(usable, config, target)}")
     write_whole(RESULTS / "tables.md", "".join(text))
 
 

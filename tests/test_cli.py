@@ -12,11 +12,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from train_support import SMALL_CNN, contents, python, rows, saved, trained, values, write
+from train_support import (
+    SMALL_CNN,
+    contents,
+    evaluate_subject,
+    python,
+    rows,
+    saved,
+    trained,
+    values,
+    write,
+)
 
 import robustflat as rf
 from robustflat.cli import main
-from robustflat.runs.evaluation import Wanted, evaluate_subject
+from robustflat.runs.evaluation import Wanted
 from robustflat.runs.records import evaluation_of
 from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
@@ -287,6 +297,8 @@ def test_evaluate_writes_what_it_says(run: Any, fresh: RunFolder) -> None:
     ran = run("evaluate", fresh.root, "--checkpoint", "both", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "pgd-5" in ran.out
+    assert "run: robust-generalization gap, pgd-20" in ran.out
+    assert "best - last" in ran.out
     content = json.loads(fresh.evaluation.read_text())
     assert list(content) == ["format", "subject", "measurements"]
     assert content["subject"] == "run"

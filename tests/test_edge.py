@@ -94,11 +94,15 @@ def test_eigenvalue_and_alignment_are_those_of_the_full_hessian(attacked):
     assert (found["edge/2_over_lr"], found["edge/optimizer"]) == pytest.approx((20, 30))
     expected = sam_edge(30, 0.2, float(gradient.norm()))
     assert found["edge/sam"] == pytest.approx(expected, rel=1e-5)
+    assert found["edge/reached"] == pytest.approx(float(values[-1]) / expected, rel=1e-3)
+    plain = Edge(data, 12, attack, 5, 0, 60)(model, optimizer, rf.no_perturbation())
+    assert plain["edge/reached"] == pytest.approx(float(values[-1]) / 30, rel=1e-3)
     # Looked at again, the old eigenvector is where it starts.
     again = look(model, torch.optim.Adam(model.parameters(), lr=0.1), rf.sam(0.2))
     assert again["edge/products"] < found["edge/products"]
     assert again["edge/lambda_1"] == pytest.approx(float(values[-1]), rel=1e-3)
-    assert {"edge/optimizer", "edge/sam"}.isdisjoint(again), "these are of SGD alone"
+    ours = {"edge/optimizer", "edge/sam", "edge/reached"}
+    assert ours.isdisjoint(again), "these are of SGD alone"
     assert Edge(data, 12, attack, 5, 0, 2)(model, optimizer, rf.sam(0.2))["edge/converged"] == 0
     optimizer.param_groups[0]["lr"] = 0.0  # as warm-up begins
     assert "edge/2_over_lr" not in look(model, optimizer, rf.sam(0.2))
@@ -162,3 +166,4 @@ def test_the_training_is_the_same_to_the_last_bit(tmp_path: Path, edge, looked):
         assert values["edge/2_over_lr"] == pytest.approx(2 / values["lr"])
         assert {"edge/sam", "edge/alignment", "edge/seconds"} <= set(values)
     assert of_step({"edge/sam": 3.0}) == {("", "6-flatness/edge_sam"): 3.0}
+    assert of_step({"edge/seconds": 3.0}) == {("", "8-machine/edge_seconds"): 3.0}

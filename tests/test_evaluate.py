@@ -759,3 +759,29 @@ def test_a_radius_is_written_in_levels_only_where_people_do():
 
     written = {8 / 255: "8/255", 1 / 255: "1/255", 0.2: "0.2", 0.5: "0.5", 0.0: "0", 0.03: "0.03"}
     assert {eps: radius(eps) for eps in written} == written
+
+
+def test_tensors_of_other_shapes_types_or_names_have_another_digest():
+    from robustflat.evaluate.record import digest_of, fingerprint_of_state
+
+    x = torch.arange(6.0)
+    others = [x[:5], x.view(2, 3), x.view(torch.int32), x.flip(0)]
+    assert len({digest_of([one]) for one in [x, *others]}) == 5
+    assert digest_of([x, x]) != digest_of([x])
+    assert digest_of([x.view(2, 3).t()]) == digest_of([x.view(2, 3).t().contiguous()])
+    one, two = {"a": x, "b": x[:5]}, {"b": x, "a": x[:5]}
+    assert fingerprint_of_state(one) != fingerprint_of_state(two)
+    assert fingerprint_of_state({"b": x[:5], "a": x, "n": 3}) == fingerprint_of_state(one)
+
+
+def test_outcomes_of_fewer_examples_are_damaged(tmp_path):
+    model, data = linear(3, (1, 3, 3)), (IMAGES, LABELS)
+    evaluate(model, data, ["fgsm"], sanity=0, store=tmp_path)
+    path = tmp_path / "outcomes.json"
+    content = json.loads(path.read_text())
+    content["attacks"] = []
+    for name in ("right", "positions", "labels", "predictions"):
+        content[name] = content[name][:-1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has 5 outcomes for 6 examples"):
+        evaluate(model, data, ["fgsm"], sanity=0, store=tmp_path)

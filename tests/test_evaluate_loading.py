@@ -93,6 +93,9 @@ def test_programs_are_evaluated_like_the_model_they_were_made_of(kind, tmp_path)
         _quiet(program.save, str(path))
     with pytest.raises(UserError, match="trust=True"):
         load_model(str(path))
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(UserError, match="is a file; to load the weights"):
+        load_model(str(path), tmp_path / "w.pt", trust=True, normalise="none")
     program = load_model(str(path), trust=True, normalise="none")
     torch.testing.assert_close(program(x), model(x))
     attacks = ["pgd-3", "torchattacks:FGSM"]

@@ -115,7 +115,9 @@ def test_runs_that_differ_are_seen() -> None:
     assert evidence._apart(run(0.1, 0, 0.0), run(0.1, 0, 1e-6)) == pytest.approx(1e-3)
 
 
-def test_a_measure_that_orders_as_the_target_does_has_tau_one() -> None:
+def test_a_measure_that_orders_as_the_target_does_has_tau_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     runs = [run(level, 0, level / 10, measure=level) for level in (1, 2, 3, 4, 5, 6)]
     config = read_study(ROOT / "configs/study/strength.yaml").model_copy(
         update={"measures": ("worst_robust",), "nested": {}}
@@ -126,6 +128,18 @@ def test_a_measure_that_orders_as_the_target_does_has_tau_one() -> None:
     accuracy = evidence.rankings(runs, config, "test_robust_accuracy")
     assert accuracy["worst_robust"].whole.value == pytest.approx(-1), "more of it is better"
     assert "| worst_robust | +1.00 [" in evidence.ranking_table(gap)
+    sides = [
+        replace(r, factors={**r.factors, "objective": side, "common_loss": loss})
+        for side, loss, sign in (("trades", None, 1), ("mart", 1.3, -1))
+        for r in (run(n, 0, sign * n / 10, measure=n) for n in range(1, 7))
+    ]
+    monkeypatch.setattr(evidence, "GROUPED", ("worst_robust",))
+    head, _, row = evidence.group_table(sides, config, "gap_robust_loss").splitlines()
+    assert head == "| measure | trades (6) | mart (6) | common loss (6) |"
+    trades, mart, common = row.split(" | ")[1:]
+    assert trades.startswith("+1.00")
+    assert mart.startswith("-1.00")
+    assert common.startswith(mart)
     above = replace(runs[0], measured={**runs[0].measured, "reached_loss": False})
     assert evidence.ranked_runs([above, *runs[1:]]) == runs[1:]
 

@@ -101,12 +101,16 @@ def test_what_cannot_share_a_graph_has_its_own() -> None:
         with attack_mode(model, mode):  # type: ignore[arg-type]
             gradient(ours, shown, y[: len(shown)])
         counted.append(len(recorder.samples))
-    assert counted == [1, 2, 3, 4, 4]
+    for module in model.modules():  # as in mode "batch", but the running statistics move
+        module.train(isinstance(module, nn.BatchNorm2d))
+    gradient(ours, x, y)
+    counted.append(len(recorder.samples))
+    assert counted == [1, 2, 3, 4, 4, 5]
     model.float()
     for dtype in (None, torch.bfloat16, torch.float16, None):
         gradient(Autocast(ours, dtype), x.float(), y)
         counted.append(len(recorder.samples))
-    assert counted[5:] == [5, 6, 7, 7]
+    assert counted[6:] == [6, 7, 8, 8]
 
 
 def test_weights_in_another_place_are_recorded_anew() -> None:

@@ -112,6 +112,8 @@ def test_eps_and_classes_are_given_to_who_names_them():
     [
         (lambda model, x, y, *, seed: x + 2 * EPS, "all"),
         (lambda model, x, y, *, seed: x - 1.5, "all"),
+        # What it does to its images is done to copies.
+        (lambda model, x, y, *, seed: x.add_(2 * EPS), "all"),
         (lambda model, x, y, *, seed: x * math.nan, "all"),
         (lambda model, x, y, *, seed: torch.cat([x[:1] * math.inf, x[1:]]), "first"),
     ],
@@ -240,7 +242,7 @@ def test_what_was_paid_for_is_kept_when_an_attack_fails_on_its_way(tmp_path):
 def test_every_generator_is_seeded_and_put_back():
     def attack(model, x, y, *, seed):
         noise = random.random() + np.random.rand()
-        return (x + EPS * (2 * torch.rand(x.shape) - 1) * noise / 2).clamp(0, 1)
+        return (x + 0.3 * (torch.rand(x.shape) - 0.5).sign() * noise / 2).clamp(0, 1)
 
     model, data = trained(), held_out(100)
 
@@ -251,6 +253,7 @@ def test_every_generator_is_seeded_and_put_back():
     first = outcomes(0)
     random.random(), np.random.rand(), torch.rand(3)
     assert torch.equal(first, outcomes(0))
+    assert not torch.equal(first, outcomes(1))
     random.setstate(before[0])
     np.random.seed(5)
     expected = np.random.get_state()[1].copy()

@@ -115,6 +115,8 @@ def test_it_is_drawn_and_shown_as_it_is() -> None:
     found = over_radii(trained(), held_out(20), RADII, ["fgsm"], work=WORK)
     drawn = chart({"a": found, "b": found})
     assert [series.name for series in drawn.series] == ["a", "b"]
+    assert drawn.series[0].low == [point.interval[0] for point in found.points]
+    assert drawn.series[0].high == [point.interval[1] for point in found.points]
     (picture,) = paper.draw([drawn]).axes
     line = picture.get_lines()[0]
     assert list(line.get_xdata()) == [point.eps for point in found.points]

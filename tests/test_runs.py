@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from train_support import SMALL_CNN, config, saved, trained
+from train_support import SMALL_CNN, config, evaluate_subject, saved, trained
 
 import robustflat as rf
 from robustflat.config import write_config
@@ -21,7 +21,7 @@ from robustflat.report.tables import Comparison
 from robustflat.runs import records
 from robustflat.runs.comparison import Cell, columns, compare, limits
 from robustflat.runs.description import describe, method_of
-from robustflat.runs.evaluation import Wanted, evaluate_subject
+from robustflat.runs.evaluation import Wanted
 from robustflat.runs.flatness import measure_subject
 from robustflat.subject import open_subject
 from robustflat.train.folder import RunFolder
@@ -398,6 +398,23 @@ def test_limits_are_said_of_what_shares_no_column_and_only_of_that(tmp_path: Pat
         f"Not of the same images ({images}), {beside}: {figures}.",
         f"Not of the same threat ({threats}), {beside}: pgd-20, AutoAttack, worst case.",
     ]
+
+
+def test_sentences_call_measures_as_people_do(tmp_path: Path) -> None:
+    one = made(tmp_path / "one", flat(value=0.25))
+    two = made(tmp_path / "two", flat(value=0.125, radius=0.2))
+    (said,) = limits([one, two])
+    assert said == (
+        "Not of the same radius (one: radius 0.1; two: radius 0.2), so not to be compared: worst "
+        "robust."
+    )
+
+
+def test_figures_of_attacks_come_first_whenever_they_were_measured(tmp_path: Path) -> None:
+    folder = made(tmp_path / "one", overfitted(), gauged(), attacked(), flat())
+    wanted = ["clean", "pgd-20", "AutoAttack", "worst case", "robust gap", "loss gap",
+              "best - last", "worst_robust", "none"]  # fmt: skip
+    assert columns(compare([folder])) == wanted
 
 
 def test_images_of_one_number_are_told_apart_by_a_mark(tmp_path: Path) -> None:

@@ -993,6 +993,12 @@ def test_rows_of_a_ledger_are_not_run_again(
     assert [dict(row, command="") for row in timeless(taken)] == [
         dict(row, command="") for row in before
     ]
+    # Another machine changes nothing of what is trained; another seed does.
+    asked.clear()
+    base = study_values()["base"]
+    base |= {"device": "auto", "data": {**base["data"], "root": "elsewhere"}}
+    run_study(study(tmp_path / "c", grid=grid, base=base), ledger=committed, yes=True)
+    assert asked == ["none-seed1", "awp-strength0.02-seed1"]
     # More than a row has is measured anew; what was made here is not replaced.
     asked.clear()
     more = study(tmp_path / "b", grid=grid, measures=["worst_clean", "path_norm"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -21,18 +22,19 @@ import typer
 from evaluate_support import shorten
 from PIL import Image
 from torch import nn
-from train_support import config, saved, trained
+from train_support import config, evaluate_subject, saved, trained
 
 import robustflat as rf
 from robustflat import models
 from robustflat.cli import app, main
+from robustflat.data import images as image_files
 from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
 from robustflat.evaluate import Team, doubts, fast
 from robustflat.files import update_json
 from robustflat.perturb.compiled import Compiled
 from robustflat.runs.comparison import compare
-from robustflat.runs.evaluation import Wanted, evaluate_subject
+from robustflat.runs.evaluation import Wanted
 from robustflat.runs.flatness import measure_subject
 from robustflat.runs.records import evaluation_of, read
 from robustflat.subject import open_subject
@@ -251,12 +253,25 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("normalise", ["net", "program", "factory"], ["--normalise", "much"], "--normalise must be"),
     ("image_size", ["run"], ["--image-size", 8], "leave --image-size out"),
     ("image_size", MODELS, ["--image-size", 8], "image_size is for image_folder"),
-    ("data", ["run"], ["--data", "digits"], "leave --data out"),
+    ("image_size", ["run"], ["--data", "digits", "--image-size", 8], "is for image_folder"),
+    ("data", ["run"], ["--data", "digits"],
+     lambda one: (one["data"], one["said"]) == ("digits", {"data": "digits"})),
+    ("data", ["run"], ["--data", "mnist5k"], "was trained on 10 classes of images [1, 8, 8]"),
+    ("data", ["run"], ["--data", "digit"], "Did you mean digits"),
     ("data", MODELS, ["--data", "digit"], "Did you mean digits"),
     ("data", MODELS, ["--data", "digits"], lambda one: one["data"] == "digits"),
     ("root", ["run"], ["--root", "data"], "leave --root out"),
     ("root", MODELS, ["--root", "data"], "leave --root out"),
     ("root", MODELS, ["--data", "mnist", "--root", "nowhere"], "is not in nowhere"),
+    ("root", ["run"], ["--data", "digits", "--root", "data"], "leave --root out"),
+    ("root", ["run"], ["--data", "mnist", "--root", "nowhere"], "is not in nowhere"),
+    ("download", ["run"], ["--download"], lambda one: one["data"] == "digits"),
+    ("download", ["run"], ["--data", "digits", "--download"], "leave --download out"),
+    ("download", MODELS, ["--download"], "leave --download out"),
+    ("batch_size", ALL, ["--batch-size", 7], lambda one: one["batch_size"] == 7),
+    ("batch_size", ALL, ["--batch-size", 0], "--batch-size must be at least 1"),
+    ("workers", ALL, ["--workers", 0], "--workers must be at least 1"),
+    ("workers", ALL, ["--workers", 2], "these data are in memory"),
     ("trust", ["run"], ["--trust"], "leave --trust out"),
     ("trust", ["program"], ["--no-trust"], "say so: trust=True, or --trust"),
     ("trust", ["program"], [], lambda one: one["result"]["count"] == 30),
@@ -361,9 +376,13 @@ def test_shards_of_every_kind_are_joined_and_its_gap_is_measured(
                    *(("--attack", attack) if code else ()))  # fmt: skip
         assert said[0] == code, said
         assert not code or "attacked with pgd-2, not with pgd-3" in said[1]
+        assert "forward-pass equivalents" not in said[1], "what is joined is not attacked again"
         if code:  # what was measured of the whole is not lost by joining
             whole = run(kind, *base[2:], "--attack", "fgsm", "--no-gap", "--output", tmp_path / "s")
             assert whole[0] == 0
+    # Without an attack whatever the shards have is joined, not what would be attacked with.
+    said = run(kind, *base[2:], "--no-gap", "--output", tmp_path / "s", "--merge")
+    assert said[0] == 0, said
     assert run(kind, *base, "--gap-samples", 10, "--output", tmp_path / "w.json")[0] == 0
     found = read(tmp_path / "w.json", "evaluate")
     gaps = ["gap", "gap", "overfitting"] if kind == "run" else ["gap"]
@@ -458,7 +477,7 @@ def test_a_home_that_is_a_file_and_a_configuration_are_told_as_such(
         ("whole.pt", Elsewhere(), "name it with --model"),
         ("whole.pt", Elsewhere(model="mlp"), "say also --data: a model alone"),
         ("program.ts", Elsewhere(model="mlp", data="digits"), "leave it out"),
-        ("a", Elsewhere(data="digits"), "leave --data out"),
+        ("a", Elsewhere(model="mlp"), "leave --model out"),
     ],
 )
 def test_what_is_missing_is_said(
@@ -911,6 +930,30 @@ def test_a_factory_is_called_twice_only(run: Any, place: Path, tmp_path: Path) -
     given = ("counting:counted", "--model-option", "file=net.pt", "--normalise", "data", *SAID)
     assert run(*given, "--attack", "pgd-2", "--samples", 20, "--output", tmp_path / "home")[0] == 0
     assert len(sys.modules["counting"].calls) == 2
+    said = Elsewhere(data="digits", normalise="data", model_option={"file": "net.pt"})
+    subject = open_subject("counting:counted", device="cpu", elsewhere=said)
+    assert subject.network() is subject.network(), "many evaluations of one subject"
+    assert len(sys.modules["counting"].calls) == 4
+    assert open_subject("a").restore("last", "raw") is not open_subject("a").restore("last", "raw")
+    subject = open_subject("a", device="cpu")
+    assert subject.network("last", "raw") is subject.network("last", "raw")
+    assert subject.network("last", "raw") is not subject.network("best", "raw")
+
+
+def test_a_damaged_record_is_told_of_before_anything_is_paid(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text("{")
+    code, said = run("weights", "--attack", "pgd-2", "--output", tmp_path)
+    assert code == 2
+    assert "forward-pass equivalents" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_evaluations_with_two_seeds_stand_beside_each_other(run: Any, tmp_path: Path) -> None:
+    for seed in (0, 1, 0):
+        said = run("weights", "--attack", "pgd-1", "--samples", 20, "--seed", seed,
+                   "--output", tmp_path)  # fmt: skip
+        assert said[0] == 0, said
+    assert sorted(one["seed"] for one in attacked_in(tmp_path)) == [0, 1]
 
 
 def test_all_images_asked_for_by_number_are_the_whole(run: Any, tmp_path: Path) -> None:
@@ -938,3 +981,43 @@ def test_flatness_and_landscape_take_the_options_of_evaluate(
     shared = {"targets", "norm", "eps", "device", "data", "root", "trust"}
     shared |= {"model", "model_option", "normalise", "image_size"}
     assert all(shared < names[name] for name in ("evaluate", "flatness", "landscape"))
+
+
+def test_other_images_of_a_run_have_no_gap_and_a_store_of_their_own(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ["--attack", "pgd-2", "--samples", 20, "--output", tmp_path]
+    assert run("run", *base)[0] == 0
+    assert run("run", *base, "--data", "digits")[0] == 0
+    kinds = [one["kind"] for one in read(tmp_path / "evaluation.json", "evaluate")]
+    assert kinds.count("gap") == 2, "best and last of the run's own images only"
+    code, said = run("run", *base, "--data", "digits", "--gap-samples", 5)
+    assert (code, "leave --gap-samples out, or --data" in said) == (2, True)
+    # Images of another name are attacked anew, whatever else agrees.
+    own = open_subject("a", device="cpu")
+    stores = len(list((tmp_path / "outcomes").glob("best-*")))
+    other = dataclasses.replace(own, data="other", home=RunFolder(tmp_path))
+    evaluate_subject(other, Wanted(attacks=["pgd-2"], samples=20, gap_samples=0))
+    assert len(list((tmp_path / "outcomes").glob("best-*"))) == stores + 1
+
+
+def test_image_files_are_decoded_by_as_many_threads_as_are_asked_for(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train/a/0", "train/b/0", "test/a/0", "test/b/0", "test/b/1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    said = Elsewhere(model="mlp", data="image_folder", root=tmp_path)
+    monkeypatch.chdir(place)
+    subject = open_subject("whole.pt", device="cpu", elsewhere=said, workers=3, batch_size=2)
+    assert subject.images().test.threads == 3
+    assert subject.splits(2)["test"].threads == 3
+    assert subject.evaluation.batch_size == 2
+    usual = open_subject("whole.pt", device="cpu", elsewhere=said)
+    assert usual.images().train.threads == min(8, os.cpu_count() or 1)
+    assert usual.evaluation.batch_size == 200
+    used: list[int] = []
+    pool = image_files.ThreadPoolExecutor
+    monkeypatch.setattr(image_files, "ThreadPoolExecutor", lambda n: used.append(n) or pool(n))
+    subject.tensors("test", 3)
+    assert used == [3]

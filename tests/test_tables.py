@@ -140,6 +140,8 @@ def test_the_gap_is_a_table_with_differences_and_intervals() -> None:
         "test": {"robust_accuracy": figure(0.625), "robust_loss": figure(None)},
     }
     gaps = {"robust_accuracy": figure(0.275, 0.05), "robust_loss": figure(None)}
+    gaps["clean_loss"], splits["train"]["clean_loss"] = figure(-0.0), figure(0.5)
+    splits["test"]["clean_loss"] = figure(0.5)
     found = {"splits": splits, "gaps": {"train-test": gaps}}
     report = {
         "run": "[a]", "gap_attack": "pgd-20",
@@ -152,11 +154,12 @@ def test_the_gap_is_a_table_with_differences_and_intervals() -> None:
         [c.strip() for c in one.strip("│").split("│")] for one in text.splitlines() if "│" in one
     ]
     assert rows == [
-        ["last", "robust accuracy", "90.00%", "62.50%", "+27.50%", "+22.50% .. +32.50%"],
+        ["last", "robust accuracy", "90.00%", "62.50%", "+27.50 pp", "+22.50 pp .. +32.50 pp"],
         ["last", "robust loss", "0.250", "not finite", "not finite", "not finite .. not finite"],
-        ["best - last", "robust accuracy", "", "", "-2.00%", "-3.00% .. -1.00%"],
+        ["last", "clean loss", "0.500", "0.500", "+0.000", "+0.000 .. +0.000"],
+        ["best - last", "robust accuracy", "", "", "-2.00 pp", "-3.00 pp .. -1.00 pp"],
     ]
-    assert gap_table({**report, "overfitting": None}).row_count == 2
+    assert gap_table({**report, "overfitting": None}).row_count == 3
 
 
 @pytest.mark.parametrize("name", ["[red]run", "[/]", "a[b]c", "[link=x]y"])

@@ -125,11 +125,11 @@ def test_apgd_is_autoattack_s_where_it_says_so(norm: str, eps: float) -> None:
 
 def test_apgd_for_l1_and_with_restarts() -> None:
     model, data = trained(), held_out(30)
-    found = evaluate(model, data, ["apgd-10:margin:malt-2", "apgd-10-3:margin:malt-2"], norm="l1",
+    found = evaluate(model, data, ["apgd-3:margin:malt-2", "apgd-3-9:margin:malt-2"], norm="l1",
                      eps=3.0, sanity=0)  # fmt: skip
     once, thrice = found.attacks.values()
     assert once.outside == thrice.outside == 0
-    assert 0 < once.broken <= thrice.broken
+    assert 0 < once.broken < thrice.broken
     assert found.robust_accuracy == thrice.accuracy
 
 

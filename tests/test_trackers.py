@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,17 @@ def records(path: Path) -> Iterator[Any]:
             whole = b""
 
 
+def complete(path: Path) -> list[Any]:
+    """The records once the last is there: W&B's service may write them after it said goodbye."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = list(records(path))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        assert time.monotonic() < deadline, [r.WhichOneof("record_type") for r in found]
+        time.sleep(0.1)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_gets_the_curves_of_a_run_that_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -132,7 +144,7 @@ def test_wandb_gets_the_curves_of_a_run_that_was_interrupted(
     told: dict[str, list[tuple[int, float]]] = {}
     known = folder.known_as("wandb").read_text()
     for file in files:
-        found = list(records(file))
+        found = complete(file)
         (run,) = [r.run for r in found if r.WhichOneof("record_type") == "run"]
         assert (run.run_id, run.display_name, run.project) == (known, "run", "robustflat")
         said = {entry.key: json.loads(entry.value_json) for entry in run.config.update}

@@ -16,6 +16,7 @@ import yaml
 
 import robustflat
 from robustflat.config import RunConfig, check_config
+from robustflat.runs.evaluation import Job
 from robustflat.train import Trainer, train
 from robustflat.train.folder import RunFolder
 from robustflat.train.setup import load_data
@@ -172,3 +173,7 @@ def measurements(view: dict[str, Any]) -> dict[str, Any]:
         about = {"kind": "overfitting", "checkpoint": "best - last", "weights": "raw", "count": 200}
         found.append({**about, **common, "figures": view["overfitting"]})
     return {"format": "robustflat-record-2", "subject": "run", "measurements": found}
+
+
+def evaluate_subject(subject: Any, wanted: Any = None, *more: Any) -> dict[str, Any]:
+    return Job(subject, wanted).run(*more)

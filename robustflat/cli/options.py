@@ -54,12 +54,24 @@ def _open(
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(
-            help="Of a model, on image_folder: shorter side, of which the centre is cut out."
-        ),
+        typer.Option(help="Of --data image_folder: shorter side, of which the centre is cut out."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Of a model: the set of its images.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Of a model: where the data are.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="The set of the images: of a model; of a run another than its own."),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Where those data are; data if left out.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch a data set of torchvision that is missing.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images at a time; the run's, or 200 of a model.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode image files; at most 8 if left out.")
+    ] = None,
     trust: Annotated[bool, typer.Option(help="Load a program, which can run any code.")] = False,
     *,
     output: Path | None = None,
@@ -70,7 +82,7 @@ def _open(
 
     elsewhere = Elsewhere(
         model=model, model_option=named("--model-option", model_option), data=data, root=root,
-        normalise=normalise, image_size=image_size, trust=trust,
+        normalise=normalise, image_size=image_size, trust=trust, download=download,
     )  # fmt: skip
     radius = number("--eps", eps)
     if output is not None and len(targets) > 1:
@@ -78,7 +90,8 @@ def _open(
     return [
         open_subject(
             target, norm=norm, eps=radius, device=device, output=output, elsewhere=elsewhere,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")), batch_size=batch_size,
+            workers=workers,
         )
         for target in targets
     ]  # fmt: skip

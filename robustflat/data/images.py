@@ -247,6 +247,7 @@ class FileImages(Images):
         self._names = np.array([os.fsencode(path) for path in paths])
         self.labels = checked_labels(labels, len(paths))
         self.image_size, self.resize = image_size, resize or image_size
+        self.threads = min(8, os.cpu_count() or 1)
         side = image_size
         if side is None:
             with self._opened(0) as image:
@@ -279,7 +280,7 @@ class FileImages(Images):
             for position in range(len(chosen)):
                 decode(position)
         else:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(self.threads) as pool:
                 for _ in pool.map(decode, range(len(chosen))):
                     pass
         return out
@@ -293,6 +294,19 @@ class FileImages(Images):
         """The files at some positions; see `Images.subset`."""
         # The shape stays the parent's, so that all splits agree on what the right size is.
         return self._at(indices.numpy(), self.labels[indices])
+
+    def threaded(self, threads: int) -> FileImages:
+        """The same files, decoded by so many threads.
+
+        Args:
+            threads: At least 1.
+
+        Returns:
+            N images.
+        """
+        new = copy(self)
+        new.threads = threads
+        return new
 
     def relabelled(self, labels: Tensor) -> FileImages:
         """The same files with other labels; see `Images.relabelled`."""

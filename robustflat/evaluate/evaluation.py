@@ -23,7 +23,7 @@ from robustflat.evaluate.attacks import Attack, Request, Suite, plan
 from robustflat.evaluate.examples import Data, Examples, choose
 from robustflat.evaluate.fast import compiled
 from robustflat.evaluate.frozen import Plain, device_of, held
-from robustflat.evaluate.record import Entry, Record, digest_of, file_for, fingerprint_of, resume
+from robustflat.evaluate.record import Entry, Record, digest_of, file_for, fingerprint_of, resumed
 from robustflat.evaluate.result import Evaluation, from_record
 from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Task, Threat
@@ -57,9 +57,9 @@ class Work:
             attacks' names with "@bf16". Such a search may find less: evaluate in fp32 before
             reporting.
         sanity: Examples on which the sanity checks are made; 0 leaves them out.
-        compile: Search with the model compiled by torch.compile, on a CPU in half to three quarters
-            of the time; the eager model judges. Where it cannot be compiled, the log says so, and
-            the search is the eager one.
+        compile: Search with the model compiled by torch.compile, once for batches of any size; the
+            eager model judges. It pays for large networks and many images (docs/results.md). Where
+            it cannot be compiled, the log says so, and the search is the eager one.
         save_adversarial: A new file ending in .npz for the adversarial examples (`Adversarial`).
             Attacks whose images a store has not kept are run again. All images are in memory once.
         team: The processes that share the batches, all of which call `evaluate` alike and get the
@@ -170,7 +170,7 @@ def evaluate(
             predictions=predictions,
             path=path,
         )
-        record = team.once(lambda: _opened(fresh))
+        record = team.once(lambda: resumed(fresh))
         pictures = None
         if work.save_adversarial is not None:
             pictures = Pictures(chosen, record) if team.is_first else None
@@ -458,18 +458,3 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
             f"two classes, got {list(logits.shape)}."
         )
     return logits
-
-
-def _opened(fresh: Record) -> Record:
-    """The record to go on with: the one in the store, or this new one."""
-    path = fresh.path
-    record = None if path is None else resume(path, fresh.settings)
-    if record is None:
-        fresh.save()
-        return fresh
-    if len(record.right) != len(fresh.right):
-        raise UserError(
-            f"{path} has {len(record.right)} outcomes for {len(fresh.right)} examples: it is "
-            "damaged. Name another file or folder."
-        )
-    return record

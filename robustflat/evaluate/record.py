@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from robustflat.evaluate.examples import parse_shard
 from robustflat.files import write_whole, writing
 
 FORMAT = "robustflat-outcomes-3"
-
-_Settings = dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -75,7 +73,7 @@ class Record:
         path: Where it is saved, or None.
     """
 
-    settings: _Settings
+    settings: dict[str, Any]
     right: Tensor
     positions: Tensor
     labels: Tensor
@@ -200,8 +198,7 @@ def load(path: Path) -> Record:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
-        names = {f.name for f in fields(Entry)}
-        entries = [Entry(**{k: v for k, v in e.items() if k in names}) for e in content["attacks"]]
+        entries = [Entry(**entry) for entry in content["attacks"]]
         record = Record(
             settings=dict(content["settings"]),
             right=torch.tensor(content["right"], dtype=torch.int8).bool(),
@@ -228,36 +225,30 @@ def load(path: Path) -> Record:
         ) from error
 
 
-def resume(path: Path, settings: _Settings) -> Record | None:
-    """Read a record to go on with it.
-
-    Args:
-        path: Its file.
-        settings: Those of the evaluation that wants to go on.
-
-    Returns:
-        The record, or None if there is no file.
+def resumed(fresh: Record) -> Record:
+    """The record of an evaluation to go on with: the one in its file, or the fresh one, saved.
 
     Raises:
         UserError: If the file is damaged or belongs to another evaluation.
     """
-    if not path.exists():
-        return None
-    record = load(path)
-    differing = [
-        key
-        for key in sorted(settings.keys() | record.settings.keys())
-        if settings.get(key) != record.settings.get(key)
-    ]
+    if fresh.path is None or not fresh.path.exists():
+        fresh.save()
+        return fresh
+    record = load(fresh.path)
+    there, here = record.settings, fresh.settings
+    keys = sorted(there.keys() | here.keys())
+    differing = [key for key in keys if there.get(key) != here.get(key)]
     if differing:
-        what = "; ".join(
-            f"{key}: there {record.settings.get(key)!r}, here {settings.get(key)!r}"
-            for key in differing
-        )
+        what = "; ".join(f"{k}: there {there.get(k)!r}, here {here.get(k)!r}" for k in differing)
         hint = " (does the loader shuffle?)" if "data" in differing else ""
         raise UserError(
-            f"{path} holds the outcomes of another evaluation: {what}{hint}. Name another file or "
-            "folder for this one."
+            f"{fresh.path} holds the outcomes of another evaluation: {what}{hint}. Name another "
+            "file or folder for this one."
+        )
+    if len(record.right) != len(fresh.right):
+        raise UserError(
+            f"{fresh.path} has {len(record.right)} outcomes for {len(fresh.right)} examples: it is "
+            "damaged. Name another file or folder."
         )
     return record
 

@@ -36,10 +36,8 @@ ENDS = ("k", "tolerance", "max_hvps")
 
 def hessian_of(subject: Subject, options: Options, loss: LossKind) -> Hessian:
     """The Hessian of that loss at the present weights."""
-    kind: LossKind = "clean" if loss == "clean" else "robust_fixed"
-    return Hessian(
-        subject.closure(options, kind), dict(subject.parameters(options, DIFFERENTIATED))
-    )
+    parameters = dict(subject.parameters(options, DIFFERENTIATED))
+    return Hessian(subject.derived(options, loss), parameters)
 
 
 def pairs_of(subject: Subject, options: Options, loss: LossKind, end: str) -> Eigenpairs:
@@ -299,7 +297,8 @@ def _by_curvlinops(
     step = 3 if options.estimator == "hutchpp" else 2
     probes = options.probes // step * step
     estimate = library.hutchpp_trace if options.estimator == "hutchpp" else library.xtrace
-    _seed(subject, "trace", options.estimator, *purpose)
+    # curvlinops draws from the global generators, which are restored after the measurement.
+    torch.manual_seed(subject.generator("trace", options.estimator, *purpose).initial_seed())
     value = float(estimate(_operator(hessian), min(probes, (hessian.size - 1) // step * step)))
     if not math.isfinite(value):
         raise UserError(
@@ -307,11 +306,6 @@ def _by_curvlinops(
             "probes. Lower probes, or use the estimator hutchinson or hutchpp."
         )
     return value
-
-
-def _seed(subject: Subject, *purpose: object) -> None:
-    # curvlinops draws from the global generators, which are restored after the measurement.
-    torch.manual_seed(subject.generator(*purpose).initial_seed())
 
 
 def curvlinops() -> Any:

@@ -33,13 +33,7 @@ class Figure:
 
     def to_dict(self) -> dict[str, Any]:
         """Keys ``value``, ``standard_error`` and ``details``; NaN and infinity become null."""
-        safe: dict[str, Any] = json_safe(
-            {
-                "value": self.value,
-                "standard_error": self.standard_error,
-                "details": self.details,
-            }
-        )
+        safe: dict[str, Any] = json_safe(vars(self))
         return safe
 
 
@@ -90,14 +84,6 @@ class Cost:
     examples: int
     measures: dict[str, Passes]
     total: Passes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Keys ``examples``, ``measures`` and ``total``."""
-        return {
-            "examples": self.examples,
-            "measures": {name: passes.to_dict() for name, passes in self.measures.items()},
-            "total": self.total.to_dict(),
-        }
 
     def __str__(self) -> str:
         each = ", ".join(f"{name} {p.units:.0f}" for name, p in self.measures.items())

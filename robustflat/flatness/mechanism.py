@@ -86,7 +86,7 @@ def fisher_trace(subject: Subject, options: Options, loss: LossKind, name: str) 
     mean the sum of all examples' traces. One backward pass a probe, whatever the classes.
     """
     named = subject.parameters(options, DIFFERENTIATED)
-    closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
+    closure = subject.derived(options, loss)
 
     def probe(index: int) -> float:
         # Drawn once for all examples, so that the value does not depend on the batch size.
@@ -162,10 +162,8 @@ def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> 
 
 def gradient_of(subject: Subject, options: Options, loss: LossKind) -> list[Tensor]:
     """The gradient of the mean loss, of the robust one at fixed adversarial examples."""
-    named = subject.parameters(options, DIFFERENTIATED)
-    kind: LossKind = "clean" if loss == "clean" else "robust_fixed"
-
-    def compute() -> list[Tensor]:
-        return subject.closure(options, kind).value_and_grad(list(named.values()))[1]
-
-    return subject.once(("gradient", kind, options), compute)
+    weights = list(subject.parameters(options, DIFFERENTIATED).values())
+    return subject.once(
+        ("gradient", loss, options),
+        lambda: subject.derived(options, loss).value_and_grad(weights)[1],
+    )

@@ -9,8 +9,7 @@ a joint ascent over weights and inputs; "robust_fixed" keeps those made at w.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -40,7 +39,7 @@ class Neighbourhood:
     def __init__(
         self,
         closure: Closure,
-        named: dict[str, Tensor],
+        named: Mapping[str, Tensor],
         ball: Ball,
         scale: Scale,
         move: Move,
@@ -230,7 +229,10 @@ def _measure(
         of_rows = closure.part(rows)
         if apart:
             of_rows = replace(of_rows, team=Team(), count=lambda *passes: told.append(passes))
-        with _around(subject, options, of_rows, default_radius) as near:
+        named = dict(subject.parameters(options, MOVED))
+        with displaced(named.values()) as move:
+            ball = options.weight_ball(default_radius)
+            near = Neighbourhood(of_rows, named, ball, options.scale, move)
             parts = [
                 subject.part(
                     f"{name}/{chunk}/{i}",
@@ -284,13 +286,3 @@ def _measure(
     return Figure(
         value=total["increase"], standard_error=error.get("standard_error"), details=details
     )
-
-
-@contextmanager
-def _around(
-    subject: Subject, options: Options, closure: Closure, default_radius: float
-) -> Iterator[Neighbourhood]:
-    named = subject.parameters(options, MOVED)
-    ball = options.weight_ball(default_radius)
-    with displaced(named.values()) as move:
-        yield Neighbourhood(closure, dict(named), ball, options.scale, move)

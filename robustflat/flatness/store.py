@@ -140,16 +140,12 @@ class Store:
 def identity(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any]) -> Identity:
     """A model's identity on some tensors, of which the first are its images, with settings."""
     place = next(model.parameters())
+    parts = [fingerprint_of(model), digest_of(tensors), settings]
+    text = json.dumps(parts, sort_keys=True, default=repr)
     with torch.no_grad():
         logits = model(tensors[0][:PROBED].to(place.device, place.dtype))
     return Identity(
-        mark=fingerprint(model, tensors, settings),
+        mark=hashlib.sha256(text.encode()).hexdigest(),
         logits=logits.double().tolist(),
         tolerance=torch.finfo(place.dtype).eps ** 0.5,
     )
-
-
-def fingerprint(model: nn.Module, tensors: list[Tensor], settings: Mapping[str, Any]) -> str:
-    """A hash of a model's weights and buffers, some tensors and settings."""
-    parts = [fingerprint_of(model), digest_of(tensors), settings]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()

@@ -97,6 +97,10 @@ class Subject:
         )
         return replace(clean, x=fixed)
 
+    def derived(self, options: Options, loss: LossKind) -> Closure:
+        """The loss whose derivatives are taken: clean, or robust at fixed examples."""
+        return self.closure(options, "clean" if loss == "clean" else "robust_fixed")
+
     def parameters(self, options: Options, default: str) -> dict[str, nn.Parameter]:
         """The weights that are moved or differentiated, by name."""
         try:

@@ -25,6 +25,8 @@ _OF_STEPS = {
     "gradient_norm": "5-optimisation/gradient_norm",
     "images_per_second": "8-machine/images_per_second",
     "memory": "8-machine/memory_bytes",
+    "edge/seconds": "8-machine/edge_seconds",
+    "edge/products": "8-machine/edge_products",
 }
 _OF_EPOCHS = {
     "train_loss": "5-optimisation/epoch_loss",
@@ -45,7 +47,7 @@ def of_step(values: Mapping[str, float]) -> Curves:
         chart = _OF_STEPS.get(name)
         if kind == "attack" and chart is None:
             chart = f"4-attack/{rest.replace('/', '_at_step_')}"
-        elif kind == "edge":
+        elif kind == "edge" and chart is None:
             chart = f"6-flatness/edge_{rest}"
         elif kind == "layers":
             chart = f"9-layers/{rest}"

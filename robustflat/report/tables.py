@@ -189,7 +189,10 @@ def gap_table(report: dict[str, Any]) -> Table:
     def number(value: float | None, figure: str, sign: str = "") -> str:
         if value is None:
             return "not finite"
-        return f"{100 * value:{sign}.2f}%" if figure.endswith("accuracy") else f"{value:{sign}.3f}"
+        value += 0.0  # no "-0"
+        unit = " pp" if sign else "%"
+        share = figure.endswith("accuracy")
+        return f"{100 * value:{sign}.2f}{unit}" if share else f"{value:{sign}.3f}"
 
     def line(name: str, figure: str, found: Sequence[Any], gap: dict[str, float | None]) -> None:
         difference, low, high = (number(gap[key], figure, "+") for key in ("value", "low", "high"))

@@ -54,7 +54,11 @@ _LAYOUT = {
         "Attack's loss by step": ["Multiline", ["4-attack/loss_at_step_.*"]],
     },
     "Edge of stability": {
-        "Largest eigenvalue and the edges": [
+        "Largest eigenvalue as a share of the edge (1 is the edge)": [
+            "Multiline",
+            ["6-flatness/edge_reached"],
+        ],
+        "Largest eigenvalue, 2/lr, and the edges of optimizer and SAM": [
             "Multiline",
             ["6-flatness/edge_(lambda_1|2_over_lr|optimizer|sam)"],
         ],

@@ -224,11 +224,10 @@ def _figures(folder: RunFolder) -> list[tuple[Circumstances, Cell]]:
             f"{folder.flatness.name}, so there is nothing to compare. Run `robustflat evaluate "
             f"{folder.root}` first."
         )
-    kinds = {"test": _tested, "gap": _gap, "overfitting": _overfitting, "flatness": _flat}
-    order = ("test", "gap", "overfitting", "flatness")
+    kinds = {"test": _tested, "gap": _gaps, "overfitting": _gaps, "flatness": _flat}
 
     def read() -> list[tuple[Circumstances, Cell]]:
-        measured = sorted([*evaluation, *flatness], key=lambda one: order.index(one["kind"]))
+        measured = sorted([*evaluation, *flatness], key=lambda one: [*kinds].index(one["kind"]))
         return [
             ({**about, **_model(one)}, cell)
             for one in measured
@@ -268,30 +267,19 @@ def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
         yield {**about, **over}, cell
 
 
-def _gap(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
-    if one["checkpoint"] == "best":  # how far the training went is the last one's matter
-        return
-    counts = one["result"]["counts"]
-    gaps = one["result"]["gaps"]["train-test"]
-    about = _about_gap(one, f"{counts['train']} and {counts['test']} images of {one['data']}")
-    yield about, _cell(gaps["robust_accuracy"], "robust gap")
-    if gaps["robust_loss"]["value"] is not None:  # infinite
-        yield about, _cell(gaps["robust_loss"], "loss gap", "")
-
-
-def _overfitting(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
-    about = _about_gap(one, f"{one['count']} images of {one['data']}")
-    yield about, _cell(one["figures"]["robust_accuracy"], "best - last")
-
-
-def _about_gap(one: Measurement, images: str) -> Circumstances:
-    return {
-        "threat": records.threat_of(one),
-        "attacks": one["attack"],
-        "images": images,
-        "weights": one["weights"],
-        "seed": one["seed"],
-    }
+def _gaps(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
+    """The gap, or best - last."""
+    keys = {"threat": records.threat_of(one), "attacks": one["attack"]}
+    about = {**keys, "weights": one["weights"], "seed": one["seed"]}
+    if one["kind"] == "overfitting":
+        about["images"] = f"{one['count']} images of {one['data']}"
+        yield about, _cell(one["figures"]["robust_accuracy"], "best - last")
+    elif one["checkpoint"] != "best":  # how far the training went is the last one's matter
+        counts, gaps = one["result"]["counts"], one["result"]["gaps"]["train-test"]
+        about["images"] = f"{counts['train']} and {counts['test']} images of {one['data']}"
+        yield about, _cell(gaps["robust_accuracy"], "robust gap")
+        if gaps["robust_loss"]["value"] is not None:  # infinite
+            yield about, _cell(gaps["robust_loss"], "loss gap", "")
 
 
 def _flat(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:

@@ -10,7 +10,7 @@ from robustflat.config import RunConfig
 from robustflat.config.choice import Built
 from robustflat.config.values import Section
 from robustflat.train.feed import Feed
-from robustflat.train.folder import FREE_TO_CHANGE, flattened
+from robustflat.train.folder import flattened, free_to_change
 from robustflat.train.parallel import Processes, resolve_device
 from robustflat.train.setup import build_model, build_step, load_data, perturbed_parameters
 
@@ -73,7 +73,7 @@ def effect_of(config: RunConfig) -> dict[str, Any]:
     return {
         ".".join(key): value
         for key, value in flattened(content)
-        if key[0] not in _IDLE and not any(key[: len(free)] == free for free in FREE_TO_CHANGE)
+        if key[0] not in _IDLE and not free_to_change(key)
     }
 
 

@@ -86,6 +86,11 @@ class Wanted:
             raise UserError("--merge joins all shards: leave --shard out.")
         if self.shard is not None and self.gap_samples:
             raise UserError("A shard has no gap: leave --gap-samples out, and say it with --merge.")
+        if self.gap_samples and subject.is_run and subject.said:
+            raise UserError(
+                f"The gap is that between the images of {subject.name}'s training and its test: "
+                "leave --gap-samples out, or --data."
+            )
         usual = subject.evaluation
         attacks = () if self.merge else usual.attacks
         usual_states = ("best",) if subject.is_run else subject.checkpoints
@@ -234,8 +239,8 @@ class Job:
 
     def _digest(self, network: Network, *circumstances: object) -> str:
         """Another evaluation, or another state of the subject, has a store of its own."""
-        compiled = ("compiled",) if self._wanted.compile else ()
-        kind = (network.digest, str(self._threat), *map(str, circumstances), *compiled)
+        data, compiled = self._subject.data, ("compiled",) if self._wanted.compile else ()
+        kind = (network.digest, str(self._threat), data, *map(str, circumstances), *compiled)
         return hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
 
     def _tested(self, network: Network, result: Evaluation, team: Team) -> records.Measurement:
@@ -327,16 +332,6 @@ class Job:
                     count = f"{len(splits[split]):,}"
                     _log.info("gap of %s, %s: %s images, %.0f s", name, split, count, seconds)
         return by_state
-
-
-def evaluate_subject(
-    subject: Subject,
-    wanted: Wanted | None = None,
-    on_progress: Progress | None = None,
-    team: Team | None = None,
-) -> dict[str, Any]:
-    """Evaluate a subject: `Job`, made and run."""
-    return Job(subject, wanted).run(on_progress, team)
 
 
 @contextmanager

@@ -101,20 +101,21 @@ class Run:
                 ``samples``, ``gap_samples``, ``seed``, ``precision``, ...
 
         Returns:
-            What was found, as :func:`robustflat.runs.evaluation.evaluate_subject` returns it.
+            What was found, as :func:`robustflat.runs.evaluation.Job.run` returns it.
 
         Raises:
             UserError: if it cannot be evaluated so.
         """
         from dataclasses import fields
 
-        from robustflat.runs.evaluation import Wanted, evaluate_subject
+        from robustflat.runs.evaluation import Job, Wanted
 
         known = [field.name for field in fields(Wanted)]
         for name in wanted:
             if name not in known:
                 raise UserError(f"An evaluation has no {name!r}. It has {', '.join(known)}.")
-        return evaluate_subject(self._subject(norm, eps, device), Wanted(attacks=attacks, **wanted))
+        subject = self._subject(norm, eps, device)
+        return Job(subject, Wanted(attacks=attacks, **wanted)).run()
 
     def flatness(
         self,

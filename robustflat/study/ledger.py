@@ -18,6 +18,7 @@ from robustflat.config import ConfigError, RunConfig, check_config
 from robustflat.errors import UserError
 from robustflat.files import write_whole
 from robustflat.study.folder import circumstances
+from robustflat.train.folder import flattened, free_to_change
 
 if TYPE_CHECKING:
     from robustflat.study.result import RunResult
@@ -191,7 +192,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _trained(config: RunConfig) -> str:
     """What makes a training this one and no other; how it is measured its circumstances say."""
-    return config.model_dump_json(exclude={"name", "output", "flatness"})
+    keys = dict(flattened(config.model_dump(mode="json", exclude={"name"})))
+    told = {".".join(key): value for key, value in keys.items() if not free_to_change(key)}
+    return json.dumps(told, sort_keys=True)
 
 
 def _number(value: Any) -> float | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustflat.evaluate.team import Team
 from robustflat.flatness.curvature import hessian_of
 from robustflat.flatness.examples import read_examples
+from robustflat.flatness.mechanism import gradient_of
 from robustflat.flatness.options import Options
 from robustflat.flatness.spectrum import extreme
 from robustflat.flatness.subject import LossKind, Subject
@@ -43,6 +44,8 @@ class Edge:
     ``edge/sam``               and under SAM's perturbation: ||g|| / (2 rho) (sqrt(1 + 4 rho s /
                                ||g||) - 1), s the optimizer's edge (Long & Bartlett 2024, eq. 1,
                                where s = 2 / lr); of no other perturbation
+    ``edge/reached``           ``lambda_1`` as a share of the edge of the steps that are taken:
+                               SAM's under SAM, else the optimizer's, where it is known
     ``edge/gradient_norm``     ||g||
     ``edge/alignment``         |cos| of the gradient and the top eigenvector
     ``edge/products``          Hessian-vector products spent
@@ -83,9 +86,9 @@ class Edge:
                 model, self._x, self._y, batch_size=self._batch_size, seed=self._seed, team=Team()
             )
             options = Options(attack=self._attack or pgd("linf", 0.0))
-            loss: LossKind = "clean" if self._attack is None else "robust_fixed"
-            hessian = hessian_of(subject, options, "clean" if loss == "clean" else "robust")
-            _, gradient = subject.closure(options, loss).value_and_grad(hessian.parameters)
+            loss: LossKind = "clean" if self._attack is None else "robust"
+            hessian = hessian_of(subject, options, loss)
+            gradient = gradient_of(subject, options, loss)
             pairs = extreme(
                 hessian,
                 1,
@@ -111,7 +114,9 @@ class Edge:
                 found["optimizer"] = edge
                 rho = radius_of_sam(weights)
                 if rho is not None and norm > 0 and edge > 0:
-                    found["sam"] = sam_edge(edge, rho, norm)
+                    found["sam"] = edge = sam_edge(edge, rho, norm)
+                if edge > 0:
+                    found["reached"] = found["lambda_1"] / edge
         found["seconds"] = time.monotonic() - began
         return {f"edge/{name}": value for name, value in found.items()}
 

@@ -24,7 +24,7 @@ from robustflat.plugins import origin
 
 _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
 # What changes no weight of a run: where it is made, and how it is measured afterwards.
-FREE_TO_CHANGE = (
+_FREE_TO_CHANGE = (
     ("device",), ("data", "root"), ("data", "download"), ("data", "place"), ("data", "workers"),
     ("output",),
     ("evaluate",), ("flatness",),
@@ -187,8 +187,7 @@ class RunFolder:
         different = sorted(
             ".".join(key)
             for key in old.keys() | new.keys()
-            if old.get(key) != new.get(key)
-            and not any(key[: len(free)] == free for free in FREE_TO_CHANGE)
+            if old.get(key) != new.get(key) and not free_to_change(key)
         )
         if different:
             raise UserError(
@@ -259,6 +258,11 @@ def environment(
         "commit": _commit(),
         "command": sys.argv,
     }
+
+
+def free_to_change(key: tuple[str, ...]) -> bool:
+    """Whether a setting, by the path of its key, changes no weight of a run."""
+    return any(key[: len(free)] == free for free in _FREE_TO_CHANGE)
 
 
 def flattened(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

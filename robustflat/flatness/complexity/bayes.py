@@ -64,7 +64,7 @@ def fisher_rao(subject: Subject, options: Options, loss: LossKind, name: str) ->
     expectation is the variance of J w over the predicted classes.
     """
     named = subject.parameters(options, DIFFERENTIATED)
-    closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
+    closure = subject.derived(options, loss)
     weights = {key: p.detach() for key, p in named.items()}
 
     def squares(rows: slice, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -104,7 +104,7 @@ def relative_flatness(subject: Subject, options: Options, loss: LossKind, name: 
     E ||phi||^2 (sum_s p_s ||w_s||^2 - ||sum_s p_s w_s||^2), in one forward pass. It does not change
     when a layer below is scaled up and this one down.
     """
-    closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
+    closure = subject.derived(options, loss)
     linear = [m for m in subject.model.modules() if isinstance(m, nn.Linear)]
     if not linear:
         raise UserError(f"{name} is of the last linear layer, and the model has none.")

@@ -34,19 +34,19 @@ def logit_margin(subject: Subject, options: Options, loss: LossKind, name: str) 
 
     Elsayed et al. 2018; Kim et al. 2023. Details: ``percentiles`` over the examples.
     """
-    return _mean(_margins(subject, options, loss, name, _identity))
+    return _mean(_margins(subject, options, loss, name))
 
 
 @measure("probability_margin", loss=FIXED, cost=Passes(forward=1), uses=())
 def probability_margin(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The mean of p_y - max_{j != y} p_j, p the softmax. Details: ``percentiles``."""
-    return _mean(_margins(subject, options, loss, name, _softmax))
+    return _mean(_margins(subject, options, loss, name, softmax=True))
 
 
 @measure("logit_margin_p10", loss=FIXED, cost=Passes(forward=1), uses=())
 def logit_margin_p10(subject: Subject, options: Options, loss: LossKind, name: str) -> Figure:
     """The 10th percentile of the logit margin (Jiang et al. 2020, "inverse margin")."""
-    values = _margins(subject, options, loss, name, _identity)
+    values = _margins(subject, options, loss, name)
     return Figure(value=_percentiles(values)["10"])
 
 
@@ -135,25 +135,19 @@ def _ratio(
     return (change / size.clamp_min(1e-12)).detach(), [slope]
 
 
-def _identity(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(1)
-
-
 def _margins(
     subject: Subject,
     options: Options,
     loss: LossKind,
     name: str,
-    outputs: Callable[[Tensor], Tensor],
+    *,
+    softmax: bool = False,
 ) -> list[float]:
-    closure = subject.closure(options, "clean" if loss == "clean" else "robust_fixed")
+    closure = subject.derived(options, loss)
 
     def margins(rows: slice, x: Tensor, y: Tensor) -> Tensor:
-        z = outputs(_logits(closure, x))
+        z = _logits(closure, x)
+        z = z.softmax(1) if softmax else z
         labels = (y.argmax(1) if y.is_floating_point() else y)[:, None]
         others = z.scatter(1, labels, -torch.inf).amax(1)
         return z.gather(1, labels).squeeze(1) - others
