@@ -89,6 +89,9 @@ def test_errors_by_corruption_and_severity(subject: Subject, tmp_path: Path) -> 
     # Another choice of images is another measurement; the same one replaces its own.
     few = measure_corruptions(subject, folder, corruptions=SOME, samples=10)
     assert few["result"]["count"] == 10
+    chosen = datasets.balanced(torch.arange(40) % 10, 10, seed=0).tolist()
+    wrong = [sum(i % 8 < severity and i % 10 != 9 for i in chosen) / 10 for severity in range(1, 6)]
+    assert few["result"]["errors"]["fog"] == wrong
     measure_corruptions(subject, folder, corruptions=SOME)
     again = json.loads(Path("evaluations/brightest-make/corruptions.json").read_text())
     assert [one["samples"] for one in again["measurements"]] == [10, None]

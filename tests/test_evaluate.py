@@ -771,6 +771,7 @@ def test_tensors_of_other_shapes_types_or_names_have_another_digest():
     assert digest_of([x.view(2, 3).t()]) == digest_of([x.view(2, 3).t().contiguous()])
     one, two = {"a": x, "b": x[:5]}, {"b": x, "a": x[:5]}
     assert fingerprint_of_state(one) != fingerprint_of_state(two)
+    assert fingerprint_of_state({"a": x}) != fingerprint_of_state({"c": x})
     assert fingerprint_of_state({"b": x[:5], "a": x, "n": 3}) == fingerprint_of_state(one)
 
 

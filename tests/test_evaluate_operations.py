@@ -26,6 +26,18 @@ class Steps(torch.autograd.Function):
         return g
 
 
+class Bytes(torch.autograd.Function):
+    """The 256 levels of image files, likewise: attacks succeed there."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (255 * x).round() / 255
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
 class Swish(torch.autograd.Function):
     """x sigmoid(x), with its own right gradient."""
 
@@ -104,6 +116,7 @@ def test_defences_whose_gradient_misleads(model, names):
         lambda: trained(12),
         lambda: before(lambda x: x.clamp(0, 1)),
         lambda: before(Swish.apply),
+        lambda: before(Bytes.apply),
         lambda: inside(Layer(lambda x: torch.where(x > 0, x, torch.zeros_like(x)))),
         lambda: inside(nn.SiLU()),
         lambda: inside(nn.Threshold(0.0, 0.0)),
@@ -111,7 +124,8 @@ def test_defences_whose_gradient_misleads(model, names):
         lambda: inside(nn.Sequential(nn.ReLU(), nn.Dropout(0.5), nn.RReLU())),
         lambda: linear(10, (1, 8, 8)),
     ],
-    ids=["sound", "little", "clamped", "own-gradient", "comparison", "silu", "threshold-relu",
+    ids=["sound", "little", "clamped", "own-gradient", "bytes",
+         "comparison", "silu", "threshold-relu",
          "max-pool", "dropout-in-eval", "linear"],
 )  # fmt: skip
 def test_ordinary_networks_are_not_suspected(model):

@@ -287,3 +287,10 @@ def test_the_weight_curvature_index_is_that_of_the_full_hessian() -> None:
     # Beside the trace it costs nothing.
     both = cost(["weight_curvature", "hessian_trace"], 7).total
     assert both == cost(["hessian_trace"], 7).total
+
+
+def test_the_noise_of_pac_bayes_adds_to_the_error_that_is_there() -> None:
+    model, data = mlp(), examples(20, (6,), 4)
+    figure = flatness(model, data, ["pac_bayes_sigma"], samples=2)["pac_bayes_sigma"]
+    assert figure.details["error"] > 0.2
+    assert figure.details["sigma"] > 1e-2

@@ -12,6 +12,7 @@ from flatness_models import Binary, examples, flat_gradient, full_hessian, mlp
 import robustflat as rf
 from robustflat.flatness import MEASURES, Options, cost, flatness
 from robustflat.flatness.closure import Closure, attack_cost
+from robustflat.flatness.curvature import hessian_probes
 from robustflat.flatness.examples import read_examples
 from robustflat.flatness.subject import Subject
 
@@ -357,6 +358,25 @@ def test_an_attack_costs_as_many_passes_as_the_model_makes(settings, restarts):
     assert attack_cost(attack) == {
         "input_gradient": sum(passes), "forward": len(passes) - sum(passes),
     }  # fmt: skip
+
+
+def test_a_part_of_the_examples_is_attacked_from_its_own_starts():
+    options = Options(attack=rf.pgd(eps=0.3, steps=1, restarts=2))
+    subject = Subject(mlp(), *examples(9, (6,), 4), batch_size=4, seed=0)
+    whole = subject.closure(options, "robust")
+    part = whole.part(slice(4, 8)).attacked()
+    torch.testing.assert_close(part, whole.attacked()[4:8], rtol=0, atol=0)
+
+
+def test_the_error_of_the_frobenius_norm_is_that_of_a_root():
+    model, data = mlp((6, 10, 4)), examples(9, (6,), 4)
+    options = Options(attack=rf.pgd(), probes=7)
+    subject = Subject(model, *read_examples(data)[:2], batch_size=9, seed=0)
+    squares = [p["square"] for p in hessian_probes(subject, options, "clean")]
+    figure = only(flatness(model, data, ["hessian_frobenius"], probes=7))
+    assert figure.value == pytest.approx(math.sqrt(np.mean(squares)))
+    error = np.std(squares, ddof=1) / math.sqrt(7) / (2 * figure.value)
+    assert figure.standard_error == pytest.approx(error)
 
 
 def test_shared_work_is_stated_once():

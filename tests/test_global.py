@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import robustflat as rf
 from robustflat.data import share
+from robustflat.perturb.compiled import Compiled
 from robustflat.train.step import TrainStep
 
 WORLD, ROWS = 2, 7  # 4 rows for one process and 3 for the other
@@ -29,12 +30,15 @@ METHODS: dict[str, Any] = {
 }
 
 
-def follow(method: str, sync: Any, model: nn.Module, rank: int, world: int) -> list[Tensor]:
+def follow(
+    method: str, sync: Any, model: nn.Module, rank: int, world: int, attacked: Any = None
+) -> list[Tensor]:
     """Three steps of a process; the weights that came of them, and the losses."""
     step = TrainStep(
         attack=rf.pgd("l2", 0.3, 2, start="zero"),
         objective=rf.trades(2.0),
         optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2),
+        attacked=attacked,
     )
     weights = METHODS[method].synchronised(sync)
     counts = share(ROWS, ROWS + 1, 0, rank=rank, world=world) if world > 1 else 1.0
@@ -58,6 +62,9 @@ def process(rank: int, folder: str) -> None:
         for method in METHODS
         for sync in ("global", "local")
     }
+    around = DistributedDataParallel(group_layer())
+    attacked = Compiled(around.module, backend="aot_eager")
+    results["compiled"] = follow("awp", "global", around, rank, WORLD, attacked)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -81,6 +88,12 @@ def test_two_processes_equal_one_on_the_whole_batch(
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     mean = torch.stack([found[-1] for found in of_ranks]).mean(0)
     torch.testing.assert_close(mean, losses, rtol=1e-9, atol=1e-12)
+
+
+def test_they_do_so_with_the_attack_compiled(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        for a, b in zip(found["compiled"], found["awp-global"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "none"])

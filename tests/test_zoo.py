@@ -148,6 +148,10 @@ def test_the_likely_network_is_recognised_by_its_parameters(name):
         assert likely({**state, "more.weight": torch.zeros(1)}) is None
 
 
+def test_a_network_of_another_width_is_not_taken_for_the_public_one():
+    assert likely(built("resnet18", width=4).net.state_dict()) is None
+
+
 def test_public_names_of_gowal_are_recognised_too():
     names = {
         r"^conv1\.": "init_conv.",

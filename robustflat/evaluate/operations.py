@@ -71,7 +71,7 @@ class _Watch(TorchDispatchMode):
 
     def _mark(self, tensor: Tensor, carried: frozenset[str]) -> None:
         if carried:
-            self.carried[_address(tensor)] = (tensor.detach(), self.of(tensor) | carried)
+            self.carried[_address(tensor)] = (tensor.detach(), carried)
 
 
 def _address(tensor: object) -> int:
