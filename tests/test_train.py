@@ -631,6 +631,35 @@ def test_pictures_come_in_their_turn_and_at_the_end(
     assert told == seen
 
 
+def test_steps_are_told_the_rate_they_have_and_looking_is_no_training(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(
+        schedule={"name": "linear"}, monitor__step_every=1, monitor__edge={"every": 1},
+        objective={"name": "standard"}, weights={"name": "none"},
+    )  # fmt: skip
+    rates, seconds = [], []
+
+    class Tell(Watcher):
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
+            rates.append(values["lr"])
+
+        def on_epoch(self, row: dict[str, Any]) -> None:
+            seconds.append(row["seconds"])
+
+    monkeypatch.setattr(Monitor, "at_edge", lambda *_: {"edge/seconds": 1000.0})
+    trainer = Trainer(settings, digits, CPU, listeners=[Tell()])
+    assert trainer.run()
+    first = settings.optimizer.lr
+    steps = 2 * trainer.steps_per_epoch
+    factor = settings.schedule.build()
+    expected = [first * factor(k / 4, 2, 1 / 4) for k in range(steps)]
+    assert rates == pytest.approx(expected)
+    assert rates[0] > 2 * rates[-1]
+    # A thousand seconds of looking are taken off what the epoch took.
+    assert all(-1000 < taken < -900 for taken in seconds)
+
+
 def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(
     tmp_path: Path, digits: Data
 ) -> None:
