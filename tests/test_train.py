@@ -650,7 +650,7 @@ SCORES = [0.2, 0.5, 0.4, 0.5, 0.6, 0.3, 0.6, 0.5, 0.9, 0.9]
 
 @pytest.mark.parametrize(
     ("patience", "every", "ends"),
-    [(1, 1, 3), (2, 1, 4), (3, 1, 8), (4, 1, 10), (2, 2, 4), (3, 3, 6)],
+    [(1, 1, 3), (2, 1, 4), (3, 1, 8), (4, 1, 10), (1, 2, 4), (2, 2, 4), (3, 3, 6)],
 )
 def test_training_stops_when_no_epoch_was_better_for_so_long(
     tmp_path: Path, digits: Data, patience: int, every: int, ends: int
