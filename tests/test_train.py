@@ -500,15 +500,19 @@ def test_what_swa_is_refreshed_with_does_not_depend_on_its_stale_statistics(digi
     assert trainer.average is not None
     trainer.average.after_epoch(trainer.model, 0)
     model, found = trainer.average.model, []
+    both = model, trainer.model
     model.train()  # as it is while statistics are computed
     for mean, variance in ((0.0, 1.0), (5.0, 9.0)):
         for name, buffer in model.named_buffers():
             if "running" in name:
                 buffer.fill_(mean if "mean" in name else variance)
-        found.append(
-            torch.cat(list(trainer._feed.refresh_inputs(trainer._step, model, trainer.model, 0)))
-        )
-    assert torch.equal(*found)
+        found.append(torch.cat(list(trainer._feed.refresh_inputs(trainer._step, *both, 0))))
+    with torch.no_grad():  # the average alone is attacked, wherever training has got to
+        for p in trainer.model.parameters():
+            p.mul_(-1)
+    found.append(torch.cat(list(trainer._feed.refresh_inputs(trainer._step, *both, 0))))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
     x, _ = digits.train.tensors()
     assert not torch.equal(found[0].sum(0), x.sum(0))  # they are attacked
 
