@@ -576,6 +576,9 @@ def test_a_run_goes_on_from_the_weights_of_other_classes_with_a_new_head(
         expected = fresh.state_dict() if name.startswith("net.linear.") else source
         assert torch.equal(value, expected[name]), name
     assert any(name.startswith("net.linear.") for name in source)
+    said.pop("model__head")
+    whole = build_model(config(tmp_path, model=dict(SMALL_CNN), seed=5, **said), digits, CPU)
+    assert differences(dict(whole.state_dict()), source) == []
 
 
 # --- early stopping
