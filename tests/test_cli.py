@@ -371,7 +371,7 @@ BAD_EVALUATE: dict[str, tuple[list[str], str]] = {
     "norm": (["--norm", "l7", "--eps", "1"], "norm"),
     "norm without eps": (["--norm", "l2"], "both, or neither"),
     "eps without norm": (["--eps", "1"], "both, or neither"),
-    "data": (["--data", "digits"], "leave --data out"),
+    "data": (["--data", "digit"], "Did you mean digits"),
     "root": (["--root", "data"], "leave --root out"),
     "trust": (["--trust"], "leave --trust out"),
     "model": (["--model", "mlp"], "leave --model out"),

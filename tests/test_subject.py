@@ -600,6 +600,26 @@ def test_restoring_needs_no_file_of_initial_weights(tmp_path: Path, place: Path)
     assert all(torch.equal(v, state[k]) for k, v in network.model.state_dict().items())
 
 
+def test_all_images_of_a_run_s_data_set_do_not_meet_the_outcomes_of_its_own(
+    tmp_path: Path,
+) -> None:
+    folder = trained(tmp_path, train__epochs=1)  # with fewer test images than digits has
+    wanted = Wanted(attacks=["fgsm"], gap_samples=0)
+    own = open_subject(folder.root, device="cpu")
+    count = len(own.images().test)
+    evaluate_subject(own, wanted)
+    whole = open_subject(folder.root, device="cpu", elsewhere=Elsewhere(data="digits"))
+    assert len(whole.images().test) > count
+    evaluate_subject(whole, wanted)
+    found = attacked_in(folder.root)
+    assert [one["said"] for one in found] == [{}, {"data": "digits"}]
+    counts = [one["result"]["count"] for one in found]
+    assert counts == [count, len(whole.images().test)]
+    shown = evaluation_of(read(folder.evaluation, "evaluate"))
+    assert shown is not None
+    assert shown["checkpoints"]["best"]["test"] == found[0]["result"], "that on its own images"
+
+
 def test_images_on_the_disk_are_decoded_only_where_they_are_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -619,16 +639,16 @@ def test_images_on_the_disk_are_decoded_only_where_they_are_needed(
     decoded: list[Path] = []
     decode = FileImages._fitted
     monkeypatch.setattr(
-        FileImages, "_fitted", lambda self, path: (decoded.append(path), decode(self, path))[1]
+        FileImages, "_fitted", lambda self, i: (decoded.append(self.path(i)), decode(self, i))[1]
     )
     subject = open_subject(folder.root, device="cpu")
     subject.network("last")
     assert not decoded, "nothing has been measured yet"
     evaluate_subject(subject, Wanted(attacks=["fgsm"], samples=6, gap_samples=0))
     assert len(set(decoded)) == 6
-    assert all("test" in str(path) for path in decoded)
+    assert all("test" in path.parts for path in decoded)
     evaluate_subject(subject, Wanted(attacks=["fgsm"], samples=6, gap_samples=4))
-    assert len({path for path in decoded if "train" in str(path)}) == 8, "4 train, 4 validation"
+    assert len({path for path in decoded if "train" in path.parts}) == 8, "4 train, 4 validation"
 
 
 def test_the_gap_is_kept_and_not_measured_twice(

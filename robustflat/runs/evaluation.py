@@ -239,7 +239,9 @@ class Job:
 
     def _digest(self, network: Network, *circumstances: object) -> str:
         """Another evaluation, or another state of the subject, has a store of its own."""
-        data, compiled = self._subject.data, ("compiled",) if self._wanted.compile else ()
+        # A run's data set by its name is all of it, its own images may be a part.
+        data = (self._subject.data, self._subject.said.get("data"))
+        compiled = ("compiled",) if self._wanted.compile else ()
         kind = (network.digest, str(self._threat), data, *map(str, circumstances), *compiled)
         return hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
 

@@ -63,6 +63,8 @@ def add(path: Path, command: str, subject: str, found: Sequence[Measurement]) ->
 def evaluation_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
     """The newest evaluation: the attacks and gaps under the threat that was measured last.
 
+    What was measured on other images than the run's own is left out beside what was on them.
+
     Returns:
         Keys ``norm``, ``eps``, ``gap_attack``, ``checkpoints`` (by name, each with ``epoch``,
         ``weights``, ``model``, and ``test`` and ``gap`` or None) and ``overfitting``; None if there
@@ -70,6 +72,7 @@ def evaluation_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
     """
     if not found:
         return None
+    found = _at_home(found)
     norm, eps = found[-1]["norm"], found[-1]["eps"]
     checkpoints: dict[str, Any] = {}
     overfitting, attack = None, None
@@ -102,6 +105,7 @@ def flatness_of(found: Sequence[Measurement]) -> dict[str, Any] | None:
     """
     if not found:
         return None
+    found = _at_home(found)
     keys = ("checkpoint", "epoch", "weights", "model")
     same = [one for one in found if all(one.get(key) == found[-1].get(key) for key in keys)]
     measures = {}
@@ -137,4 +141,14 @@ def _measurements(content: Any, path: Path, command: str) -> list[Measurement]:
 def _own(one: Measurement) -> list[Any]:
     # A run's checkpoint of a name is one; models of a name may be many.
     model = one.get("model") if one["checkpoint"] == "given" else None
-    return [model, *(one.get(key) for key in _OWN)]
+    return [model, _elsewhere(one), *(one.get(key) for key in _OWN)]
+
+
+def _elsewhere(one: Measurement) -> Any:
+    """The data set that a run was measured on in place of its own images; None of its own."""
+    return one.get("said", {}).get("data")
+
+
+def _at_home(found: Sequence[Measurement]) -> Sequence[Measurement]:
+    """What was measured on a run's own images, or all if nothing was."""
+    return [one for one in found if _elsewhere(one) is None] or found
