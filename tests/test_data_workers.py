@@ -373,7 +373,7 @@ def shards(tree: Path, root: Path, **changed: Any) -> Path:
                     label = str(int(file.parent.name[1:])).encode()
                     for kind, content in (
                         ("cls", label),
-                        ("json", b"{}"),
+                        ("mask.png", b"-"),
                         ("JPEG", file.read_bytes()),
                     ):
                         name = f"some.where/{file.stem}.{kind}"

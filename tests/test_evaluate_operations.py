@@ -188,6 +188,15 @@ def test_what_does_not_reach_the_logits_is_not_named():
     assert "(gt, sign)" in sentence
 
 
+def test_steps_of_constants_are_not_named():
+    def masked(x):
+        left = torch.arange(8) < 6
+        return ((8 * x).round() / 8) * left
+
+    (sentence,) = found(before(masked))
+    assert "choose (round), and" in sentence
+
+
 def test_checkpointing_is_torchs_own():
     from torch.utils.checkpoint import checkpoint
 

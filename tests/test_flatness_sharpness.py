@@ -361,7 +361,7 @@ def test_an_attack_costs_as_many_passes_as_the_model_makes(settings, restarts):
 
 
 def test_a_part_of_the_examples_is_attacked_from_its_own_starts():
-    options = Options(attack=rf.pgd(eps=0.3, steps=1, restarts=2))
+    options = Options(attack=rf.pgd(eps=0.3, steps=1, step_size=0.05, restarts=2))
     subject = Subject(mlp(), *examples(9, (6,), 4), batch_size=4, seed=0)
     whole = subject.closure(options, "robust")
     part = whole.part(slice(4, 8)).attacked()

@@ -85,6 +85,8 @@ def test_figures_show_the_files_numbers_and_are_saved(tmp_path: Path) -> None:
     drawing = run.figure()
     picture = drawing.picture()
     robust = lines(picture, "Robust accuracy")
+    left, right = (panel.get_subplotspec() for panel in picture.axes[:2])
+    assert (left.rowspan, left.colspan.start, right.colspan.start) == (right.rowspan, 0, 1)
     assert list(robust["a"].get_xdata()) == [2, 4, 6]
     assert list(robust["a"].get_ydata()) == pytest.approx([58, 56, 54])
     # Train has no line in the legend but in its key: dashed.

@@ -523,3 +523,19 @@ def test_a_new_head_keeps_its_own_weights_and_loads_all_others(name, options, cl
     del saved[next(k for k in saved if k.endswith("weight"))]
     with pytest.raises(UserError, match="1 missing"):
         rm.load_state(model, saved, new_head=True)
+
+
+def test_a_network_s_own_word_for_its_head_counts():
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.after = nn.Linear(3, 2), nn.Linear(2, 2)
+
+        def get_classifier(self):
+            return self.head
+
+    model, saved = Headed(), {k: v + 1 for k, v in Headed().state_dict().items()}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    rm.load_state(model, saved, new_head=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (before if name.startswith("head") else saved)[name])

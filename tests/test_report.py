@@ -577,7 +577,11 @@ def test_examples_are_shown_with_what_they_are_taken_for(tmp_path: Path) -> None
         ],
     }  # fmt: skip
     write_json(folder.evaluation, measurements(found))
-    (table,) = re.findall(r'<table class="pictures">.*?</table>', written(tmp_path, folder), re.S)
+    text = written(tmp_path, folder, make(tmp_path / "b"))
+    (table,) = re.findall(r'<table class="pictures">.*?</table>', text, re.S)
+    (section,) = [part for part in text.split("<section>") if part.startswith("<h2>Examples")]
+    (lacks,) = re.findall(r'<p class="missing">.*?</p>', section)
+    assert Page(lacks).find("span", "name")[0][1] == "b"
     page = Page(table)
     assert [t for _, t in page.find("th")] == [
         "clean", "attacked by pgd-7", "difference, full scale ±0.2",
@@ -775,6 +779,8 @@ def test_settings_that_differ_in_effect_and_environments(tmp_path: Path) -> None
     assert [k for k in keys if k.startswith("train.")] == [
         "train.average.name", "train.average.decay",
     ]  # fmt: skip
+    (gamma,) = [t for _, t in page.find("tr") if t.startswith("weights.gamma")]
+    assert gamma == "weights.gamma0.020.5", "each run has its own"
     rows = [t for _, t in page.find("tr", "differs")]
     assert rows == ["torch2.02.1", "deviceCPUH100"]
     # In the files themselves the lines that differ stand out.

@@ -1080,6 +1080,12 @@ def test_tables_and_plots_show_the_figures(tmp_path: Path, monkeypatch: pytest.M
     assert {few.run, many.run} == {0, 1}, "a colour a level"
     missing = scatter(result, "distance_frobenius", "gap_robust_accuracy")[2]
     assert sum(len(s.x) for s in missing.series) == 11, "what is not finite is not drawn"
+    few_runs = replace(result, left_out=(result.runs[0].run,))
+    less = scatter(few_runs, "worst_clean", "gap_robust_accuracy")[2]
+    assert sum(len(s.x) for s in less.series) == len(result.runs) - 1
+    backwards = replace(result, runs=result.runs[::-1])
+    shown = scatter(backwards, "worst_clean", "gap_robust_accuracy")[2].series
+    assert [s.name for s in shown] == ["8", "16"], "numbers ascend"
     seen = {}
     monkeypatch.setattr(paper, "save", lambda picture, path: seen.update({path: picture}))
     save_plots(result, tmp_path)

@@ -14,6 +14,7 @@ import robustflat as rf
 from robustflat.errors import UserError
 from robustflat.evaluate.attacks import plan
 from robustflat.evaluate.attacks.targets import Targets
+from robustflat.evaluate.frozen import held
 from robustflat.evaluate.threat import Task
 from robustflat.perturb.inputs import attack_losses, targeted_losses
 
@@ -121,6 +122,18 @@ def test_apgd_is_autoattack_s_where_it_says_so(norm: str, eps: float) -> None:
         assert (one.broken, one.outside) == (other.broken, other.outside), ours
         assert 0 < one.broken < one.attacked
         assert found.robust_accuracy == one.accuracy, "the same examples"
+
+
+def test_a_targeted_apgd_finds_the_images_of_autoattack_s_bit_for_bit() -> None:
+    model, (x, y) = trained(), held_out(24)
+    task = Task(norm=INF, eps=0.12, classes=10, shape=(1, 8, 8))
+    ours, theirs = (plan(name, task)[0].attacks[0] for name in ("apgd:dlr:logits-9", "apgd-t"))
+    with held(model):
+        right = model(x).argmax(1) == y
+        one, other = (attack.run(model, x[right], y[right], 3) for attack in (ours, theirs))
+        broken = model(other).argmax(1) != y[right]
+    assert 0 < int(broken.sum()) < len(broken)
+    assert torch.equal(one[broken], other[broken])
 
 
 def test_apgd_for_l1_and_with_restarts() -> None:

@@ -500,15 +500,19 @@ def test_what_swa_is_refreshed_with_does_not_depend_on_its_stale_statistics(digi
     assert trainer.average is not None
     trainer.average.after_epoch(trainer.model, 0)
     model, found = trainer.average.model, []
+    both = model, trainer.model
     model.train()  # as it is while statistics are computed
     for mean, variance in ((0.0, 1.0), (5.0, 9.0)):
         for name, buffer in model.named_buffers():
             if "running" in name:
                 buffer.fill_(mean if "mean" in name else variance)
-        found.append(
-            torch.cat(list(trainer._feed.refresh_inputs(trainer._step, model, trainer.model, 0)))
-        )
-    assert torch.equal(*found)
+        found.append(torch.cat(list(trainer._feed.refresh_inputs(trainer._step, *both, 0))))
+    with torch.no_grad():  # the average alone is attacked, wherever training has got to
+        for p in trainer.model.parameters():
+            p.mul_(-1)
+    found.append(torch.cat(list(trainer._feed.refresh_inputs(trainer._step, *both, 0))))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
     x, _ = digits.train.tensors()
     assert not torch.equal(found[0].sum(0), x.sum(0))  # they are attacked
 
@@ -572,6 +576,9 @@ def test_a_run_goes_on_from_the_weights_of_other_classes_with_a_new_head(
         expected = fresh.state_dict() if name.startswith("net.linear.") else source
         assert torch.equal(value, expected[name]), name
     assert any(name.startswith("net.linear.") for name in source)
+    said.pop("model__head")
+    whole = build_model(config(tmp_path, model=dict(SMALL_CNN), seed=5, **said), digits, CPU)
+    assert differences(dict(whole.state_dict()), source) == []
 
 
 # --- early stopping
@@ -631,6 +638,35 @@ def test_pictures_come_in_their_turn_and_at_the_end(
     assert told == seen
 
 
+def test_steps_are_told_the_rate_they_have_and_looking_is_no_training(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(
+        schedule={"name": "linear"}, monitor__step_every=1, monitor__edge={"every": 1},
+        objective={"name": "standard"}, weights={"name": "none"},
+    )  # fmt: skip
+    rates, seconds = [], []
+
+    class Tell(Watcher):
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
+            rates.append(values["lr"])
+
+        def on_epoch(self, row: dict[str, Any]) -> None:
+            seconds.append(row["seconds"])
+
+    monkeypatch.setattr(Monitor, "at_edge", lambda *_: {"edge/seconds": 1000.0})
+    trainer = Trainer(settings, digits, CPU, listeners=[Tell()])
+    assert trainer.run()
+    first = settings.optimizer.lr
+    steps = 2 * trainer.steps_per_epoch
+    factor = settings.schedule.build()
+    expected = [first * factor(k / 4, 2, 1 / 4) for k in range(steps)]
+    assert rates == pytest.approx(expected)
+    assert rates[0] > 2 * rates[-1]
+    # A thousand seconds of looking are taken off what the epoch took.
+    assert all(-1000 < taken < -900 for taken in seconds)
+
+
 def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(
     tmp_path: Path, digits: Data
 ) -> None:
@@ -650,7 +686,7 @@ SCORES = [0.2, 0.5, 0.4, 0.5, 0.6, 0.3, 0.6, 0.5, 0.9, 0.9]
 
 @pytest.mark.parametrize(
     ("patience", "every", "ends"),
-    [(1, 1, 3), (2, 1, 4), (3, 1, 8), (4, 1, 10), (2, 2, 4), (3, 3, 6)],
+    [(1, 1, 3), (2, 1, 4), (3, 1, 8), (4, 1, 10), (1, 2, 4), (2, 2, 4), (3, 3, 6)],
 )
 def test_training_stops_when_no_epoch_was_better_for_so_long(
     tmp_path: Path, digits: Data, patience: int, every: int, ends: int

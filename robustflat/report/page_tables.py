@@ -270,7 +270,7 @@ def settings(records: Sequence[Record]) -> Table | None:
         if len({json.dumps(one.get(key)) for one in flat.values()}) < 2:
             continue
         having = [r.config for r in records if r.config and key in flat[r.index]]
-        if len(having) == len(flat) or not all(is_usual(config, key) for config in having):
+        if not all(is_usual(config, key) for config in having):
             cells = [_plain(r, flat.get(r.index, {}).get(key, "–")) for r in records]
             lines.append(Line(head=Item(text=key, kind="code"), cells=cells))
     if not lines:
