@@ -223,8 +223,8 @@ def _named(
             raise UserError(f"{error} They look like the weights of {guess}.") from None
     # What `build` put in front is a stand-in unless it came with the weights; what a factory put
     # there is its own.
-    stand_in = isinstance(model, Normalized) and (not is_factory or options.get("normalize"))
-    return model.net if stand_in and not known else model
+    own = is_factory and not options.get("normalize")
+    return model.net if isinstance(model, Normalized) and not (known or own) else model
 
 
 def _is_whole(name: str, model: nn.Module, classes: int, channels: int) -> bool:
