@@ -123,11 +123,15 @@ def test_saved_images_do_not_depend_on_where_an_evaluation_was_interrupted(tmp_p
     assert again.attacks["pgd-2"].outside == 0
 
 
-@pytest.mark.parametrize("name", ["x.npy", "here.npz"])
+@pytest.mark.parametrize("name", ["x.npy", "here.npz", "here.npz/x.npz"])
 def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path, name: str) -> None:
     (tmp_path / "here.npz").write_text("mine")
-    with pytest.raises(UserError, match=r"ends in \.npz|exists: remove it"):
-        evaluate(threshold(), graded(), ["fgsm"], save_adversarial=tmp_path / name)
+
+    def never(model: Any, x: torch.Tensor, y: torch.Tensor, *, seed: int) -> torch.Tensor:
+        raise RuntimeError("paid before it was refused")
+
+    with pytest.raises(UserError, match=r"ends in \.npz|exists: remove it|not be written"):
+        evaluate(threshold(), graded(), [never], save_adversarial=tmp_path / name)
     assert (tmp_path / "here.npz").read_text() == "mine"
 
 

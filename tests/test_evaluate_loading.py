@@ -71,6 +71,32 @@ def test_a_factory_of_ones_own_as_robustbench_models_are(tmp_path, monkeypatch):
     sys.modules.pop("mymodels", None)
 
 
+def test_a_factory_keeps_the_normalisation_that_it_made(tmp_path, monkeypatch):
+    (tmp_path / "behind.py").write_text(
+        "import torch\n"
+        "from robustflat import models\n"
+        "def made():\n"
+        "    torch.manual_seed(7)\n"
+        "    known = {'num_classes': 10, 'in_channels': 1, 'mean': (0.3,), 'std': (0.4,)}\n"
+        "    return models.build('small_cnn', **known)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = small().eval()
+    x, _ = held_out(4)
+    torch.save(model.net.state_dict(), tmp_path / "net.pt")
+    for weights in (None, tmp_path / "net.pt"):
+        assert torch.equal(load_model("behind:made", weights, **NAMED)(x), model(x))
+        with pytest.raises(UserError, match="holds its own normalisation"):
+            load_model("behind:made", weights, **NAMED, normalise="none")
+    # What the option `normalize` puts in front is not the factory's.
+    options = {"normalize": True}
+    twice = load_model("behind:made", **NAMED, options=options)
+    assert torch.equal(twice(x), model(x))
+    sys.modules.pop("behind", None)
+
+
 def test_timm_by_name(tmp_path):
     pytest.importorskip("timm")
     name = "timm:test_resnet"

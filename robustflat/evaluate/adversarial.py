@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from robustflat.evaluate.examples import Examples
 from robustflat.evaluate.record import Record
 from robustflat.evaluate.threat import Threat
 from robustflat.evaluate.verdict import SLACK, size
-from robustflat.files import write_whole
+from robustflat.files import write_whole, writing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,11 +60,8 @@ class Adversarial:
             eps=np.array(self.threat.eps),
             model=np.array(self.model),
         )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
             write_whole(path, content.getvalue())
-        except OSError as error:
-            raise UserError(f"The file {path} cannot be written: {error.strerror}.") from error
 
     @classmethod
     def load(cls, path: Path) -> Adversarial:
@@ -161,6 +159,8 @@ def check_target(path: Path) -> None:
         raise UserError(f"Adversarial examples are saved to a file that ends in .npz, got {path}.")
     if path.exists():
         raise UserError(f"{path} exists: remove it, or name another file.")
+    with writing(path):
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 class Pictures:

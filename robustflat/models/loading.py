@@ -174,8 +174,9 @@ def _named(
     if num_classes is None:
         raise UserError(f"The model {name} needs num_classes, the number of its classes.")
     pretrained = name.startswith("timm:") and bool(options.get("pretrained"))
+    is_factory = ":" in name and not name.startswith("timm:")
     # A factory may load weights itself; what the others make without a file is random.
-    if weights is None and not pretrained and (":" not in name or name.startswith("timm:")):
+    if weights is None and not pretrained and not is_factory:
         raise UserError(
             f"The model {name} has no weights, and random ones are not worth measuring: name a "
             "file of them (on the command line the file, with --model), or for timm say "
@@ -195,7 +196,7 @@ def _named(
             )
 
     model = made(0)
-    if weights is None and ":" in name and not pretrained:
+    if weights is None and is_factory:
         other = dict(made(1).named_parameters())
         drawn = [n for n, p in model.named_parameters() if not torch.equal(p, other[n])]
         if drawn:
@@ -220,8 +221,10 @@ def _named(
             if guess in (None, name):
                 raise
             raise UserError(f"{error} They look like the weights of {guess}.") from None
-    # The normalisation that `build` put in front is a stand-in unless it came with the weights.
-    return model.net if isinstance(model, Normalized) and not known else model
+    # What `build` put in front is a stand-in unless it came with the weights; what a factory put
+    # there is its own.
+    own = is_factory and not options.get("normalize")
+    return model.net if isinstance(model, Normalized) and not (known or own) else model
 
 
 def _is_whole(name: str, model: nn.Module, classes: int, channels: int) -> bool:
