@@ -153,7 +153,12 @@ def no_tensor(model, x, y, *, seed):
 
 def retrains(model, x, y, *, seed):
     with torch.no_grad():
-        next(model.parameters()).add_(0)
+        next(model.parameters()).add_(1)
+    return x
+
+
+def rewrites(model, x, y, *, seed):
+    next(model.parameters()).data.zero_()
     return x
 
 
@@ -178,6 +183,7 @@ WRONG = [
     (other_shape, r"images of the shape it was given, \[2, 1, 4, 4\], got \[1, 1, 4, 4\]"),
     (no_tensor, "must return images of the shape .* got NoneType"),
     (retrains, "retrains changed the model"),
+    (rewrites, "rewrites changed the model"),
     (recounts, "recounts changed the model"),
     (thaws, "thaws changed the model"),
     (switches, "switches changed the model"),

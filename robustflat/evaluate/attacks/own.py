@@ -102,13 +102,14 @@ def _said(error: Exception) -> str:
 
 
 def _state(model: nn.Module) -> tuple[list[Any], list[Tensor]]:
-    """What must be as before: modes, how often each parameter was written to; and the buffers.
+    """What must be as before: modes, and the values of parameters and buffers.
 
-    Buffers may be written to and put back, as the package's own attacks do.
+    They may be written to and put back, as the package's own attacks do with buffers. A count of
+    writes would not do: those through ``.data`` are not counted.
     """
-    parameters = [(id(p), p._version, p.requires_grad) for p in model.parameters()]
     modes = [module.training for module in model.modules()]
-    return [parameters, modes], [buffer.clone() for buffer in model.buffers()]
+    modes += [parameter.requires_grad for parameter in model.parameters()]
+    return modes, [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
 
 
 def _same(one: tuple[list[Any], list[Tensor]], other: tuple[list[Any], list[Tensor]]) -> bool:
