@@ -95,6 +95,19 @@ def test_the_package_s_own_attacks_can_be_part_of_one():
     assert found.attacks["attack"].broken == found.attacks["pgd-4"].broken > 0
 
 
+def test_what_an_own_attack_takes_is_said_to_be_unknown(caplog):
+    model, x, y, _ = two_classes()
+    right = int((model(x).argmax(1) == y).sum())
+    with caplog.at_level("INFO", "robustflat.evaluate"):
+        evaluate(model, (x, y), [steepest], eps=EPS, sanity=0)
+        evaluate(model, (x, y), [steepest, "pgd-2"], eps=EPS, sanity=0)
+    said = [line for line in caplog.messages if "images" in line]
+    unknown = "What steepest takes is not known."
+    assert f"{right} images. {unknown}" in said
+    each = "At most 8 forward-pass equivalents for each of"
+    assert f"{each} {right} images: pgd-2 8. {unknown}" in said
+
+
 def test_eps_and_classes_are_given_to_who_names_them():
     seen = []
 

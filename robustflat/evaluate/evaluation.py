@@ -380,12 +380,14 @@ def whole_number(name: str, value: Any, least: int) -> None:
 
 def _cost(attacks: Sequence[Attack], count: int) -> str:
     """What attacks take at most, in words."""
-    known = [a for a in attacks if a.passes is not None]
-    each = ", ".join(f"{a.name} {a.passes or 0:,}" for a in known)
+    known = {a.name: a.passes for a in attacks if a.passes is not None}
     unknown = ", ".join(a.name for a in attacks if a.passes is None)
-    words = f"At most {sum(a.passes or 0 for a in known):,} forward-pass equivalents for each of "
-    words += f"{count:,} images: {each or 'none known'}"
-    return words + (f"; and {unknown}." if unknown else ".")
+    said = f"What {unknown} takes is not known." if unknown else ""
+    if not known:
+        return f"{count:,} images. {said}"
+    each = ", ".join(f"{name} {passes:,}" for name, passes in known.items())
+    words = f"At most {sum(known.values()):,} forward-pass equivalents for each of {count:,} images"
+    return f"{words}: {each}. {said}".rstrip()
 
 
 def _clean(
