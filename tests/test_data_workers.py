@@ -453,3 +453,21 @@ def test_what_are_no_shards_is_told(tree: Path, tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="has nothing"):
         rd.load("webdataset", root=root, image_size=8)
+
+
+def test_a_key_has_one_image(tree: Path, tmp_path: Path) -> None:
+    root = shards(tree, tmp_path / "shards")
+    with tarfile.open(root / "train" / "000000.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("some.where/000.png"))
+    with pytest.raises(UserError, match=r"several images 'some\.where/000'"):
+        every_image(root, image_size=8)
+
+
+def test_splits_of_different_sizes_are_told(tmp_path: Path) -> None:
+    for split, side in (("train", 8), ("test", 9)):
+        for name in "ab":
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (side, 8)).save(folder / "1.png")
+    with pytest.raises(UserError, match=r"different sizes \(8x8 and 8x9\)"):
+        rd.load("image_folder", root=tmp_path, cache=False, validation_samples=0)
