@@ -13,7 +13,8 @@ from torch import nn
 
 from robustflat.errors import UserError
 from robustflat.evaluate.attacks import Request, plan
-from robustflat.evaluate.evaluation import Work, classes_of, evaluate
+from robustflat.evaluate.clean import classes_of
+from robustflat.evaluate.evaluation import Work, evaluate
 from robustflat.evaluate.examples import Data, choose
 from robustflat.evaluate.intervals import LEVEL, Interval, wilson
 from robustflat.evaluate.threat import Task, Threat

@@ -16,12 +16,8 @@ from robustflat.errors import UserError
 from robustflat.evaluate import Evaluation, Scores, Team, Work, choose, evaluate, gaps, merge
 from robustflat.evaluate.adversarial import check_target
 from robustflat.evaluate.attacks import plan
-from robustflat.evaluate.evaluation import (
-    Progress,
-    classes_of,
-    fingerprint_of_images,
-    whole_number,
-)
+from robustflat.evaluate.clean import classes_of, fingerprint_of_images
+from robustflat.evaluate.evaluation import Progress, whole_number
 from robustflat.evaluate.frozen import held
 from robustflat.evaluate.shown import show
 from robustflat.evaluate.threat import Task
