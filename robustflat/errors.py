@@ -17,3 +17,9 @@ class TrainingDivergedError(RuntimeError):
 
 class ProcessLostError(RuntimeError):
     """Another process of the same training ended or cannot be reached."""
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, to stand in a sentence: the first line of the message, else the type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

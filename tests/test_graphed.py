@@ -159,6 +159,12 @@ def test_what_cannot_be_recorded_is_said() -> None:
         gradient(ours, x, y)
     assert all(p.requires_grad for p in ours.parameters())
 
+    def silent(*_: Any) -> Pass:
+        raise RuntimeError
+
+    with pytest.raises(UserError, match=r"recorded: RuntimeError\. A"):
+        gradient(Graphed(conv_bn(), silent), x, y)
+
 
 def test_the_setting_is_checked() -> None:
     settings = config(train__cuda_graphs=True)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from robustflat.cli import output as out
-from robustflat.cli.options import Checkpoint, Opener, Weights, named, number, of_subjects, one_of
+from robustflat.cli.options import (
+    Checkpoint,
+    Opener,
+    Output,
+    Weights,
+    named,
+    number,
+    of_subjects,
+    one_of,
+)
 from robustflat.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,10 +72,7 @@ def evaluate(
     save_adversarial: Annotated[
         Path | None, typer.Option(help="A new .npz file for the adversarial examples.")
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the results; the run's own, or evaluations/NAME."),
-    ] = None,
+    output: Output = None,
 ) -> None:
     """Attack runs or any models on test images; of runs also measure the robust gap.
 
@@ -352,10 +358,7 @@ def corruptions(
     samples: Annotated[
         int | None, typer.Option(help="A fixed class-balanced subset of every set.")
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the results; the run's own, or evaluations/NAME."),
-    ] = None,
+    output: Output = None,
 ) -> None:
     """Classify corrupted test images: the error by corruption and severity, and the mean.
 

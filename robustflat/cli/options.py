@@ -28,6 +28,10 @@ Weights = Annotated[
     str | None,
     typer.Option(help="Of a run: raw, average, or auto: the average if there is one."),
 ]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the results; the run's own, or evaluations/NAME."),
+]
 Checkpoint = Annotated[str | None, typer.Option(help="Of a run: last (if left out) or best.")]
 # Opens the subjects of a command; takes the folder for the results, if it is not their own.
 Opener = Callable[..., "list[Subject]"]

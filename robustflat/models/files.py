@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, reason
 
 
 def read_tensors(path: str | Path) -> Any:
@@ -50,8 +50,7 @@ def read_tensors(path: str | Path) -> Any:
 
 
 def _damaged(path: Path, error: BaseException) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return UserError(
-        f"The file {path} is damaged, cut short, or was not written by torch.save: {reason}. "
-        "Use another copy of it."
+        f"The file {path} is damaged, cut short, or was not written by torch.save: "
+        f"{reason(error)}. Use another copy of it."
     )

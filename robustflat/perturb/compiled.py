@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, reason
 from robustflat.perturb.displace import buffers_kept
 from robustflat.perturb.modes import Mode, attack_mode, frozen
 
@@ -65,7 +65,7 @@ class Compiled(nn.Module):
             torch._dynamo.exc.FailOnRecompileLimitHit,
         ) as error:
             raise UserError(
-                f"torch.compile cannot compile this model as a whole: {_reason(error)}. Leave "
+                f"torch.compile cannot compile this model as a whole: {reason(error)}. Leave "
                 "train.compile or --compile out."
             ) from None
         return logits[:count]
@@ -81,7 +81,7 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False)(torch.ones(2, device=device))
     except Exception as error:  # of as many types as there are causes
         raise UserError(
-            f"torch.compile does not work on {device}: {_reason(error)}. It needs a C++ compiler "
+            f"torch.compile does not work on {device}: {reason(error)}. It needs a C++ compiler "
             "such as g++ and Python's headers, on a GPU Triton too. Install them, or leave "
             "train.compile or --compile out."
         ) from None
@@ -97,8 +97,3 @@ def check_compiled(
     """
     with attack_mode(model, mode), buffers_kept(model):
         Compiled(model, backend="eager")(torch.zeros(2, *shape, device=device))
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

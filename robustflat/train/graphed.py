@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, reason
 from robustflat.perturb.modes import frozen
 
 Pass = Callable[[Tensor], Tensor]
@@ -69,7 +69,7 @@ class Graphed(nn.Module):
         except RuntimeError as error:
             raise UserError(
                 "train.cuda_graphs is true, but this model's pass cannot be recorded: "
-                f"{str(error).strip().splitlines()[0]}. A pass must not wait for the GPU, as "
+                f"{reason(error)}. A pass must not wait for the GPU, as "
                 ".item() does. Leave train.cuda_graphs out."
             ) from error
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from robustflat.bounds import BelowOne, Inside, NonNegative, Positive, Share
 from robustflat.config.schema import OptimizerSection
-from robustflat.errors import UserError
+from robustflat.errors import UserError, reason
 
 # From epochs done (fractions included), all epochs, and the length of a step in epochs to the
 # factor, in [0, 1], of the base learning rate.
@@ -124,7 +124,7 @@ def _check_fused(config: OptimizerSection, parameter: nn.Parameter) -> None:
     except (RuntimeError, UserError) as error:
         raise UserError(
             f"optimizer.fused: torch has no fused {config.name} of {parameter.dtype} on "
-            f"{parameter.device}: {str(error).splitlines()[0].rstrip('.')}. Leave it out."
+            f"{parameter.device}: {reason(error)}. Leave it out."
         ) from None
 
 

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from robustflat.errors import ProcessLostError, TrainingDivergedError, UserError
+from robustflat.errors import ProcessLostError, TrainingDivergedError, UserError, reason
 
 T = TypeVar("T")
 # The first process of a host may be downloading or decoding meanwhile.
@@ -199,9 +199,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
-            f"The device {name!r} cannot be used: {reason}. Try device: auto."
+            f"The device {name!r} cannot be used: {reason(error)}. Try device: auto."
         ) from None
     return device
 
