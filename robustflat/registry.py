@@ -91,53 +91,24 @@ def _short(value: Any) -> str:
 
 
 _PERTURB = "robustflat.perturb:"
-_WEIGHTS = {
-    "none": "no_perturbation",
-    "awp": "awp",
-    "awp_global": "awp_global",
-    "amp": "amp",
-    "rwp": "rwp",
-    "sam": "sam",
-    "asam": "asam",
-    "gsam": "gsam",
-    "gnp": "gnp",
-    "gam": "gam",
-    "fsam": "fsam",
-    "vasso": "vasso",
-    "momentum_sam": "momentum_sam",
-    "looksam": "looksam",
-    "lesam": "lesam",
-    "esam": "esam",
-    "zsharp": "zsharp",
-    "random": "random_weights",
-    "rwp_mix": "rwp_mix",
-    "custom": "custom",
-    "msam": "msam",
-    "nsam": "nsam",
-}
+_WEIGHTS = (
+    "none", "awp", "awp_global", "amp", "rwp", "sam", "asam", "gsam", "gnp", "gam", "fsam", "vasso",
+    "momentum_sam", "looksam", "lesam", "esam", "zsharp", "random", "rwp_mix", "custom", "msam",
+    "nsam",
+)  # fmt: skip
+_OTHERWISE = {"none": "no_perturbation", "random": "random_weights"}
 
 _OBJECTIVES = ("standard", "adversarial", "trades", "mart", "mlcat", "ikl", "gkl", "rebat")
 
 weights = Kind(
     "weights",
     "weight perturbation",
-    {n: _PERTURB + attribute for n, attribute in _WEIGHTS.items()},
+    {n: _PERTURB + _OTHERWISE.get(n, n) for n in _WEIGHTS},
     needs=(
-        "backward",
-        "is_off",
-        "passes",
-        "wants_rows",
-        "splits",
-        "least_rows",
-        "remembers",
-        "parameters",
-        "batches",
-        "scaled",
-        "synchronised",
-        "state_dict",
-        "load_state_dict",
+        "backward", "is_off", "passes", "wants_rows", "splits", "least_rows", "remembers",
+        "parameters", "batches", "scaled", "synchronised", "state_dict", "load_state_dict",
     ),
-)
+)  # fmt: skip
 attacks = Kind(
     "attack",
     "attack",
@@ -203,17 +174,7 @@ measures = Kind("measures", "flatness measure", "robustflat.flatness:MEASURES")
 KINDS = {
     kind.name: kind
     for kind in (
-        weights,
-        attacks,
-        objectives,
-        optimizers,
-        schedules,
-        averages,
-        augmentations,
-        models,
-        listeners,
-        data,
-        scales,
-        measures,
+        weights, attacks, objectives, optimizers, schedules, averages, augmentations, models,
+        listeners, data, scales, measures,
     )
-}
+}  # fmt: skip

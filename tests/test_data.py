@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import robustflat.data as rd
+from robustflat.data.named import statistics
 from robustflat.data.noise import CIFAR10_CLASSES
 from robustflat.data.split import without
 from robustflat.errors import UserError
@@ -166,7 +167,7 @@ def test_statistics_are_those_of_the_train_split():
     assert data.mean[0] == pytest.approx(x.mean().item(), rel=1e-12)
     assert data.std[0] == pytest.approx(x.std(correction=0).item(), rel=1e-12)
     constant = rd.MemoryImages(torch.full((4, 1, 2, 2), 51, dtype=torch.uint8), torch.arange(4))
-    assert rd.statistics(constant) == ((pytest.approx(0.2),), (1.0,))
+    assert statistics(constant) == ((pytest.approx(0.2),), (1.0,))
 
 
 def test_tensors_are_floats_in_the_unit_interval_and_limits_are_stratified():

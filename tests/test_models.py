@@ -153,7 +153,7 @@ def test_impossible_statistics_are_refused(mean, std, message):
 
 @pytest.mark.parametrize("size", [(2, 2), (4, 6), (7, 7), (5, 2), (3, 8)])
 def test_the_2x2_pooling_is_the_adaptive_one(size):
-    model = rm.small_cnn(num_classes=8, in_channels=2, width=1, depth=2, batch_norm=False)
+    model = rm.MODELS["small_cnn"](num_classes=8, in_channels=2, width=1, depth=2, batch_norm=False)
     model.features = nn.Identity()
     model.linear = nn.Identity()
     x = torch.rand(3, 2, *size)
