@@ -143,7 +143,7 @@ def _over_radii(
     """Measure, show and draw robust accuracy over several radii."""
     from robustflat.evaluate import Team
     from robustflat.report.drawing import Drawing
-    from robustflat.report.landscape_picture import check_ending
+    from robustflat.report.paper import check_ending
     from robustflat.report.progress import Counter
     from robustflat.report.radii import chart, radius_table
     from robustflat.runs.radii import curves_file, measure_radii
@@ -154,7 +154,7 @@ def _over_radii(
             "--curve draws robust accuracy over --radii: say them, such as 2/255,4/255."
         )
     wanted_radii = [number("--radii", text) or 0.0 for text in radii.split(",")]
-    if picture is not None and picture.suffix != ".html":
+    if picture is not None:
         check_ending(picture)
     team = Team.of_torchrun()
     console = out.console(quiet=not team.is_first)
@@ -290,7 +290,8 @@ def landscape(
     """
     from robustflat.evaluate import Team
     from robustflat.landscapes.subjects import Sight, draw_between, draw_subject
-    from robustflat.report.landscape_picture import check_ending, save_picture
+    from robustflat.report.landscape_picture import landscape_figure
+    from robustflat.report.paper import check_ending, save
     from robustflat.report.progress import Counter
     from robustflat.subject import distinct_names
 
@@ -303,8 +304,7 @@ def landscape(
             "--between draws the line through two, or the plane through three: leave --dimensions, "
             "--directions, --direction-loss, --draws, --span and --parameters out."
         )
-    if output.suffix != ".html":
-        check_ending(output)
+    check_ending(output)
     opened = subjects()
     team = Team.of_torchrun()
     if team.is_first:
@@ -332,7 +332,7 @@ def landscape(
 
             write_landscapes(found, output)
         else:
-            save_picture(found, output)
+            save(landscape_figure(found), output)
         for name, drawn in found.items():
             if lost := drawn.lost:
                 typer.echo(
