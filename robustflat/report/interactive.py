@@ -52,7 +52,8 @@ def plotly(figure: Figure, *, surface: bool = False) -> _Json:
         axes = {"xaxis": _axis(figure.x), "yaxis": side, "hovermode": "x"}
         marks = [
             {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper",
-             "line": {"color": "@soft@", "width": 1}, "label": {"text": _plain(name), "textangle": 0, "textposition": "end",
+             "line": {"color": "@soft@", "width": 1},
+             "label": {"text": _plain(name), "textangle": 0, "textposition": "end",
                        "xanchor": "left", "yanchor": "top"}}
             for name, at in figure.places.items()
         ]  # fmt: skip
