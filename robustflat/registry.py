@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 from robustflat.plugins import imported, is_plugin
 
 
@@ -57,10 +56,9 @@ class Kind:
             return found
         if is_plugin(name) and any(known.startswith("package") for known, _ in self.also):
             return imported(name, self.one)
-        near = difflib.get_close_matches(name, self._mapping, n=1)
         valid = ", ".join([*self._mapping, *(n for n, _ in self.also)])
-        hint = f"Did you mean {near[0]!r}?" if near else f"Valid: {valid}."
-        raise UserError(f"is unknown (got {name!r}). {hint}")
+        hint = nearest(name, self._mapping, 1) or f" Valid: {valid}."
+        raise UserError(f"is unknown (got {name!r}).{hint}")
 
     def describe(self, name: str) -> list[str]:
         """What is to be said of an entry: a sentence, its call with all defaults, its source."""

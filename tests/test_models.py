@@ -305,7 +305,7 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("wide_resnt", {}, "Did you mean wide_resnet"),
+        ("wide_resnt", {}, "Did you mean 'wide_resnet'"),
         ("small_cnn", {"witdh": 3}, "no option 'witdh'.*batch_norm, depth, width"),
         ("small_cnn", {"width": 0}, "width must be a whole number of at least 1, got 0"),
         ("small_cnn", {"width": True}, "width"),
@@ -379,7 +379,7 @@ def test_a_factory_in_the_current_directory_gets_what_it_accepts(tmp_path, monke
         ("my_models:plain", {"hiden": 5}, "no option 'hiden'.*hidden"),
         ("my_models:broken", {}, "RuntimeError: no weights here"),
         ("my_models:none", {}, "must return a torch.nn.Module, got int"),
-        ("my_models:plan", {}, "Did you mean plain"),
+        ("my_models:plan", {}, "Did you mean 'plain'"),
     ):
         with pytest.raises(UserError, match=message):
             make(name, **options)

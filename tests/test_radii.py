@@ -96,7 +96,7 @@ def test_where_nothing_is_left_nothing_is_attacked() -> None:
         ([0.0], ["fgsm"], "at least one radius above 0"),
         ([-0.1], ["fgsm"], "finite number >= 0"),
         ([0.1, 0.2], [rf.pgd(eps=0.1)], "one in the linf ball of 0.1"),
-        ([0.1], ["fgms"], "Did you mean fgsm"),
+        ([0.1], ["fgms"], "Did you mean 'fgsm'"),
     ],
 )
 def test_a_curve_that_cannot_be_is_refused_first(radii: Any, attacks: Any, words: str) -> None:

@@ -910,6 +910,17 @@ def test_half_written_last_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     assert traces(specs(written(tmp_path, folder))["Clean loss"])["a, train"]["x"] == [2, 4, 6]
 
 
+def test_a_damaged_row_of_metrics_costs_no_other_row(tmp_path: Path) -> None:
+    """A run that goes on writes all rows anew, so none after a damaged one may be passed by."""
+    folder = make(tmp_path / "a")
+    first, second, *rest = folder.metrics_file.read_text().splitlines()
+    text = "\n".join([first, second[:9], *rest])
+    folder.metrics_file.write_text(text)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 2"):
+        folder.append_metrics({"epoch": 7})
+    assert folder.metrics_file.read_text() == text
+
+
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     folder = make(tmp_path / "a")
     (tmp_path / "file").write_text("mine")

@@ -195,6 +195,19 @@ def test_bad_studies_are_refused(changes: dict[str, Any], match: str) -> None:
         study(**changes)
 
 
+def test_only_what_curvlinops_does_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The density is by Lanczos of our own; two estimators of the trace are not."""
+    monkeypatch.setitem(sys.modules, "curvlinops", None)
+    assert expand(study(measures=["hessian_density", "hessian_trace"]))
+    with pytest.raises(ConfigError, match=r"needs the package curvlinops.*robustflat\[curvature\]"):
+        expand(
+            study(
+                measures=["hessian_trace"],
+                grid={"weights": WEIGHTS, "flatness.options": [{"estimator": "xtrace"}]},
+            )
+        )
+
+
 def test_what_could_not_be_measured_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match=r"no option 'stps'.*all grid points"):
         expand(study(grid={"weights": WEIGHTS, "flatness.options": [{"stps": 3}]}))

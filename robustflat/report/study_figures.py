@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from robustflat.errors import UserError
+from robustflat.files import write_text
 from robustflat.report import paper
 from robustflat.report.chart import Axis, Chart, Series
 from robustflat.runs.comparison import Unit
@@ -96,16 +97,13 @@ def tables(result: StudyResult) -> list[Table]:
 
 def save_tables(result: StudyResult, path: str | os.PathLike[str]) -> Path:
     """Write the tables and notes as text."""
-    target = Path(path)
-    try:
-        with target.open("w", encoding="utf-8") as file:
-            console = Console(file=file, width=240)
-            for table in tables(result):
-                console.print(table)
-            for note in result.notes:
-                console.print(f"note: {note}", markup=False)
-    except OSError as error:
-        raise UserError(f"The tables cannot be written to {target}: {error}.") from error
+    text = io.StringIO()
+    console = Console(file=text, width=240)
+    for table in tables(result):
+        console.print(table)
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False)
+    write_text(target := Path(path), text.getvalue())
     return target
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
-from robustflat.files import locked, write_json, write_whole
+from robustflat.files import locked, write_json, write_whole, writing
 from robustflat.study.grid import Point
 from robustflat.study.schema import StudyConfig
 from robustflat.train.folder import RunFolder
@@ -127,13 +127,9 @@ class StudyFolder:
                 f"{self.config_file.name}). Choose another name or output."
             )
         text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        try:
+        with writing(self.config_file):
             self.runs.mkdir(parents=True, exist_ok=True)
             write_whole(self.config_file, text)
-        except OSError as error:
-            raise UserError(
-                f"The study's folder {self.root} cannot be written: {error}. Choose another output."
-            ) from None
 
     def files(self, name: str) -> RunFiles:
         """The files of one run."""

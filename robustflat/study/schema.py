@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from robustflat.config.values import Count, NonNegative, Section, Whole
+from robustflat.errors import nearest
 from robustflat.flatness.measures import find
 from robustflat.study.ranking import SEED
 from robustflat.study.targets import ATTACKED, TARGETS
@@ -35,9 +35,7 @@ def _known_measure(name: str) -> str:
 
 def _known_target(name: str) -> str:
     if name not in TARGETS:
-        near = difflib.get_close_matches(f"gap_{name}", TARGETS, n=1, cutoff=0.9)
-        near = near or difflib.get_close_matches(name, TARGETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = nearest(name, TARGETS, 3)
         raise ValueError(f"is no target.{hint} Targets: {', '.join(TARGETS)}")
     return name
 
