@@ -392,7 +392,7 @@ def test_timm_models():
     model = make("timm:resnet10t", 5, 1)
     assert isinstance(model, rm.Normalized)
     assert model(torch.rand(2, 1, 32, 32)).shape == (2, 5)
-    with pytest.raises(UserError, match=r"no model 'resnet10tt'.*timm:resnet10t"):
+    with pytest.raises(UserError, match=r"timm has no model 'resnet10tt'.*'resnet10t'"):
         make("timm:resnet10tt")
     with pytest.raises(UserError, match="timm:resnet10t could not be made"):
         make("timm:resnet10t", no_such_option=3)
