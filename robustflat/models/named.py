@@ -12,12 +12,12 @@ from torch import nn
 from robustflat.errors import UserError, missing, nearest
 from robustflat.models.normalized import Normalized
 from robustflat.models.resnet import preact_resnet18, preact_resnet18_silu, resnet18, resnet50
-from robustflat.models.small import mlp, small_cnn
+from robustflat.models.small import SmallCNN, mlp
 from robustflat.models.wide import wide_resnet, wide_resnet_silu
 from robustflat.plugins import imported
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "small_cnn": small_cnn,
+    "small_cnn": SmallCNN,
     "mlp": mlp,
     "preact_resnet18": preact_resnet18,
     "preact_resnet18_silu": preact_resnet18_silu,
