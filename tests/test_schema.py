@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from train_support import config, python, rows, saved, trained, write
+from forked import command, forked
+from train_support import config, rows, saved, trained, write
 
 import robustflat as rf
 from robustflat import registry
@@ -359,9 +360,10 @@ def test_one_s_own_of_every_kind_trains_and_is_named(own: str, tmp_path: Path) -
         "monitor__flatness_every": 1,
     }
     path = write(tmp_path / "c.yaml", **said)
-    process = python("-m", "robustflat", "train", str(path))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    process = forked(command, "train", str(path), said=tmp_path / "said")
+    process.join()
+    out = (tmp_path / "said").read_text()
+    assert process.exitcode == 0, out
     folder = tmp_path / "run"
     named = json.loads((folder / "environment.json").read_text())["plugins"]
     expected = {"weights": "weights", "attack": "attack", "objective": "objective"}
