@@ -118,7 +118,7 @@ def evaluate(
                 continue
             state = f"{name} checkpoint (epoch {entry['epoch']}, {entry['weights']})"
             title = f"{subject.name}: {state}" if subject.is_run else subject.name
-            console.print(evaluation_table({"title": title, "result": entry["test"]}))
+            console.print(evaluation_table(title, entry["test"]))
             classes = entry["test"]["classes"]
             for table in class_tables(classes) if by_class else ():
                 console.print(table)
