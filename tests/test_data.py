@@ -561,10 +561,3 @@ def test_noise_is_in_the_train_split_only():
     assert torch.equal(a.test.labels, b.test.labels)
     other = rd.load("digits", validation_samples=100, seed=2, noise=noise)
     assert torch.equal(other.train.labels, b.train.labels)
-
-
-def test_impossible_noise_is_refused():
-    with pytest.raises(UserError, match="symmetric or asymmetric"):
-        rd.LabelNoise(kind="random", rate=0.1)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"\[0, 1\]"):
-        rd.LabelNoise(kind="symmetric", rate=1.1)

@@ -38,29 +38,24 @@ def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
             "Configure an attack, or use objective standard",
         )
     faster = {"compile": config.train.compile is not None, "cuda_graphs": config.train.cuda_graphs}
-    for key in [key for key, said in faster.items() if said and not needed]:
-        yield _told(
-            f"train.{key}",
-            f"train.{key} makes the passes of an attack faster, but objective {objective.name} "
-            f"trains on the images as they are. Leave train.{key} out",
-        )
+    for key in [key for key, said in faster.items() if said]:
+        if not needed:
+            yield _told(
+                f"train.{key}",
+                f"train.{key} makes the passes of an attack faster, but objective {objective.name} "
+                f"trains on the images as they are. Leave train.{key} out",
+            )
+        elif config.train.sync_batchnorm:
+            yield _told(
+                f"train.{key}",
+                f"train.{key} takes passes as a whole, and train.sync_batchnorm lets processes "
+                "talk within one. Leave one of them out",
+            )
     if all(faster.values()):
         yield _told(
             "train.cuda_graphs",
             "train.compile and train.cuda_graphs are two ways to make the same passes faster. "
             "Leave one of them out",
-        )
-    if config.train.cuda_graphs and config.train.sync_batchnorm:
-        yield _told(
-            "train.cuda_graphs",
-            "train.cuda_graphs cannot record what processes tell each other, as "
-            "train.sync_batchnorm needs. Leave one of them out",
-        )
-    if config.train.sync_batchnorm and config.train.compile is not None:
-        yield _told(
-            "train.compile",
-            f"train.compile is {config.train.compile}, but train.sync_batchnorm lets processes "
-            "talk within a pass, which cannot be recorded as a whole. Leave one of them out",
         )
     if config.threat is not None:
         try:

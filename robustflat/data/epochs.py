@@ -40,11 +40,6 @@ class Extra:
     fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise UserError(
-                f"The fraction of extra images per batch must lie between 0 and 1 (both "
-                f"excluded), got {self.fraction}."
-            )
         if len(self.images) == 0:
             raise UserError("The extra data set is empty.")
 

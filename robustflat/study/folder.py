@@ -55,13 +55,13 @@ class RunFiles:
         found = read_json(self.failure)
         return None if found is None else str(found.get("error"))
 
-    def last_lines(self, count: int = 12) -> str:
+    def last_lines(self) -> str:
         """The end of the run's log."""
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
-        return "\n".join(text.splitlines()[-count:])
+        return "\n".join(text.splitlines()[-12:])
 
     def begun(self) -> bool:
         """Whether the run's folder holds anything that training could go on from.
