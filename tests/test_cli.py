@@ -379,7 +379,6 @@ BAD_EVALUATE: dict[str, tuple[list[str], str]] = {
     "normalise": (["--normalise", "none"], "leave --normalise out"),
     "merge and shard": (["--merge", "--shard", "1/2"], "leave --shard out"),
     "merge of nothing": (["--merge"], "no shards"),
-    "no gap of some": (["--no-gap", "--gap-samples", "3"], "contradict"),
     "negative gap": (["--gap-samples=-3"], "gap-samples"),
     "precision": (["--precision", "fp8"], "fp32, bf16"),
     "too many steps": (["--attack", f"pgd-1{'0' * 400}"], "cannot be made"),

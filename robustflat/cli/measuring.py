@@ -47,7 +47,6 @@ def evaluate(
         int | None,
         typer.Option(help="Images of each split for the gap; 0: none, as for models."),
     ] = None,
-    no_gap: Annotated[bool, typer.Option("--no-gap", help="Measure no gap.")] = False,
     shard: Annotated[str | None, typer.Option(help="i/n: attack every n-th image only.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
@@ -82,15 +81,13 @@ def evaluate(
     from robustflat.report.tables import class_tables, evaluation_table, gap_table, weakest
     from robustflat.runs.evaluation import Job, Wanted
 
-    if no_gap and gap_samples:
-        raise UserError("--no-gap and --gap-samples contradict each other: give one of them.")
     states = ("best", "last") if checkpoint == "both" else (checkpoint,) if checkpoint else None
     wanted = Wanted(
         attacks=attack,
         checkpoints=states,
         weights=weights,
         samples=samples,
-        gap_samples=0 if no_gap else gap_samples,
+        gap_samples=gap_samples,
         seed=seed,
         shard=shard,
         merge=merge,
