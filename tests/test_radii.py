@@ -125,4 +125,4 @@ def test_it_is_drawn_and_shown_as_it_is() -> None:
     plt.close("all")
     table = radius_table("a", found)
     assert [*map(str, table.columns[0].cells)] == ["0", "0.01", "0.03", "0.06"]
-    assert next(iter(table.columns[1].cells)) == f"{found.points[0].accuracy:.2%}"
+    assert str(next(iter(table.columns[1].cells))) == f"{found.points[0].accuracy:.2%}"
