@@ -111,6 +111,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
     # Keys of earlier versions, and how what they said is written now.
     moved: ClassVar[dict[str, str]] = {}
+    # Keys that one may look for, and where that is to be had.
+    elsewhere: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="wrap")
     @classmethod
@@ -132,6 +134,8 @@ class Section(BaseModel):
     def _about_unknown(cls, key: str, got: Any) -> str:
         if key in cls.moved:
             return f"has moved. {cls.moved[key]}"
+        if key in cls.elsewhere:
+            return f"is no setting. {cls.elsewhere[key]}"
         valid = sorted(cls.model_fields)
         hint = nearest(key, valid) or f" Valid keys: {', '.join(valid)}."
         said = "" if isinstance(got, dict) else f" (got {short(got)})"
