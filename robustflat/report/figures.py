@@ -33,7 +33,7 @@ _BEST: Mapping[Key, str] = {"circle": "best checkpoint"}
 # Within a row, so that their whiskers do not lie on one another.
 _PLACES = {"train": -0.18, "validation": 0.18, "test": 0.0}
 # By figure its title and unit; the first two have a gap that matters.
-_CURVES: tuple[tuple[str, str, Unit], ...] = (
+FIGURES_OF_SPLITS: tuple[tuple[str, str, Unit], ...] = (
     ("robust_accuracy", "Robust accuracy", "%"),
     ("robust_loss", "Robust loss", ""),
     ("clean_accuracy", "Clean accuracy", "%"),
@@ -91,7 +91,7 @@ def gaps(records: Sequence[Record]) -> list[Figure]:
     ]
     marks: Mapping[Key, str] = {mark: split for split, mark in _MARKS.items()}
     charts: list[Figure] = []
-    for key, title, unit in _CURVES[:2]:
+    for key, title, unit in FIGURES_OF_SPLITS[:2]:
         ticks, series = {}, []
         for at, (record, checkpoint, gap) in enumerate(places):
             figures = {split: f[key] for split, f in gap["splits"].items()}
@@ -146,11 +146,11 @@ def _classes(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
 def curves(records: Sequence[Record]) -> list[Figure]:
     """What was monitored during training, and the gap between train and validation."""
     charts: list[Figure] = []
-    for key, title, unit in _CURVES:
+    for key, title, unit in FIGURES_OF_SPLITS:
         lines = [_curve(r, key, split) for split in ("validation", "train") for r in records]
         marks: Mapping[Key, str] = {"solid": "validation", "dash": "train", **_BEST}
         charts += _if_any(title, lines, Axis(unit=unit), marks)
-    for key, title, unit in _CURVES[:2]:
+    for key, title, unit in FIGURES_OF_SPLITS[:2]:
         way = "train − validation" if unit else "validation − train"
         gap: Unit = "pp" if unit else ""
         name = f"Gap of the {title.lower()} ({way})"

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from robustflat.config.schema import FlatnessConfig, Measure
 from robustflat.config.values import Count, NonNegative, Section, Whole
 from robustflat.errors import nearest
-from robustflat.flatness.measures import find
 from robustflat.study.ranking import SEED
 from robustflat.study.targets import ATTACKED, TARGETS
 
@@ -28,11 +28,6 @@ def paths(key: str) -> list[str]:
     return [path.strip() for path in key.split(",")]
 
 
-def _known_measure(name: str) -> str:
-    find(name)
-    return name
-
-
 def _known_target(name: str) -> str:
     if name not in TARGETS:
         hint = nearest(name, TARGETS, 3)
@@ -47,11 +42,7 @@ def _base(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_blocks(value: Any) -> Any:
-    return [value] if isinstance(value, dict) else value
+    return [value] if isinstance(value, (str, dict)) else value
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
@@ -98,13 +89,11 @@ class StudyConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: str = "runs"
     base: Annotated[Any, BeforeValidator(_base)]
-    grid: Annotated[tuple[Block, ...], BeforeValidator(_as_blocks), Field(min_length=1)]
+    grid: Annotated[tuple[Block, ...], BeforeValidator(_as_list), Field(min_length=1)]
     design: Walks | None = None
     factors: dict[str, Paths] = Field(default_factory=dict)
     nested: dict[str, str] = Field(default_factory=dict)
-    measures: Annotated[
-        tuple[Annotated[str, AfterValidator(_known_measure)], ...], Field(min_length=1)
-    ] = ("worst_clean", "worst_robust", "average_clean", "average_robust")
+    measures: Annotated[tuple[Measure, ...], Field(min_length=1)] = FlatnessConfig().measures
     targets: Annotated[
         tuple[Annotated[str, AfterValidator(_known_target)], ...], Field(min_length=1)
     ] = ("gap_robust_accuracy", "gap_robust_loss", "test_robust_accuracy")
