@@ -507,3 +507,18 @@ def test_synchronising_reaches_the_perturbation() -> None:
     assert config(weights={"name": "sam", "step": step}).weights.build().sync == "global"
     with pytest.raises(ConfigError, match="sync"):
         config(weights={"name": "esam", "step": step})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["train.fsdp", "train.parallel", "train.strategy", "train.sharding", "train.distributed",
+     "fsdp", "parallel", "strategy"],
+)  # fmt: skip
+def test_who_asks_for_sharded_weights_is_told_where_they_are(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(write(tmp_path / "c.yaml"), [f"{key}=fsdp2"])
+    text = str(caught.value)
+    assert f"{key} is no setting" in text
+    assert "every process of `train` holds the whole network" in text
+    assert "weights.backward(loss, fully_sharded_model)" in text
+    assert "torchrun" in text
