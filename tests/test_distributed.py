@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from forked import of_group
 from reference.nets import conv_bn, images
 from torch import Tensor, nn
-from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import robustflat as rf
 from robustflat.train.step import TrainStep
 
-WORLD = 2
 STEPS = 3
 METHODS: dict[str, Any] = {
     "none": rf.no_perturbation(),
@@ -152,11 +149,7 @@ def in_parts(model: nn.Module, name: str, parts: int, mine: slice) -> list[Tenso
     return [p.detach().clone() for p in model.parameters()]
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
-    )
+def process(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, weights in METHODS.items():
         for split in ("own", "same"):
@@ -198,16 +191,12 @@ def process(rank: int, folder: str) -> None:
     results["restored"] = all(
         torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)
     )
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    mp.start_processes(process, (str(folder),), nprocs=WORLD, start_method="spawn")
-    return [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(WORLD)]
+    return of_group(process, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("split", ["own", "same"])

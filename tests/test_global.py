@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from forked import WORLD, of_group
 from reference.nets import group_layer, images
 from torch import Tensor, nn
-from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import robustflat as rf
@@ -18,7 +16,7 @@ from robustflat.data import share
 from robustflat.perturb.compiled import Compiled
 from robustflat.train.step import TrainStep
 
-WORLD, ROWS = 2, 7  # 4 rows for one process and 3 for the other
+ROWS = 7  # 4 rows for one process and 3 for the other
 METHODS: dict[str, Any] = {
     "none": rf.no_perturbation(),
     "awp": rf.awp(0.1),
@@ -50,11 +48,7 @@ def follow(
     return [*(p.detach().clone() for p in model.parameters()), torch.stack(losses)]
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
-    )
+def process(rank: int) -> dict[str, Any]:
     results = {
         f"{method}-{sync}": follow(
             method, sync, DistributedDataParallel(group_layer()), rank, WORLD
@@ -65,16 +59,12 @@ def process(rank: int, folder: str) -> None:
     around = DistributedDataParallel(group_layer())
     attacked = Compiled(around.module, backend="aot_eager")
     results["compiled"] = follow("awp", "global", around, rank, WORLD, attacked)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    mp.start_processes(process, (str(folder),), nprocs=WORLD, start_method="spawn")
-    return [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(WORLD)]
+    return of_group(process, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("method", METHODS)

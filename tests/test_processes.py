@@ -1,12 +1,12 @@
-"""Processes that train together: resuming, faults told once, devices, and shares of the work."""
+"""Processes that train together: resuming, faults told once, devices, shares of the work."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,18 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from forked import command, forked, pair, together
 from torch import nn
-from train_support import SMALL_CNN, config, differences, python, same_run, saved, trained, write
+from train_support import SMALL_CNN, config, differences, same_run, saved, trained, write
 
+from robustflat.config import read_config
 from robustflat.data import MemoryImages
 from robustflat.errors import UserError
 from robustflat.files import locked
-from robustflat.train import run, train
+from robustflat.train import loop, parallel, run, train
 from robustflat.train.feed import placed
 from robustflat.train.folder import RunFolder
 from robustflat.train.monitor import Monitor
 from robustflat.train.parallel import Processes, device_name, synchronised, was_restarted
 from robustflat.train.setup import build_model, load_data
+from robustflat.train.step import TrainStep
 
 CPU = torch.device("cpu")
 BATCHNORM: dict[str, Any] = {
@@ -43,101 +46,55 @@ RUNS: dict[str, dict[str, Any]] = {
         "weights": {"name": "random", "gamma": 0.02, "step": {"sync": "global"}},
     },
 }
-# Trains each run whole, then stopped by a SIGTERM to one process and resumed.
-SCRIPT = """
-import os, signal, sys, torch, weakref
-from pathlib import Path
-from robustflat.config import read_config
-from robustflat.train import train
-from robustflat.train import loop, parallel
-from robustflat.train.step import TrainStep
-
-folder, names = Path(sys.argv[1]), sys.argv[2:]
-rank, seen, take = os.environ["RANK"], [], TrainStep.__call__
-made, make, leave = [], loop.replica, parallel._leave
-
-def remembered(*arguments):
-    replica = make(*arguments)
-    made.append(weakref.ref(replica))
-    return replica
-
-def checked():
-    # On torch 2.6 a replica that outlives its group may wait for ever at its end.
-    assert made and not any(replica() for replica in made)
-    leave()
-
-loop.replica, parallel._leave = remembered, checked
-
-def watched(self, model, batches, weights, *rest):
-    seen.append([weights.sync, *(r.initial_seed() for r in rest if isinstance(r, torch.Generator))])
-    # The buffers are those that the step before left.
-    torch.save([seen, dict(model.module.named_buffers())], folder / f"seen.{rank}.pt")
-    return take(self, model, batches, weights, *rest)
-
-TrainStep.__call__ = watched
-
-class Stop:
-    def on_start(self, *_): ...
-    def on_epoch(self, *_): ...
-    def on_end(self): ...
-    def on_step(self, epoch, step, values):
-        if (epoch, step) == (1, 1):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-for name in names:
-    train(read_config(folder / f"{name}.yaml"))
-    cut = folder / f"{name}-cut.yaml"
-    _, finished = train(read_config(cut), listeners=lambda folder: [Stop()])
-    assert not finished
-    _, finished = train(read_config(cut), resume=True)
-    assert finished
-"""
-# The command line, of which the second process does something else in its first life.
-ODD = """
-import os, signal, sys
-from robustflat.cli import main
-from robustflat.errors import UserError
-from robustflat.train import run
-from robustflat.train.step import TrainStep
-
-if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    deed, steps, take = sys.argv.pop(1), [], TrainStep.__call__
-
-    def dying(*arguments, **more):
-        steps.append(1)
-        if len(steps) == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return take(*arguments, **more)
-
-    def refused(config):
-        raise UserError("The disk of this host alone is broken.")
-
-    if deed == "die":
-        TrainStep.__call__ = dying
-    if deed == "refuse":
-        run.load_data = refused
-else:
-    sys.argv.pop(1)
-main()
-"""
 
 
-def torchrun(*arguments: str, more: tuple[str, ...] = ()) -> tuple[int, str, str]:
-    process = python(
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-addr=127.0.0.1",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        *more,
-        *arguments,
-    )
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.terminate()
-    return process.returncode, out, err
+class Heard:
+    """A listener that does nothing."""
+
+    def on_start(self, epochs: int, steps: int, done: int) -> None: ...
+    def on_step(self, epoch: int, step: int, values: Any) -> None: ...
+    def on_epoch(self, row: dict[str, Any]) -> None: ...
+    def on_end(self) -> None: ...
+
+
+def trained_and_cut(folder: Path) -> None:
+    """Trains each run whole, then stopped by a SIGTERM to one process and resumed."""
+    rank, made, seen = int(os.environ["RANK"]), list[Any](), list[Any]()
+    take, replica, leave = TrainStep.__call__, loop.replica, parallel._leave
+
+    def remembered(*arguments: Any) -> nn.Module:
+        found = replica(*arguments)
+        made.append(weakref.ref(found))
+        return found
+
+    def checked() -> None:
+        # On torch 2.6 a replica that outlives its group may wait for ever at its end.
+        assert made
+        assert not any(replica() for replica in made)
+        leave()
+
+    def watched(self: TrainStep, model: Any, batches: Any, weights: Any, *rest: Any) -> Any:
+        seeds = [r.initial_seed() for r in rest if isinstance(r, torch.Generator)]
+        seen.append([weights.sync, *seeds])
+        # The buffers are those that the step before left.
+        torch.save([seen, dict(model.module.named_buffers())], folder / f"seen.{rank}.pt")
+        return take(self, model, batches, weights, *rest)
+
+    class Stop(Heard):
+        def on_step(self, epoch: int, step: int, values: Any) -> None:
+            if (epoch, step) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    # This process ends with it.
+    loop.replica, parallel._leave = remembered, checked  # type: ignore[assignment]
+    TrainStep.__call__ = watched  # type: ignore[method-assign, assignment]
+    for name in RUNS:
+        train(read_config(folder / f"{name}.yaml"))
+        cut = read_config(folder / f"{name}-cut.yaml")
+        _, finished = train(cut, listeners=lambda folder: [Stop()])
+        assert not finished
+        _, finished = train(cut, resume=True)
+        assert finished
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +103,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, said in RUNS.items():
         write(folder / f"{name}.yaml", name=name, **said)
         write(folder / f"{name}-cut.yaml", name=f"{name}-cut", **said)
-    (folder / "script.py").write_text(SCRIPT)
-    code, _, err = torchrun(str(folder / "script.py"), str(folder), *RUNS)
-    assert code == 0, err[-3000:]
+    together(trained_and_cut, folder, folder=folder)
     return folder
 
 
@@ -174,33 +129,53 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(pairs: Path) -> None:
         train(config(pairs, name="awp", **RUNS["awp"]), resume=True)
 
 
+def dying(path: Path) -> None:
+    """The command line, of which the second process dies in its first life."""
+    steps, take = [], TrainStep.__call__
+
+    def fatal(*arguments: Any, **more: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take(*arguments, **more)
+
+    if os.environ["RANK"] == "1" and not was_restarted():
+        TrainStep.__call__ = fatal  # type: ignore[method-assign]
+    command("train", str(path))
+
+
 def test_a_process_that_dies_ends_the_others_with_a_sentence_and_all_resume(
     pairs: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "odd.py").write_text(ODD)
     path = write(tmp_path / "c.yaml", train__checkpoint_minutes=1e-4, **RUNS["awp"])
-    code, out, err = torchrun(
-        str(tmp_path / "odd.py"), "die", "train", str(path), more=("--max-restarts=1",)
-    )
-    assert code == 0, err[-3000:]
-    assert err.count("lost the others") == 1
-    assert "Stopped: Process 0 of 2" in err
-    assert out.count("trained. Next:") == 1
+    (codes, said), (others, then) = pair(dying, path, folder=tmp_path, lives=2)
+    assert codes == [1, -signal.SIGKILL]
+    assert said.count("lost the others") == 1
+    assert "Stopped: Process 0 of 2" in said
+    assert others == [0, 0], then
+    assert then.count("trained. Next:") == 1
+    assert "lost" not in then
     one, two = (RunFolder(f).root for f in (pairs / "awp", tmp_path / "run"))
     same_run(RunFolder(one), RunFolder(two))
 
 
+def refused_by_the_second(path: Path) -> None:
+    def refused(config: Any) -> Any:
+        raise UserError("The disk of this host alone is broken.")
+
+    if os.environ["RANK"] == "1":
+        run.load_data = refused
+    command("train", str(path))
+
+
 def test_a_mistake_that_one_host_meets_is_told_once_and_ends_all(tmp_path: Path) -> None:
-    (tmp_path / "odd.py").write_text(ODD)
     path = write(tmp_path / "c.yaml")
-    began = time.monotonic()
-    code, out, err = torchrun(str(tmp_path / "odd.py"), "refuse", "train", str(path))
-    assert code != 0
-    assert err.count("Error: The disk of this host alone is broken.") == 1
-    assert "robustflat/train" not in err  # torchrun shows a traceback of its own, not of ours
-    assert "trained" not in out
+    ((codes, said),) = pair(refused_by_the_second, path, folder=tmp_path)
+    assert codes == [2, 2]  # and not after the hour that the others would wait
+    assert said.count("Error: The disk of this host alone is broken.") == 1
+    assert "Traceback" not in said
+    assert "trained" not in said
     assert not (tmp_path / "run").exists()
-    assert time.monotonic() - began < 200  # not the hour that the others would wait
 
 
 # --- devices
@@ -254,12 +229,9 @@ def test_what_starts_a_run_again_resumes_it(
     assert folder.last.stat().st_mtime_ns == before  # not even to the same end
 
 
-class Warned:
+class Warned(Heard):
     """A listener that is sent Slurm's warning."""
 
-    def on_start(self, epochs: int, steps: int, done: int) -> None: ...
-    def on_epoch(self, row: dict[str, Any]) -> None: ...
-    def on_end(self) -> None: ...
     def on_step(self, epoch: int, step: int, values: Any) -> None:
         if (epoch, step) == (0, 2):
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -306,24 +278,21 @@ def test_sigterm_asks_for_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert not finished
 
 
-def _hold(folder: str, held: Any, over: Any) -> None:
-    with locked(Path(folder)):
-        held.set()
-        over.wait(60)
+def _hold(folder: Path, held: Path) -> None:
+    with locked(folder):
+        held.touch()
+        time.sleep(60)
 
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Any]:
     """Another process that is at work on the run, as one left over by a killed torchrun is."""
-    context = multiprocessing.get_context("spawn")
-    ready, over = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(str(tmp_path / "run"), ready, over))
-    process.start()
-    assert ready.wait(60)
+    process = forked(_hold, tmp_path / "run", tmp_path / "held", said=tmp_path / "said")
+    while not (tmp_path / "held").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
     yield process
-    if process.is_alive():  # setting it would wait for a waiter that was killed
-        over.set()
-    process.join(60)
+    process.kill()
 
 
 def test_a_run_that_another_process_writes_is_left_alone(held: Any, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from train_support import config, python, rows, saved, trained, write
+from forked import command, forked
+from train_support import config, rows, saved, trained, write
 
 import robustflat as rf
 from robustflat import registry
@@ -359,9 +360,10 @@ def test_one_s_own_of_every_kind_trains_and_is_named(own: str, tmp_path: Path) -
         "monitor__flatness_every": 1,
     }
     path = write(tmp_path / "c.yaml", **said)
-    process = python("-m", "robustflat", "train", str(path))
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    process = forked(command, "train", str(path), said=tmp_path / "said")
+    process.join()
+    out = (tmp_path / "said").read_text()
+    assert process.exitcode == 0, out
     folder = tmp_path / "run"
     named = json.loads((folder / "environment.json").read_text())["plugins"]
     expected = {"weights": "weights", "attack": "attack", "objective": "objective"}
@@ -505,3 +507,18 @@ def test_synchronising_reaches_the_perturbation() -> None:
     assert config(weights={"name": "sam", "step": step}).weights.build().sync == "global"
     with pytest.raises(ConfigError, match="sync"):
         config(weights={"name": "esam", "step": step})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["train.fsdp", "train.parallel", "train.strategy", "train.sharding", "train.distributed",
+     "fsdp", "parallel", "strategy"],
+)  # fmt: skip
+def test_who_asks_for_sharded_weights_is_told_where_they_are(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(write(tmp_path / "c.yaml"), [f"{key}=fsdp2"])
+    text = str(caught.value)
+    assert f"{key} is no setting" in text
+    assert "every process of `train` holds the whole network" in text
+    assert "weights.backward(loss, fully_sharded_model)" in text
+    assert "torchrun" in text

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from forked import WORLD, of_group
 from reference.nets import images
 from torch import Tensor, nn
-from torch import multiprocessing as mp
 
 import robustflat as rf
 from robustflat.perturb import Ascent, Ball, WeightPerturbation
@@ -21,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream(), "record_event"),
     reason="FSDP2 of this version of torch needs a GPU",
 )
-WORLD, ROWS, STEPS = 2, 8, 2
+ROWS, STEPS = 8, 2
 
 
 METHODS: dict[str, Any] = {
@@ -185,11 +183,7 @@ def refusals(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
-    )
+def process(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name in METHODS:
         results[name] = follow(sharded(net()), name, rank, WORLD)
@@ -202,16 +196,12 @@ def process(rank: int, folder: str) -> None:
     attacked = sharded(net())
     x, y = (t[rank::WORLD] for t in batch(0))
     results["attack"] = rf.pgd("l2", 0.5, 3, start="zero")(attacked, x, y)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    mp.start_processes(process, (str(folder),), nprocs=WORLD, start_method="spawn")
-    return [torch.load(Path(folder) / f"{r}.pt", weights_only=True) for r in range(WORLD)]
+    return of_group(process, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,4 +1,4 @@
-"""Two processes started by torchrun: one model, one run's folder, what one process would do."""
+"""Two processes as torchrun starts them: one model, one run's folder, what one process would do."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from forked import WORLD, together
 from test_tensorboard import read
 from train_support import config, differences, python, rows, saved, trained, write
 
+from robustflat.config import read_config
 from robustflat.report.tensorboard import TensorBoard
-from robustflat.train import train
+from robustflat.train import Trainer, train
 from robustflat.train.folder import RunFolder
 
-WORLD = 2
 # Where two processes must do exactly what one does with the double batch: no BatchNorm, no random
 # start, no augmentation, every batch full.
 PLAIN: dict[str, Any] = {
@@ -69,52 +70,37 @@ OTHERS: dict[str, dict[str, Any]] = {
         "model": {"name": "small_cnn", "options": {"width": 4, "depth": 2}},
     },
 }
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from robustflat.config import check_config, read_config
-from robustflat.train import Trainer, train
-
-folder, names = Path(sys.argv[1]), sys.argv[2:]
-whole = Trainer.run
-
-def run(self):
-    finished = whole(self)
-    rank = self.processes.rank
-    state = {"model": dict(self.model.named_parameters()), "average": None}
-    state["objective"] = self._objective.state_dict()
-    if self.average is not None:
-        state["average"] = self.average.model.state_dict()
-    torch.save(state, folder / f"{self.config.name}.{rank}.pt")
-    return finished
-
-Trainer.run = run
-for name in names:
-    config = read_config(folder / f"{name}.yaml")
-    train(config, listeners=lambda f: [said.build(folder=f.root) for said in config.listeners])
-"""
 
 
-def torchrun(*arguments: str) -> str:
-    process = python(
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={WORLD}",
-        "--master-addr=127.0.0.1",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        *arguments,
-    )
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err[-3000:]
-    return out
+def trained_and_told(folder: Path) -> None:
+    """Trains every run; each process leaves what it ended with."""
+    whole = Trainer.run
+
+    def run(self: Trainer) -> bool:
+        finished = whole(self)
+        state: dict[str, Any] = {"model": dict(self.model.named_parameters()), "average": None}
+        state["objective"] = self._objective.state_dict()
+        if self.average is not None:
+            state["average"] = self.average.model.state_dict()
+        torch.save(state, folder / f"{self.config.name}.{self.processes.rank}.pt")
+        return finished
+
+    Trainer.run = run  # type: ignore[method-assign]
+    for name in OTHERS:
+        said = read_config(folder / f"{name}.yaml")
+        train(said, listeners=lambda f, said=said: [b.build(folder=f.root) for b in said.listeners])
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     output = tmp_path_factory.mktemp("plain")
     path = write(output / "c.yaml", **PLAIN)
-    said = torchrun("-m", "robustflat", "train", str(path))
+    # The one test in which torchrun itself starts them.
+    start = ["--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    start += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    process = python("-m", "torch.distributed.run", *start, "-m", "robustflat", "train", str(path))
+    said, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
     assert said.count("trained. Next:") == 1
     return RunFolder(output / "run")
 
@@ -161,8 +147,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("others")
     for name, said in OTHERS.items():
         write(folder / f"{name}.yaml", name=name, **said)
-    (folder / "script.py").write_text(SCRIPT)
-    torchrun(str(folder / "script.py"), str(folder), *OTHERS)
+    together(trained_and_told, folder, folder=folder)
     return folder
 
 

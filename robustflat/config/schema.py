@@ -271,6 +271,15 @@ class AlarmConfig(Section):
     steps: Count = 10
 
 
+_SEVERAL_PROCESSES = dict.fromkeys(
+    ("fsdp", "fsdp2", "ddp", "parallel", "strategy", "distributed", "sharding", "shard"),
+    "Several processes are started by torchrun, and every process of `train` holds the whole "
+    "network, which averages, checkpoints, the monitor and its measures need. A network that does "
+    "not fit is sharded (FSDP2) in a loop of one's own, by weights.backward(loss, "
+    "fully_sharded_model)",
+)
+
+
 class TrainConfig(Section):
     """Length, precision and care of the training.
 
@@ -295,6 +304,7 @@ class TrainConfig(Section):
     """
 
     moved = {"tensorboard": "Write listeners: [tensorboard], or listeners: []"}  # noqa: RUF012
+    elsewhere = _SEVERAL_PROCESSES
 
     epochs: Count = 20
     stop_at_loss: Positive | None = None
@@ -385,6 +395,8 @@ class RunConfig(Section):
     another number of threads are rounded differently. Keys of ``attack`` that are left out are
     those of the objective's paper.
     """
+
+    elsewhere = _SEVERAL_PROCESSES
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Whole = 0

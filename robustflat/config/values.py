@@ -110,6 +110,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
     # Keys of earlier versions, and how what they said is written now.
     moved: ClassVar[dict[str, str]] = {}
+    # Keys that one may look for, and where that is to be had.
+    elsewhere: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="wrap")
     @classmethod
@@ -131,6 +133,8 @@ class Section(BaseModel):
     def _about_unknown(cls, key: str, got: Any) -> str:
         if key in cls.moved:
             return f"has moved. {cls.moved[key]}"
+        if key in cls.elsewhere:
+            return f"is no setting. {cls.elsewhere[key]}"
         valid = sorted(cls.model_fields)
         near = [repr(k) for k in difflib.get_close_matches(key, valid, n=2)]
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Valid keys: {', '.join(valid)}."

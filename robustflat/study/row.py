@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustflat.allocator import keep_freed_memory
 from robustflat.config import RunConfig, check_config
 from robustflat.errors import TrainingDivergedError, UserError
 from robustflat.evaluate import Work, evaluate, gap, scores
@@ -42,6 +43,7 @@ def work(job: Path) -> int:
     that was killed is simply started again. Another process that is still at it (its machine may
     only have been cut off) is waited for.
     """
+    keep_freed_memory()
     files = RunFiles.of_job(job)
     try:
         with locked(job):
