@@ -516,7 +516,7 @@ def test_the_gap_of_every_checkpoint(tmp_path: Path) -> None:
     numbers = Page("<section><details>" + table + "</section>").values()
     splits = evaluation(0.5)["checkpoints"]["best"]["gap"]["splits"]
     assert numbers[:4] == [splits["train"][k]["value"] for k in (
-        "clean_accuracy", "robust_accuracy", "clean_loss", "robust_loss")]  # fmt: skip
+        "robust_accuracy", "robust_loss", "clean_accuracy", "clean_loss")]  # fmt: skip
     assert len(numbers) == 2 * 5 * 4
     assert "300 train, 100 validation, 200 test" in section
     key = {t: a["class"] for a, t in key_of(section)}
