@@ -262,6 +262,8 @@ def _of_run(
             f"{', '.join('--' + name.replace('_', '-') for name in said)} out (other images are "
             "named by --data)."
         )
+    if elsewhere.download and elsewhere.data is None:
+        Elsewhere(data=config.data.name, download=True).checked_data()
     use_threads(config)
     files = {"best": folder.best, "last": folder.last}
     # In the images' own place on the disk: only those that are measured are decoded.

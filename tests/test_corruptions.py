@@ -19,6 +19,8 @@ from robustflat.cli import main
 from robustflat.data import CORRUPTIONS, corrupted
 from robustflat.elsewhere import Elsewhere
 from robustflat.errors import UserError
+from robustflat.report.page import write_page
+from robustflat.runs.comparison import compare
 from robustflat.runs.corruptions import ALEXNET, mean_corruption_error, measure_corruptions
 from robustflat.subject import Subject, open_subject
 
@@ -64,6 +66,32 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
     said = Elsewhere(data="digits", normalise="none")
     yield open_subject("brightest:make", device="cpu", elsewhere=said)
     sys.modules.pop("brightest", None)
+
+
+def test_folders_are_decoded_by_as_many_threads_as_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path / "c")
+    for split in ("train", "test"):
+        (tmp_path / "own" / split).parent.mkdir(exist_ok=True)
+        (tmp_path / "own" / split).symlink_to(tmp_path / "c" / "fog" / "1")
+    Path("reddest.py").write_text(FACTORY.replace(":10", "::64"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = Elsewhere(data="image_folder", root=tmp_path / "own", image_size=8, normalise="none")
+    seen = []
+    plain = datasets.FileImages.fetch
+
+    def fetch(self: datasets.FileImages, indices: torch.Tensor) -> torch.Tensor:
+        seen.append(self.threads)
+        return plain(self, indices)
+
+    monkeypatch.setattr(datasets.FileImages, "fetch", fetch)
+    subject = open_subject("reddest:make", device="cpu", elsewhere=said, workers=3)
+    measure_corruptions(subject, tmp_path / "c", corruptions=SOME)
+    sys.modules.pop("reddest", None)
+    assert len(seen) >= 11
+    assert set(seen) == {3}
 
 
 def test_errors_by_corruption_and_severity(subject: Subject, tmp_path: Path) -> None:
@@ -226,6 +254,11 @@ def test_the_command_for_runs_and_models(
     assert "jpeg_compression" in said
     assert "The mean is that of the errors themselves." in " ".join(said.split())
     (kept,) = json.loads((run.root / "corruptions.json").read_text())["measurements"]
+    (row,) = compare([run])
+    assert row.cells["corrupted"].value == pytest.approx(1 - kept["result"]["mean_error"])
+    assert "mCE" not in row.cells
+    write_page([run], tmp_path / "report.html")
+    assert "corrupted" in (tmp_path / "report.html").read_text()
     assert kept["checkpoint"] == "best"
     assert len(kept["result"]["errors"]) == 15
     code, said = call("a", "--folder", "c", "--corruption", "mist")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from evaluate_support import evaluate, held_out, shorten, trained
+from pyautoattack.fab_projections import projection_linf
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -127,3 +128,57 @@ def test_a_store_tells_the_two_apart(quick: None, tmp_path: Any) -> None:
     evaluate(model, data, ["fgsm"], eps=0.1, sanity=0, store=tmp_path)
     with pytest.raises(UserError, match="compiled: there False, here True"):
         evaluate(model, data, ["fgsm"], eps=0.1, sanity=0, store=tmp_path, compile=True)
+
+
+@pytest.mark.parametrize("far", [0.0, 0.02, 1.0, 100.0, 1e5])
+def test_the_nearest_point_in_linf_is_that_of_a_linear_program(far: float) -> None:
+    from scipy.optimize import linprog
+
+    gen = torch.Generator().manual_seed(0)
+    points = torch.rand(6, 12, generator=gen)
+    points[:, 0], points[:, 1] = 0, 1
+    normals = torch.randn(6, 12, generator=gen)
+    normals[:, 2] = 0
+    offsets = (normals * points).sum(1) + far * torch.randn(6, generator=gen)
+    steps = fast.nearest_linf(points, normals, offsets)
+    theirs = projection_linf(points, normals, offsets)
+    assert torch.allclose(steps, theirs, atol=1e-6)
+    for x, w, b, step in zip(points.double(), normals.double(), offsets.double(), steps,
+                             strict=True):  # fmt: skip
+        assert (x + step >= -1e-6).all()
+        assert (x + step <= 1 + 1e-6).all()
+        # Smallest r with |step| <= r in all coordinates; no such program where none reaches it.
+        eye, ones = torch.eye(12), torch.ones(12, 1)
+        best = linprog(
+            [0.0] * 12 + [1.0],
+            A_ub=torch.cat([torch.cat([eye, -ones], 1), torch.cat([-eye, -ones], 1)]).numpy(),
+            b_ub=[0.0] * 24,
+            A_eq=[[*w.tolist(), 0.0]],
+            b_eq=[float(b - w @ x)],
+            bounds=[(-float(v), 1 - float(v)) for v in x] + [(0, 1)],
+        )
+        assert best.success == (float(abs(w @ (x + step) - b)) < 1e-4)
+        if best.success:
+            assert float(step.abs().max()) == pytest.approx(best.fun, abs=1e-6)
+
+
+def test_fab_projects_without_a_sort_in_a_compiled_search_alone(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
+    calls = []
+
+    def spy(*given: Tensor) -> Tensor:
+        calls.append(len(given[0]))
+        return projection_linf(*given)
+
+    monkeypatch.setattr(fast, "nearest_linf", spy)
+    model, data = trained(), held_out(20)
+    more: dict[str, Any] = {"eps": 0.15, "sanity": 0}
+    evaluate(model, data, ["fab-t"], **more)
+    assert not calls
+    evaluate(model, data, ["fab-t"], compile=True, **more)
+    assert calls
+    calls.clear()
+    evaluate(model, data, ["fab-t"], **more)
+    assert not calls

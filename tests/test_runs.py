@@ -308,6 +308,58 @@ def flat(name: str = "worst_robust", value: float = 0.25, about: Any = None, **d
     return {"kind": "flatness", **common, **(about or {}), "measures": measures}
 
 
+def test_a_curve_and_corruptions_are_compared(tmp_path: Path) -> None:
+    about = {"norm": "linf", "attack": "pgd-20", "samples": None}
+    points = [
+        {"eps": eps, "accuracy": share, "interval": [share - 0.1, share + 0.1]}
+        for eps, share in ((0.0, 0.9), (0.25, 0.5))
+    ]
+    curve = {**COMMON, **about, "kind": "curve", "eps": 0.25,
+             "result": {"count": 50, "points": points}}  # fmt: skip
+    options = {"folder": "c", "corruptions": ["fog", "snow"]}
+    spoilt = {"kind": "corruptions", **COMMON, "options": options,
+              "result": {"count": 40, "mean_error": 0.25, "mce": 0.75}}  # fmt: skip
+    few = {**spoilt, "options": {"folder": "c", "corruptions": ["fog"]}}
+    one, two = RunFolder(tmp_path / "one"), made(tmp_path / "two", attacked())
+    made(one.root, attacked())
+    records.add(one.curves, "evaluate", "one", [curve])
+    records.add(one.corruptions, "corruptions", "one", [spoilt])
+    (first, second) = compare([one, two])
+    assert set(first.cells) - set(second.cells) == {
+        "over radii [linf 0]", "over radii [linf 0.25]", "corrupted", "mCE",
+    }  # fmt: skip
+    at = first.cells["over radii [linf 0.25]"]
+    assert (at.value, at.low, at.high) == (0.5, 0.4, 0.6)
+    assert first.cells["corrupted"] == Cell(0.75, metric="corrupted")
+    assert first.cells["mCE"] == Cell(0.75, metric="mCE")
+    # Of other corruptions the mean is another figure.
+    records.add(two.corruptions, "corruptions", "two", [few])
+    (first, second) = compare([one, two])
+    assert "corrupted [corruptions fog, snow]" in first.cells
+    assert "corrupted [corruptions fog]" in second.cells
+    # A home in which nothing else was measured is one too.
+    alone = RunFolder(tmp_path / "alone")
+    records.add(alone.corruptions, "corruptions", "m", [{**spoilt, "checkpoint": "given"}])
+    (row,) = compare([alone])
+    assert row.cells["corrupted"].value == 0.75
+    one._clear()
+    assert not one.records
+
+
+def test_a_worst_case_over_many_attacks_has_a_short_name_of_its_own(tmp_path: Path) -> None:
+    test = attacked()
+    for number in range(7):
+        test["result"]["suites"][f"mine{number}"] = test["result"]["suites"]["pgd-20"]
+    other = attacked()
+    other["result"]["suites"] = {**test["result"]["suites"]}
+    other["result"]["suites"]["yours"] = other["result"]["suites"].pop("mine6")
+    rows = compare([made(tmp_path / "one", test), made(tmp_path / "two", other)])
+    names = [next(n for n in row.cells if n.startswith("worst case")) for row in rows]
+    assert names[0] != names[1]
+    assert all(len(name) < 100 for name in names)
+    assert "more (" in names[0]
+
+
 def test_rows_say_what_the_files_say(tmp_path: Path) -> None:
     one = made(tmp_path / "one", attacked(), gauged(), gauged(0.1, checkpoint="best"),
                overfitted(), flat())  # fmt: skip

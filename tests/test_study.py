@@ -933,6 +933,26 @@ def test_a_ledger_is_read_back_as_it_was_written(tmp_path: Path, suffix: str) ->
         found.measured(job_of(steps, expand(steps)[0]))
 
 
+def test_a_preset_with_the_options_of_the_study_keeps_its_name(
+    uninterrupted: StudyResult, tmp_path: Path
+) -> None:
+    found = open_subject(uninterrupted.folder / "runs" / NONE, device="cpu")
+    subject = replace(found, home=RunFolder(tmp_path))
+    base = study_values()["base"]
+    base["flatness"] |= {"options": {"steps": 1, "samples": 2}}
+    names = ("wen2023_average", "worst_clean", "wen2023_worst")
+    chosen = study(base=base, measures=names)
+    point, network = expand(chosen)[0], subject.network("last")
+    measured, _ = _measures(subject, network, job_of(chosen, point), point.config)
+    figures = robustflat.flatness(
+        network.model, subject.tensors("train", 16), names, steps=1, samples=2
+    )
+    assert [name.partition(" with ")[0] for name in figures] == list(names) != list(figures)
+    assert {name: m["value"] for name, m in measured.items()} == dict(
+        zip(names, [figure.value for figure in figures.values()], strict=True)
+    )
+
+
 def test_the_attack_of_robust_flatness_is_a_run_s_and_a_study_s(tmp_path: Path) -> None:
     """Rows of another attack, or of none that is said, are refused before anything is trained."""
     base = study_values()["base"]

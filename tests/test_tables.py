@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from robustflat.cli.output import console
 from robustflat.flatness import Progress
 from robustflat.report.progress import Counter, ProgressBar
 from robustflat.report.tables import Comparison, evaluation_table, gap_table, significant
@@ -214,3 +215,14 @@ def test_counters_show_how_far_they_are() -> None:
     text = file.getvalue()
     assert "run  pgd-20: 85 standing" in text
     assert "run  hessian_max" in text
+
+
+def test_what_programs_read_has_no_blanks_at_the_end_of_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [Row("one", "AT", (0,), {"clean": Cell(0.9)})]
+    console().print(Comparison(rows))
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == "Runs compared"
+    assert not re.search(r" $", said, flags=re.MULTILINE)
+    assert line(said, "clean ") == ["clean", "90.0%"]

@@ -259,6 +259,18 @@ def test_robustbench_missing_is_a_sentence(bench, monkeypatch):
         load_model("robustbench:Some2024")
 
 
+def test_robustbench_that_wants_old_setuptools_says_so(bench, monkeypatch, tmp_path):
+    (tmp_path / "robustbench").mkdir()
+    (tmp_path / "robustbench" / "__init__.py").touch()
+    (tmp_path / "robustbench" / "utils.py").write_text("import pkg_resources")
+    for name in ("robustbench", "robustbench.utils"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "pkg_resources", None)
+    with pytest.raises(UserError, match=r"pip install 'setuptools<81'; or name the file"):
+        load_model("robustbench:Some2024")
+
+
 def test_robustbench_is_a_subject(bench):
     said = Elsewhere(data="digits")
     subject = open_subject("robustbench:Some2024", norm="linf", eps=0.1, device="cpu",

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from robustflat.allocator import keep_freed_memory
 from robustflat.cli import measuring, showing, studying, training
 from robustflat.errors import ProcessLostError, TrainingDivergedError, UserError
 
@@ -32,6 +33,7 @@ app.command()(studying.study)
 
 def main() -> None:
     """Run the command line; a user's mistake is printed without a traceback and exits with 2."""
+    keep_freed_memory()
     try:
         app()
     except UserError as error:

@@ -146,7 +146,7 @@ def _over_radii(
     from robustflat.report.landscape_picture import check_ending
     from robustflat.report.progress import Counter
     from robustflat.report.radii import chart, radius_table
-    from robustflat.runs.radii import curves_file, measure_radii
+    from robustflat.runs.radii import measure_radii
     from robustflat.subject import distinct_names
 
     if radii is None:
@@ -169,7 +169,7 @@ def _over_radii(
             console.print(radius_table(name, found[name]))
             for warning in found[name].warnings:
                 out.note(console, warning)
-            typer.echo(f"written: {curves_file(subject)}")
+            typer.echo(f"written: {subject.home.curves}")
     if team.is_first and picture is not None:
         Drawing("robust accuracy over the radius", [chart(found)]).save(picture)
         typer.echo(f"written: {picture}")
@@ -389,4 +389,4 @@ def corruptions(
                 "The mean is that of the errors themselves. The mCE, in units of AlexNet's errors, "
                 "is defined for all 15 corruptions of ImageNet-C.",
             )
-        typer.echo(f"written: {subject.home.root / 'corruptions.json'}")
+        typer.echo(f"written: {subject.home.corruptions}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 import sys
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TextIO, cast
 
 import typer
 
@@ -18,6 +20,21 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(self.format(record), err=True)
+
+
+class _Unpadded(io.TextIOBase):
+    """A file for programs to read: no line ends in blanks, with which rich fills up titles."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """Write whole lines, as rich does."""
+        return self._file.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self._file.flush()
 
 
 def speak() -> None:
@@ -33,7 +50,8 @@ def console(quiet: bool = False) -> Console:
     from rich.console import Console
 
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(quiet=quiet) if known else Console(width=200, quiet=quiet)
+    file = None if sys.stdout.isatty() else cast("IO[str]", _Unpadded(sys.stdout))
+    return Console(file=file, width=None if known else 200, quiet=quiet)
 
 
 def note(out: Console, text: str) -> None:

@@ -37,10 +37,13 @@ def from_robustbench(name: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         from robustbench.utils import load_model
     except Exception as error:  # some releases fail in the packages that they import
+        advice = "Install it as its repository says"
+        if getattr(error, "name", None) == "pkg_resources":
+            advice = "It needs a package that new setuptools lack: pip install 'setuptools<81'"
         raise UserError(
             f"The model robustbench:{name} needs the package robustbench, which could not be "
-            f"imported ({type(error).__name__}: {error}). Install it as its repository says; or "
-            "name the file of the weights, with their architecture as --model."
+            f"imported ({type(error).__name__}: {error}). {advice}; or name the file of the "
+            "weights, with their architecture as --model."
         ) from None
     folder = Path(said["model_dir"], said["dataset"], said["threat_model"])
     # Of an ensemble the first.

@@ -22,6 +22,8 @@ _GAPS = {
     "loss gap": ("Robust gap, loss", "test − train"),
     "best - last": ("Robust overfitting", "test accuracy, best − last checkpoint"),
 }
+# Figures that are no single attack's.
+_NO_ATTACKS = ("clean", "worst case", "AutoAttack", "over radii", "corrupted", "mCE")
 # Of other measures, such as alignment, it cannot be said which value is better.
 _FLATTER_IF_LOWER = (
     "worst_", "ascent_", "average_", "stutz2021_", "andriushchenko2023_", "wu2020", "wen2023_",
@@ -80,7 +82,7 @@ def comparison(records: Sequence[Record]) -> Table:
     accuracies = [m for m in metrics if m not in _GAPS and m not in measures]
     # What only some were attacked with would be lines of dashes.
     lonely = [m for m in accuracies if len(metrics[m]) < sum(bool(r.row.cells) for r in records)]
-    lonely = [m for m in lonely if m not in ("clean", "worst case", "AutoAttack")]
+    lonely = [m for m in lonely if m not in _NO_ATTACKS]
     parts = {
         "Accuracy on test images": [m for m in accuracies if m not in lonely],
         "Robust generalization": [m for m in metrics if m in _GAPS],

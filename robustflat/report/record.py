@@ -80,7 +80,7 @@ def read_records(folders: Sequence[RunFolder]) -> list[Record]:
     if not different:
         raise UserError("There is no run to report on. Name folders that `robustflat train` wrote.")
     names = distinct_names([folder.root for folder in different])
-    measured = [f for f in different if f.evaluation.is_file() or f.flatness.is_file()]
+    measured = [folder for folder in different if folder.records]
     rows = dict(zip(measured, compare(measured), strict=True))
     return [
         _record(i, name, folder, rows.get(folder))
@@ -89,9 +89,7 @@ def read_records(folders: Sequence[RunFolder]) -> list[Record]:
 
 
 def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record:
-    measured = [
-        *records.read(folder.evaluation, "evaluate"), *records.read(folder.flatness, "flatness"),
-    ]  # fmt: skip
+    measured = records.all_of(folder)
     # The home of a model has measurements, and no configuration.
     config = folder.read_config() if folder.config_file.is_file() or not measured else None
     evaluation, flatness = whole(

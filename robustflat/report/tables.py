@@ -22,9 +22,10 @@ _CONFUSED = {
 _CAPTION = (
     "clean, attacks: test images, best checkpoint unless a line says otherwise; each attack on all "
     "that the model classifies. robust gap: train - test, last checkpoint. best - last: robust "
-    "test accuracy. loss gap: test - train. The other lines are measures of flatness, of which "
-    "`robustflat list measures` says what each is: a sharpness (worst, ascent, average) is an "
-    "increase of the loss around the weights, lower is flatter."
+    "test accuracy. loss gap: test - train. corrupted: mean accuracy. mCE: AlexNet = 100%. The "
+    "other lines are measures of flatness, of which `robustflat list measures` says what each is: "
+    "a sharpness (worst, ascent, average) is an increase of the loss around the weights, lower is "
+    "flatter."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,8 +62,9 @@ def compare(folders: Sequence[RunFolder]) -> list[Row]:
     """One row for every run, or home of a model, with every figure of its record.
 
     Clean and robust accuracy on test images (``AutoAttack`` is AutoAttack standard, ``worst case``
-    the intersection of all attacks), ``robust gap`` (train minus test robust accuracy at the last
-    checkpoint), ``best - last`` (robust test accuracy), and the flatness measures. Two figures are
+    the intersection of all attacks, ``over radii`` each point of a curve), ``robust gap`` (train
+    minus test robust accuracy at the last checkpoint), ``best - last`` (robust test accuracy),
+    ``corrupted`` (mean accuracy over corruptions) and ``mCE``, and the flatness measures. Two are
     in one column only if threat, images, attack with its options, checkpoint and ball are the
     same; else the columns' names say what differs.
 
@@ -103,7 +105,7 @@ def limits(folders: Sequence[RunFolder]) -> list[str]:
     found = {
         name: _figures(folder)
         for name, folder in zip(names, folders, strict=True)
-        if folder.evaluation.is_file() or folder.flatness.is_file()
+        if folder.records
     }
     unlike: dict[str, dict[str, dict[str, None]]] = {}
     for metric, keys in _differing([one for figures in found.values() for one in figures]).items():
@@ -194,6 +196,14 @@ def _differing(
     return found
 
 
+def _few(names: Sequence[str], most: int = 4) -> str:
+    """Names joined; beyond some, how many more, and a mark by which two such lists differ."""
+    if len(names) <= most:
+        return " and ".join(names)
+    mark = hashlib.sha256(repr(sorted(names)).encode()).hexdigest()[:6]
+    return f"{', '.join(names[:most])} and {len(names) - most} more ({mark})"
+
+
 def _several(names: Iterable[str], most: int = 4) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -214,20 +224,21 @@ def _in_words(key: str, value: Any) -> str:
 
 def _figures(folder: RunFolder) -> list[tuple[Circumstances, Cell]]:
     """Every figure of a run's, or a model's, records, with its circumstances."""
-    if not folder.evaluation.is_file():
+    if not folder.records:
         folder.read_config()
-    evaluation = records.read(folder.evaluation, "evaluate")
-    flatness = records.read(folder.flatness, "flatness")
-    if not evaluation and not flatness:
+    found = records.all_of(folder)
+    if not found:
         raise UserError(
-            f"The run {folder.root} has neither {folder.evaluation.name} nor "
-            f"{folder.flatness.name}, so there is nothing to compare. Run `robustflat evaluate "
-            f"{folder.root}` first."
+            f"Nothing was measured of the run {folder.root}, so there is nothing to compare. Run "
+            f"`robustflat evaluate {folder.root}` first."
         )
-    kinds = {"test": _tested, "gap": _gaps, "overfitting": _gaps, "flatness": _flat}
+    kinds = {
+        "test": _tested, "curve": _curve, "corruptions": _corrupted, "gap": _gaps,
+        "overfitting": _gaps, "flatness": _flat,
+    }  # fmt: skip
 
     def read() -> list[tuple[Circumstances, Cell]]:
-        measured = sorted([*evaluation, *flatness], key=lambda one: [*kinds].index(one["kind"]))
+        measured = sorted(found, key=lambda one: [*kinds].index(one["kind"]))
         return [
             ({**about, **_model(one)}, cell)
             for one in measured
@@ -262,9 +273,31 @@ def _tested(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
         cell = _share(suite["accuracy"], suite["interval"], metric)
         yield {**about, **{k: v for k, v in options.items() if k != "norm"}}, cell
     if len(test["suites"]) > 1:
-        over = {"attacks": "over " + " and ".join(test["suites"])}
+        over = {"attacks": f"over {_few(list(test['suites']))}"}
         cell = _share(test["robust_accuracy"], test["robust_interval"], "worst case")
         yield {**about, **over}, cell
+
+
+def _curve(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
+    about = {
+        "checkpoint": one["checkpoint"], "weights": one["weights"], "attacks": one["attack"],
+        "images": f"{one['result']['count']} images of {one['data']}", "seed": one["seed"],
+    }  # fmt: skip
+    for point in one["result"]["points"]:
+        cell = _share(point["accuracy"], point["interval"], "over radii")
+        yield {**about, "threat": records.threat_of({**one, "eps": point["eps"]})}, cell
+
+
+def _corrupted(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:
+    found = one["result"]
+    about = {
+        "checkpoint": one["checkpoint"], "weights": one["weights"],
+        "images": f"{found['count']} images of each set of {one['options']['folder']}",
+        "corruptions": ", ".join(one["options"]["corruptions"]),
+    }  # fmt: skip
+    yield about, Cell(1 - found["mean_error"], metric="corrupted")
+    if found["mce"] is not None:
+        yield about, Cell(found["mce"], metric="mCE")
 
 
 def _gaps(one: Measurement) -> Iterator[tuple[Circumstances, Cell]]:

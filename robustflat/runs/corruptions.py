@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustflat.data import CORRUPTIONS, corrupted
+from robustflat.data import CORRUPTIONS, FileImages, corrupted
 from robustflat.evaluate import Team, choose
 from robustflat.evaluate.accuracy import right
 from robustflat.evaluate.examples import Examples
@@ -59,7 +59,7 @@ def measure_corruptions(
         UserError: If the folder is not whole, or does not fit the subject; before anything is paid.
     """
     names = tuple(dict.fromkeys(corruptions or CORRUPTIONS))
-    path = subject.home.root / "corruptions.json"
+    path = subject.home.corruptions
     records.read(path, "corruptions")
     data = subject.images()
     sets = corrupted(folder, data.classes, data.shape, names)
@@ -73,8 +73,12 @@ def measure_corruptions(
         plain = Plain(network.model)
 
         def one(number: int) -> float:
-            chosen = choose(sets[number - 1].images(), samples) if number else clean
-            return _error(plain, chosen, batch_size, device)
+            if not number:
+                return _error(plain, clean, batch_size, device)
+            images = sets[number - 1].images()
+            if isinstance(images, FileImages) and isinstance(data.test, FileImages):
+                images = images.threaded(data.test.threads)
+            return _error(plain, choose(images, samples), batch_size, device)
 
         for found in team.each(one, range(len(sets) + 1)):
             errors += found

@@ -76,7 +76,7 @@ class Run:
         from robustflat.runs.comparison import compare
 
         found = {}
-        if self.folder.evaluation.is_file() or self.folder.flatness.is_file():
+        if self.folder.records:
             (row,) = compare([self.folder])
             found = {name: (c.value, c.low, c.high) for name, c in row.cells.items()}
         return DataFrame.from_dict(found, orient="index", columns=["value", "low", "high"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from robustflat.errors import UserError
@@ -16,11 +15,6 @@ from robustflat.runs.evaluation import Wanted
 from robustflat.runs.surrogates import with_surrogates
 from robustflat.subject import Subject
 from robustflat.train.folder import environment
-
-
-def curves_file(subject: Subject) -> Path:
-    """Where the curves of a subject are kept."""
-    return subject.home.root / "curves.json"
 
 
 def measure_radii(
@@ -58,7 +52,7 @@ def measure_radii(
     batch_size = subject.evaluation.batch_size
     kind = (network.digest, threat.norm_name, wanted.samples, wanted.seed, batch_size)
     digest = hashlib.sha256(repr((*kind, attacks, wanted.compile)).encode()).hexdigest()[:12]
-    records.read(curves_file(subject), "evaluate")
+    records.read(subject.home.curves, "evaluate")
     found = over_radii(
         network.model, images, radii, with_surrogates(attacks, subject), threat.norm, wanted.seed,
         store=subject.home.outcomes / f"curve-{network.checkpoint}-{digest}",
@@ -78,5 +72,5 @@ def measure_radii(
             "device": str(subject.device), "versions": environment([])["versions"],
             "result": found.to_dict(),
         }  # fmt: skip
-        records.add(curves_file(subject), "evaluate", subject.name, [measurement])
+        records.add(subject.home.curves, "evaluate", subject.name, [measurement])
     return found

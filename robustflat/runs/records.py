@@ -1,4 +1,4 @@
-"""Owns evaluation.json and flatness.json: measurements that are added to, and replace their own.
+"""Owns evaluation.json and its kin: measurements that are added to, and replace their own.
 
 A measurement is a mapping with its ``kind`` and its circumstances (checkpoint, weights, threat,
 images, seed, ...). It replaces one of equal circumstances, and never another.
@@ -13,6 +13,7 @@ from typing import Any
 from robustflat.errors import UserError
 from robustflat.evaluate.threat import radius
 from robustflat.files import json_safe, read_json, update_json
+from robustflat.train.folder import RunFolder
 
 FORMAT = "robustflat-record-2"
 Measurement = dict[str, Any]
@@ -36,6 +37,15 @@ def read(path: Path, command: str) -> list[Measurement]:
         UserError: If it is damaged.
     """
     return _measurements(read_json(path), path, command)
+
+
+def all_of(folder: RunFolder) -> list[Measurement]:
+    """All that was measured of a run or a model.
+
+    Raises:
+        UserError: If a file is damaged.
+    """
+    return [one for path, command in folder.records.items() for one in read(path, command)]
 
 
 def add(path: Path, command: str, subject: str, found: Sequence[Measurement]) -> None:

@@ -51,12 +51,23 @@ class RunFolder:
         self.evaluation = self.root / "evaluation.json"
         self.outcomes = self.root / "outcomes"
         self.flatness = self.root / "flatness.json"
+        self.curves = self.root / "curves.json"
+        self.corruptions = self.root / "corruptions.json"
         self.landscapes = self.root / "landscapes"
 
     @property
     def name(self) -> str:
         """The folder's own name."""
         return self.root.resolve().name
+
+    @property
+    def records(self) -> dict[Path, str]:
+        """The files of what was measured that are there, with the command that writes each."""
+        commands = {
+            self.evaluation: "evaluate", self.flatness: "flatness", self.curves: "evaluate",
+            self.corruptions: "corruptions",
+        }  # fmt: skip
+        return {path: command for path, command in commands.items() if path.is_file()}
 
     def read_config(self) -> RunConfig:
         """The resolved configuration of the run.
@@ -68,7 +79,7 @@ class RunFolder:
             what = "is not the folder of a run" if self.root.is_dir() else "does not exist"
             raise UserError(
                 f"{self.root} {what}: there is no {self.config_file}. Name a folder that "
-                "`robustflat train` wrote."
+                "`robustflat train` wrote, or in which a model's results are kept."
             )
         return read_config(self.config_file)
 
@@ -219,6 +230,8 @@ class RunFolder:
             self.progress_file,
             self.evaluation,
             self.flatness,
+            self.curves,
+            self.corruptions,
             *(self.known_as(tracker) for tracker in ("mlflow", "wandb")),
         ]
         parts = [*self.root.glob("flatness.parts.jsonl")]
