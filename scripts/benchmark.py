@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import robustflat as rf
 from robustflat import models
+from robustflat.allocator import keep_freed_memory
 from robustflat.perturb.compiled import Compiled
 from robustflat.perturb.modes import Mode, attack_mode
 from robustflat.train.step import TrainStep
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args()
+    keep_freed_memory()  # as the command line does, for the released loop too
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
