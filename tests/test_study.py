@@ -206,6 +206,12 @@ def test_what_could_not_be_measured_is_refused_before_training() -> None:
         expand(study(grid={"weights": WEIGHTS[1:], "weights.gamma.x": [1]}))
 
 
+def test_every_point_s_own_measures_are_judged() -> None:
+    grid = {"flatness.options": [{"steps": 2}, {"stepz": 2}], "seed": [0, 1]}
+    with pytest.raises(ConfigError, match=r"2 of 4 grid points(.|\n)*stepz"):
+        expand(study(grid=grid, factors={"o": "flatness.options", "seed": "seed"}))
+
+
 def test_a_list_of_blocks_is_their_union_and_a_key_of_several_paths_a_list() -> None:
     grid = [
         {"weights": WEIGHTS, "optimizer.name, optimizer.lr": [["sgd", 0.1], ["adamw", "1/1000"]]},
@@ -925,6 +931,26 @@ def test_a_ledger_is_read_back_as_it_was_written(tmp_path: Path, suffix: str) ->
     steps = result.study.model_copy(update={"attack": "pgd-3"})
     with pytest.raises(UserError, match=r"measured otherwise: attack is 'pgd-2' there and 'pgd-3'"):
         found.measured(job_of(steps, expand(steps)[0]))
+
+
+def test_a_preset_with_the_options_of_the_study_keeps_its_name(
+    uninterrupted: StudyResult, tmp_path: Path
+) -> None:
+    found = open_subject(uninterrupted.folder / "runs" / NONE, device="cpu")
+    subject = replace(found, home=RunFolder(tmp_path))
+    base = study_values()["base"]
+    base["flatness"] |= {"options": {"steps": 1, "samples": 2}}
+    names = ("wen2023_average", "worst_clean", "wen2023_worst")
+    chosen = study(base=base, measures=names)
+    point, network = expand(chosen)[0], subject.network("last")
+    measured, _ = _measures(subject, network, job_of(chosen, point), point.config)
+    figures = robustflat.flatness(
+        network.model, subject.tensors("train", 16), names, steps=1, samples=2
+    )
+    assert [name.partition(" with ")[0] for name in figures] == list(names) != list(figures)
+    assert {name: m["value"] for name, m in measured.items()} == dict(
+        zip(names, [figure.value for figure in figures.values()], strict=True)
+    )
 
 
 def test_the_attack_of_robust_flatness_is_a_run_s_and_a_study_s(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def _flatness(
     options: dict[str, Any] = {
         "train_size": len(subject.images().train), **config.flatness.options,
     }  # fmt: skip
-    return flatness(
+    figures = flatness(
         network.model,
         data,
         measures,
@@ -189,6 +189,8 @@ def _flatness(
         store=subject.home.root / f"row-{network.epoch}-{len(data[1])}.parts.json",
         **options,
     )
+    # In the order asked for: a preset with the study's options has these in its name.
+    return dict(zip(measures, figures.values(), strict=True))
 
 
 def _say(text: str) -> None:
