@@ -20,9 +20,11 @@ $(RUNS): runs/quickstart-%: $(VENV)/installed
 	$(BIN)/robustflat evaluate $@
 	$(BIN)/robustflat flatness $@
 
-# Makes every tenth run that docs/results/evidence keeps again, and says how far the rows are apart.
+# Makes a share of the digits runs that docs/results/evidence keeps again, and says how far the rows
+# are apart.
+SHARE ?= 0.1
 experiments-small: $(VENV)/installed
-	$(BIN)/python scripts/evidence.py redo --share 0.1
+	$(BIN)/python scripts/evidence.py redo --share $(SHARE)
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from robustflat.errors import UserError, nearest
@@ -32,19 +33,8 @@ def imported(name: str, what: str = "function") -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UserError(f"A {what} of your own is written package.module:function, got {name!r}.")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        importlib.invalidate_caches()
-        found = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"The {what} {name} needs the module {module_name}, which could not be imported "
-            f"({type(error).__name__}: {error}). It is looked for on the Python path and in {here}."
-        ) from error
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
+    # Our own are asked for by the thousand, and forgetting what folders hold slows every import.
+    found = sys.modules.get(module_name) or _imported(module_name, f"{what} {name}")
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [n for n in dir(found) if not n.startswith("_")]
@@ -55,6 +45,22 @@ def imported(name: str, what: str = "function") -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"The {what} {name} is not callable: {type(found).__name__}.")
     return found
+
+
+def _imported(module: str, what: str) -> ModuleType:
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        importlib.invalidate_caches()
+        return importlib.import_module(module)
+    except Exception as error:
+        raise UserError(
+            f"The {what} needs the module {module}, which could not be imported "
+            f"({type(error).__name__}: {error}). It is looked for on the Python path and in {here}."
+        ) from error
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
 
 
 def origin(name: str) -> str:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import robustflat as rf
 from robustflat import models
+from robustflat.allocator import keep_freed_memory
 from robustflat.perturb.compiled import Compiled
 from robustflat.perturb.modes import Mode, attack_mode
 from robustflat.train.step import TrainStep
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args()
+    keep_freed_memory()  # as the command line does, for the released loop too
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -230,17 +232,20 @@ def _interleaved(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of each job in every round, and of a first time, in which some are compiled.
 
-    Every other round runs backwards, so that no job always follows the same one.
+    Every other round runs backwards, so that no job always follows the same one. With one CPU
+    thread they are the process's own, which other processes do not lengthen.
     """
+    own = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if own else time.perf_counter
     first: dict[str, float] = {}
     taken: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name, job in list(jobs.items())[:: 1 if number % 2 else -1]:
-            began = time.perf_counter()
+            began = clock()
             job()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            took = time.perf_counter() - began
+            took = clock() - began
             if number:
                 taken[name].append(took)
             else:

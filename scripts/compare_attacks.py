@@ -34,6 +34,7 @@ STANDARD = ("autoattack",)
 LINES: tuple[tuple[str, ...], ...] = (
     STANDARD,
     ("autoattack:fast",),
+    ("apgd-ce", "apgd-t"),
     ("apgd-ce",),
     ("apgd-t",),
     ("pgd-100:probability_margin",),

@@ -17,29 +17,41 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from scipy import stats
 
 from robustflat.errors import UserError
 from robustflat.files import write_whole
+from robustflat.landscapes import Landscape
+from robustflat.runs import records
 from robustflat.study import StudyConfig, read_study, run_study
 from robustflat.study.folder import StudyFolder, job_of
 from robustflat.study.grid import expand
 from robustflat.study.ledger import Ledger, ledger
-from robustflat.study.ranking import SEED, Estimate, Runs, granulated, holm, tau
-from robustflat.study.result import RunResult
+from robustflat.study.ranking import SEED, Estimate, Runs, tau
+from robustflat.study.result import Ranking, RunResult, rank_all
 from robustflat.study.targets import TARGETS
 
+Row = dict[str, Any]
+FloatArray = NDArray[np.float64]
 ROOT = Path(__file__).parents[1]
-STUDIES = ("ledger", "strength", "why-sam")
+SMALL = ("ledger", "strength", "why-sam", "alignment")
+STUDIES = (*SMALL, "cifar10")  # whose images do not come with the installation
 RESULTS = ROOT / "docs/results/evidence"
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
-COLOURS = {"none": GREY, "awp": BLUE, "sam": ORANGE, "amp": GREEN}
+LATE = 20  # half of the epochs of the study of the alignment
+# Of the methods whose strength is swept, and by which knob.
+SWEPT = {
+    "awp": (BLUE, "gamma"), "sam": (ORANGE, "rho"), "amp": (GREEN, "epsilon"),
+    "rwp": ("#cc79a7", "threshold"),
+}  # fmt: skip
 # What is asked of the ledger: targets, and what a measure that ranks them well would say.
 RANKED = ("gap_robust_loss", "gap_robust_accuracy", "test_robust_accuracy")
 # Measures whose order is also asked for within groups of runs.
@@ -92,14 +104,72 @@ def collect(name: str, output: str | None) -> int:
         elif point.name in before:
             found.append(before[point.name])
     if found:
-        rows = ledger(found, f"robustflat study configs/study/{name}.yaml --row")
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        write_whole(RESULTS / f"{name}.csv", text.getvalue())
+        write_rows(name, ledger(found, f"robustflat study configs/study/{name}.yaml --row"))
     return len(found)
+
+
+def write_rows(name: str, rows: Sequence[Row]) -> None:
+    """A CSV file of rows, whose columns are those of any of them."""
+    text = io.StringIO(newline="")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_whole(RESULTS / f"{name}.csv", text.getvalue())
+
+
+def read_rows(name: str) -> list[Row]:
+    """The rows of such a file; none if there is none."""
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        return []
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+def collect_whole_runs(name: str, output: str | None) -> None:
+    """What a ledger does not have: every epoch, both checkpoints, spectra and landscapes.
+
+    Of runs that are in the folder; where there are none, what was collected before is left.
+    """
+    config = study_of(name)
+    folder = StudyFolder(study_of(name, output))
+    epochs, checkpoints, lines = list[Row](), list[Row](), list[Row]()
+    for point in expand(config):
+        home, run = folder.files(point.name).folder, {"run": point.name}
+        for row in home.metrics():
+            seen = row["monitor_average"] or row["monitor"] or {}
+            seen = {f"{s}.{key}": value for s in seen for key, value in seen[s].items()}
+            if seen := {**seen, **row.get("flatness", {})}:
+                epochs.append({**run, "epoch": row["epoch"], **seen})
+        for one in records.read(home.evaluation, "evaluate"):
+            place, result = {**run, "checkpoint": one["checkpoint"]}, one["result"]
+            for attack, suite in result["suites"].items():
+                low, high = suite["interval"]
+                checkpoints.append(
+                    {**place, "figure": attack, "images": one["samples"],
+                     "value": suite["accuracy"], "low": low, "high": high}
+                )  # fmt: skip
+        for one in records.read(home.flatness, "flatness"):
+            place = {**run, "checkpoint": one["checkpoint"]}
+            for measure, figure in one["measures"].items():
+                measure = measure.partition(" with ")[0]
+                checkpoints.append(
+                    {**place, "figure": measure, "images": one["samples"], "value": figure["value"]}
+                )
+                grid = figure["details"].get("grid", ())
+                for x, height in zip(grid, figure["details"].get("density", ()), strict=True):
+                    lines.append({**place, "kind": measure, "x": x, "value": height})
+        for path in sorted(home.landscapes.glob("*.json")):
+            seen = Landscape.load(path)
+            place = {**run, "checkpoint": seen.about["checkpoint"]}
+            for kind, grid in seen.mean().items():
+                for at, value in np.ndenumerate(grid):
+                    xy = {key: axis[i] for key, axis, i in zip("xy", seen.axes, at, strict=False)}
+                    lines.append({**place, "kind": f"{seen.kind} {kind}", **xy, "value": value})
+    for end, rows in (("epochs", epochs), ("checkpoints", checkpoints), ("lines", lines)):
+        if rows:
+            write_rows(f"{name}-{end}", rows)
 
 
 # A figure of a configuration over its seeds
@@ -157,7 +227,8 @@ def table(cells: Sequence[Cell], names: Sequence[str], title: Callable[[Cell], s
             values = cell.values(name)
             mean, width = float(np.mean(values)) if values else float("nan"), widths[name](cell)
             share = name in TARGETS and TARGETS[name].percent
-            texts.append(f"{mean:.1f} ± {width:.1f}" if share else f"{mean:.3g} ± {width:.2g}")
+            text = f"{mean:.1f} ± {width:.1f}" if share else f"{mean:.3g} ± {width:.2g}"
+            texts.append(text.removesuffix(" ± nan") if values else "")
         lines.append(f"| {title(cell)} | {len(cell.runs)} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
 
@@ -177,18 +248,19 @@ def draw_strength(runs: Sequence[RunResult]) -> Figure:
             mean, reach = float(np.mean(plain.values(name))), width(plain)
             axes.axhspan(mean - reach, mean + reach, color=GREY, alpha=0.25, lw=0)
             axes.axhline(mean, color=GREY, lw=1.2, label="none")
-        for method in ("awp", "sam", "amp"):
+        for method, (colour, knob) in SWEPT.items():
             here = [cell for cell in cells if cell.level("method") == method]
+            factor = "threshold" if knob == "threshold" else "strength"
             axes.errorbar(
-                [float(str(cell.level("strength"))) for cell in here],
+                [float(str(cell.level(factor))) for cell in here],
                 [float(np.mean(cell.values(name))) for cell in here],
                 [width(cell) for cell in here],
-                color=COLOURS[method],
+                color=colour,
                 marker="o",
                 capsize=3,
                 lw=1.4,
                 ms=4,
-                label={"awp": "awp (gamma)", "sam": "sam (rho)", "amp": "amp (epsilon)"}[method],
+                label=f"{method} ({knob})",
             )
         axes.set_xscale("log")
         axes.set_title(_title(name), fontsize=10)
@@ -240,6 +312,48 @@ def draw_why(runs: Sequence[RunResult]) -> Figure:
     return _with_legend(figure)
 
 
+def draw_alignment(runs: Sequence[RunResult], rows: Sequence[Row]) -> Figure:
+    """|cos| of the gradient and the top eigenvector, and its eigenvalue, along the training."""
+    cells = cells_of(runs)
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("alignment", "hessian_max"), strict=True):
+        for cell, colour in zip(cells, (GREY, BLUE, ORANGE, GREEN), strict=True):
+            epochs, means, widths = along(cell, cells, rows, name)
+            axes.plot(epochs, means, color=colour, marker="o", ms=3, lw=1.4, label=variant(cell))
+            axes.fill_between(
+                epochs, means - widths, means + widths, color=colour, alpha=0.15, lw=0
+            )
+        axes.set_title(_title(name), fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.set(
+            **({"ylim": (0, 1)} if name == "alignment" else {"yscale": "log", "ylim": (0.1, 20)})
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+    return _with_legend(figure)
+
+
+def along(
+    cell: Cell, cells: Sequence[Cell], rows: Sequence[Row], name: str
+) -> tuple[list[int], FloatArray, FloatArray]:
+    """A figure at every look, over the seeds of a configuration: epochs, means, half-widths."""
+    epochs = sorted({int(row["epoch"]) for row in rows})
+    seen = {(row["run"], int(row["epoch"])): float(row[name]) for row in rows}
+
+    def at(epoch: int) -> list[Cell]:
+        def told(run: RunResult) -> RunResult:
+            measures = {name: {"value": seen[run.run, epoch], "standard_error": None}}
+            return replace(run, measured={**run.measured, "measures": measures})
+
+        return [Cell(tuple(told(run) for run in one.runs)) for one in cells]
+
+    here, means, widths = list(cells).index(cell), [], []
+    for epoch in epochs:
+        known = at(epoch)
+        means.append(float(np.mean(known[here].values(name))))
+        widths.append(half_width(known, name)(known[here]))
+    return epochs, np.array(means), np.array(widths)
+
+
 def _with_legend(figure: Figure) -> Figure:
     """Under all axes, for what the first shows."""
     figure.legend(
@@ -258,35 +372,149 @@ def _title(name: str) -> str:
             "worst_robust": "worst-direction sharpness of the robust loss",
             "wen2023_worst": "worst-direction sharpness (Wen et al. 2023)",
             "alignment": "|cos| of gradient and top eigenvector",
+            "hessian_max": "largest eigenvalue",
         }.get(name, name.replace("_", " "))
     return TARGETS[name].title + (", %" if TARGETS[name].percent else "")
 
 
+# CIFAR-10
+
+WAYS = {
+    ("none", "adversarial", None): "AT",
+    ("awp", "adversarial", None): "AT-AWP",
+    ("sam", "adversarial", None): "AT-SAM",
+    ("amp", "adversarial", None): "AT-AMP",
+    ("rwp", "adversarial", None): "RWP",
+    ("none", "adversarial", "ema"): "AT + EMA",
+    ("none", "trades", None): "TRADES",
+    ("awp", "trades", None): "TRADES-AWP",
+}
+PGD, WHOLE, FAST = "pgd-10", "autoattack", "autoattack:fast"
+
+
+def way(cell: Cell) -> str:
+    """How a network of the study on CIFAR-10 was trained."""
+    method, objective, average = (cell.level(f) for f in ("method", "objective", "average"))
+    return WAYS[str(method), str(objective), None if average is None else str(average)]
+
+
+def with_checkpoints(runs: Sequence[RunResult], rows: Sequence[Row]) -> list[RunResult]:
+    """Runs with measures of both checkpoints: ``best pgd-10``, ``last pgd-10``, their difference.
+
+    Accuracies are in per cent.
+    """
+    values: dict[str, dict[str, float]] = {run.run: {} for run in runs}
+    for row in rows:
+        scale = 100 if row["low"] else 1
+        name = f"{row['checkpoint']} {row['figure']}"
+        values[row["run"]][name] = scale * float(row["value"])
+    for own in values.values():
+        for attack in (PGD, WHOLE, FAST):
+            if {f"best {attack}", f"last {attack}"} <= set(own):
+                own[f"best - last {attack}"] = own[f"best {attack}"] - own[f"last {attack}"]
+    names = {name for own in values.values() for name in own}
+    found = []
+    for run in runs:
+        more = {
+            name: {"value": values[run.run].get(name), "standard_error": None} for name in names
+        }
+        measured = {**run.measured, "measures": {**run.measured["measures"], **more}}
+        found.append(replace(run, measured=measured))
+    return found
+
+
+def draw_epochs(runs: Sequence[RunResult], rows: Sequence[Row]) -> Figure:
+    """Robust accuracy and loss on training and validation images, epoch by epoch, of every run."""
+    cells = cells_of(runs)
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    axes = figure.subplots(2, len(cells), sharex=True, sharey="row")
+    for column, cell in zip(axes.T, cells, strict=True):
+        for side, key, scale in zip(
+            column, ("robust_accuracy", "robust_loss"), (100, 1), strict=True
+        ):
+            for split, colour in (("train", GREY), ("validation", BLUE)):
+                for run in cell.runs:
+                    own = [row for row in rows if row["run"] == run.run]
+                    side.plot(
+                        [int(row["epoch"]) for row in own],
+                        [scale * float(row[f"{split}.{key}"]) for row in own],
+                        color=colour, lw=1.2, alpha=0.8,
+                        label=split if run is cell.runs[0] else None,
+                    )  # fmt: skip
+            side.spines[["top", "right"]].set_visible(False)
+            side.grid(axis="y", alpha=0.3)
+        column[0].set_title(way(cell), fontsize=10)
+        column[1].set_xlabel("epoch", fontsize=9)
+    axes[0, 0].set_ylabel("robust accuracy, %")
+    axes[1, 0].set_ylabel("robust loss")
+    return _with_legend(figure)
+
+
+def draw_ways(cells: Sequence[Cell], panels: Sequence[tuple[str, Sequence[str]]]) -> Figure:
+    """Of every way of training some figures with their intervals, a panel for each kind."""
+    names = [way(cell) for cell in cells]
+    figure = Figure(
+        figsize=(11, 0.27 * len(cells) * -(-len(panels) // 3) + 1.6), layout="constrained"
+    )
+    grid = figure.subplots(-(-len(panels) // 3), 3, squeeze=False)
+    for k, (axes, (title, shown)) in enumerate(zip(grid.flat, panels, strict=True)):
+        for shift, (name, colour) in enumerate(zip(shown, (BLUE, ORANGE, GREEN), strict=False)):
+            width = half_width(cells, name)
+            here = [(i, cell) for i, cell in enumerate(cells) if cell.values(name)]
+            axes.errorbar(
+                [float(np.mean(cell.values(name))) for _, cell in here],
+                [i + 0.22 * (shift - (len(shown) - 1) / 2) for i, _ in here],
+                xerr=[width(cell) for _, cell in here],
+                color=colour, marker="o", ls="", capsize=2.5, ms=4,
+                label=name.split(" ")[0] if len(shown) > 1 else None,
+            )  # fmt: skip
+        axes.set_yticks(range(len(names)), names if k % 3 == 0 else [""] * len(names))
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _with_legend(figure)
+
+
+def draw_lines(runs: Sequence[RunResult], rows: Sequence[Row]) -> Figure:
+    """Around the weights of both checkpoints: loss along a direction and on a plane; spectra."""
+    names = {run.run: way(Cell((run,))) for run in runs}
+    found = dict[tuple[str, str, str], list[Row]]()
+    for row in rows:
+        found.setdefault((row["kind"], names[row["run"]], row["checkpoint"]), []).append(row)
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3)
+    line, spectrum, planes = axes[0, 0], axes[1, 0], axes[:, 1:]
+    for (kind, name, checkpoint), own in found.items():
+        colour = BLUE if name == "AT" else ORANGE
+        x, y = ([float(row[key]) for row in own] for key in ("x", "value"))
+        style = "--" if checkpoint == "best" else "-"
+        if kind in ("line robust", "hessian_density_robust"):
+            side = line if kind == "line robust" else spectrum
+            side.plot(x, y, style, color=colour, lw=1.4, label=f"{name}, {checkpoint}")
+    line.set(title="robust loss along random directions", xlabel="filter norms", ylim=(0, None))
+    spectrum.set(
+        title="spectrum, robust loss", xlabel="eigenvalue", yscale="log", ylim=(1e-5, None)
+    )
+    line.legend(frameon=False, fontsize=8)
+    planes_found = {key: own for key, own in found.items() if key[0] == "plane robust"}
+    top = max((float(row["value"]) for own in planes_found.values() for row in own), default=1.0)
+    for side, ((_, name, checkpoint), own) in zip(
+        planes.T.flat, sorted(planes_found.items()), strict=False
+    ):
+        x, y = (sorted({float(row[key]) for row in own}) for key in "xy")
+        values = np.array([float(row["value"]) for row in own]).reshape(len(x), len(y))
+        shown = side.contourf(
+            x, y, values.T, levels=np.linspace(0, min(top, 6.0), 19), cmap="viridis", extend="max"
+        )
+        side.set_title(f"robust loss, {name}, {checkpoint}", fontsize=10)
+        side.set_aspect("equal")
+    if planes_found:
+        figure.colorbar(shown, ax=planes, shrink=0.8)
+    return figure
+
+
 # The ledger
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """How a measure ranks a target: over all pairs, and over pairs that differ in one factor."""
-
-    whole: Estimate
-    within: Estimate
-    axes: dict[str, Estimate]
-    corrected: float | None = None
-
-
-def rankings(runs: Sequence[RunResult], config: StudyConfig, target: str) -> dict[str, Ranked]:
-    """Every measure's ranking of a target, p-values corrected for the number of measures."""
-    found: dict[str, Ranked] = {}
-    for name in config.measures:
-        data = both_numbers(runs, config, name, target)
-        axes, within = granulated(data)
-        found[name] = Ranked(tau(data), within, axes)
-    corrected = holm([ranked.whole.p_value for ranked in found.values()])
-    return {
-        name: Ranked(ranked.whole, ranked.within, ranked.axes, p)
-        for (name, ranked), p in zip(found.items(), corrected, strict=True)
-    }
 
 
 def both_numbers(runs: Sequence[RunResult], config: StudyConfig, measure: str, target: str) -> Runs:
@@ -306,15 +534,15 @@ def ranked_runs(runs: Sequence[RunResult]) -> list[RunResult]:
     return [run for run in runs if run.measured["reached_loss"] is not False]
 
 
-def draw_ledger(by_target: dict[str, dict[str, Ranked]]) -> Figure:
+def draw_ledger(by_target: dict[str, dict[str, Ranking]]) -> Figure:
     """Kendall's tau of every measure with its interval; beside it within factors."""
     first = by_target[RANKED[0]]
-    order = sorted(first, key=lambda n: -(first[n].whole.value or 0.0))
+    order = sorted(first, key=lambda n: -(first[n].tau.value or 0.0))
     figure = Figure(figsize=(11, 0.21 * len(order) + 1.6), layout="constrained")
     for k, (axes, target) in enumerate(zip(figure.subplots(1, 3), RANKED, strict=True)):
         ranked = by_target[target]
-        _forest(axes, [ranked[n].whole for n in order], -0.17, BLUE, "all pairs")
-        _forest(axes, [ranked[n].within for n in order], 0.17, ORANGE, "one factor changes")
+        _forest(axes, [ranked[n].tau for n in order], -0.17, BLUE, "all pairs")
+        _forest(axes, [ranked[n].average for n in order], 0.17, ORANGE, "one factor changes")
         axes.axvline(0, color="black", lw=0.8)
         axes.set_xlim(-1.02, 1.02)
         axes.set_ylim(len(order) - 0.5, -0.5)
@@ -338,25 +566,21 @@ def _forest(
         axes.plot(e.value, k + shift, "o", color=colour, ms=3, label=label if k == 0 else None)
 
 
-def ranking_table(ranked: dict[str, Ranked]) -> str:
+def ranking_table(ranked: dict[str, Ranking]) -> str:
     """A Markdown table of the measures, the surest first."""
     lines = [
         "| measure | tau, all pairs | p (Holm) | one factor changes | holds in | reverses in |",
         "|---|---|---|---|---|---|",
     ]
-    for name in sorted(ranked, key=lambda n: -abs(ranked[n].whole.value or 0.0)):
-        one = ranked[name]
-        sign = 1 if (one.within.value or 0.0) > 0 else -1
-        sure = {
-            f: sign * (e.value or 0.0)
-            for f, e in one.axes.items()
-            if e.low is not None and e.high is not None and not e.low <= 0 <= e.high
-        }
-        holds = ", ".join(f for f, v in sure.items() if v > 0)
-        reverses = ", ".join(f for f, v in sure.items() if v < 0)
-        p = "" if one.corrected is None else f"{one.corrected:.3f}"
+    for name in sorted(ranked, key=lambda n: -abs(ranked[n].tau.value or 0.0)):
+        one, verdicts = ranked[name], ranked[name].verdicts()
+        holds, reverses = (
+            ", ".join(factor for factor, verdict in verdicts.items() if verdict == asked)
+            for asked in ("holds", "reverses")
+        )
+        p = "" if one.corrected[0] is None else f"{one.corrected[0]:.3f}"
         lines.append(
-            f"| {name} | {_interval(one.whole)} | {p} | {_interval(one.within)} | {holds} "
+            f"| {name} | {_interval(one.tau)} | {p} | {_interval(one.average)} | {holds} "
             f"| {reverses} |"
         )
     return "\n".join(lines) + "\n"
@@ -394,6 +618,21 @@ STRENGTH_COLUMNS = (
     "test_clean_accuracy", "test_robust_accuracy", "gap_robust_accuracy", "gap_robust_loss",
     "worst_robust", "average_robust", "hessian_max_robust",
 )  # fmt: skip
+CIFAR_COLUMNS = (
+    ("test_clean_accuracy", *(f"{at} {PGD}" for at in ("best", "last", "best - last")),
+     *(f"{at} {attack}" for attack in (WHOLE, FAST) for at in ("best", "last", "best - last"))),
+    ("gap_robust_accuracy", "gap_robust_loss", "worst_clean", "worst_robust", "average_robust",
+     "andriushchenko2023_worst", "relative_flatness_robust", "hessian_max", "hessian_max_robust",
+     "hessian_trace_robust"),
+)  # fmt: skip
+CIFAR_PANELS = (
+    ("robust accuracy on test, PGD-10, %", ("best pgd-10", "last pgd-10")),
+    ("best - last, points", ("best - last pgd-10",)),
+    ("robust accuracy gap at the last epoch, points", ("gap_robust_accuracy",)),
+    ("worst-direction sharpness, robust loss", ("worst_robust",)),
+    ("largest eigenvalue, robust loss", ("hessian_max_robust",)),
+    ("relative flatness, robust loss", ("relative_flatness_robust",)),
+)
 WHY_COLUMNS = (
     "test_clean_accuracy", "test_robust_accuracy", "gap_clean_accuracy", "wen2023_worst",
     "wen2023_ascent", "wen2023_average", "hessian_max", "hessian_trace", "alignment",
@@ -413,9 +652,42 @@ def figures() -> None:
             here = [cell for cell in cells_of(runs) if cell.level("noise") == noise]
             rows = table(here, WHY_COLUMNS, variant)
             text.append(f"\n## Why SAM helps: {words}\n\n{rows}")
+    if runs := kept("alignment"):
+        looked, cells = read_rows("alignment-epochs"), cells_of(runs)
+        _save(draw_alignment(runs, looked), "alignment")
+        text.append("\n## The alignment along training\n")
+        for name in ("alignment", "hessian_max"):
+            # Looks at one run are no independent ones: their mean counts as one.
+            late = [
+                {"run": run.run, "epoch": 0, name: np.mean([
+                    float(row[name]) for row in looked
+                    if row["run"] == run.run and int(row["epoch"]) >= LATE
+                ])} for run in runs
+            ]  # fmt: skip
+            epochs = along(cells[0], cells, looked, name)[0]
+            text.append(f"\n| {name}, epoch | {' | '.join(map(str, epochs))} | from {LATE} on |\n")
+            text.append("|---" * (len(epochs) + 2) + "|\n")
+            for cell in cells:
+                (_, *looks), (_, *mean) = (along(cell, cells, r, name) for r in (looked, late))
+                pairs = zip(
+                    *(np.append(a, b) for a, b in zip(looks, mean, strict=True)), strict=True
+                )
+                shown = (f"{m:.2f} ± {w:.2f}" for m, w in pairs)
+                text.append(f"| {variant(cell)} | {' | '.join(shown)} |\n")
+    if runs := kept("cifar10"):
+        cells = cells_of(with_checkpoints(runs, read_rows("cifar10-checkpoints")))
+        _save(draw_epochs(runs, read_rows("cifar10-epochs")), "cifar10-epochs")
+        _save(draw_ways(cells, CIFAR_PANELS), "cifar10")
+        _save(draw_lines(runs, read_rows("cifar10-lines")), "cifar10-lines")
+        text.append(f"\n## CIFAR-10 (JPEG re-encodings): {len(runs)} runs\n")
+        known = set(TARGETS).union(
+            *(run.measured["measures"] for cell in cells for run in cell.runs)
+        )
+        for columns in CIFAR_COLUMNS:
+            text.append(f"\n{table(cells, [name for name in columns if name in known], way)}")
     if runs := kept("ledger"):
         config, usable = study_of("ledger"), ranked_runs(runs)
-        by_target = {target: rankings(usable, config, target) for target in RANKED}
+        by_target = {target: rank_all(usable, config, target) for target in RANKED}
         _save(draw_ledger(by_target), "ledger")
         text.append(f"\n## The ledger: {len(runs)} runs, {len(usable)} of them ranked\n")
         for target in RANKED:
@@ -442,7 +714,7 @@ def redo(share: float, jobs: int, output: str) -> int:
         How many could not be made.
     """
     missing = 0
-    for name in STUDIES:
+    for name in SMALL:
         chosen = kept(name)[:: max(1, round(1 / share))]
         if not chosen:
             continue
@@ -486,6 +758,8 @@ def main() -> int:
         if given.command == "collect":
             for name in STUDIES:
                 sys.stdout.write(f"{name}: {collect(name, given.output)} runs\n")
+            for name in ("alignment", "cifar10"):
+                collect_whole_runs(name, given.output)
         elif given.command == "figures":
             figures()
         else:

@@ -116,14 +116,22 @@ def test_fab_has_the_restarts_and_targets_of_the_official_driver(monkeypatch):
             assert calls == expected
 
 
-def test_fast_is_the_beginning_of_standard(short):
+def test_fast_is_what_its_two_attacks_find_and_standard_after_it_repeats_the_first_alone(short):
     model, data = trained(), held_out(20)
     fast = evaluate(model, data, ["autoattack:fast"], eps=0.2, sanity=0)
     whole = evaluate(model, data, ["autoattack:fast", "autoattack"], eps=0.2, sanity=0)
-    assert list(fast.attacks) == ["apgd-ce", "apgd-t"]
-    assert list(whole.attacks) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert list(fast.attacks) == ["apgd-ce", "apgd:dlr:malt-3"]
+    assert list(whole.attacks) == ["apgd-ce", "apgd:dlr:malt-3", "apgd-t", "fab-t", "square"]
     for name, attack in fast.attacks.items():
         assert whole.attacks[name].accuracy == attack.accuracy
+    # Each standard component attacks what those of standard left, whatever else was run.
+    alone = evaluate(model, data, ["autoattack"], eps=0.2, sanity=0)
+    assert alone.attacks["apgd-t"].attacked == whole.attacks["apgd-t"].attacked
+    assert whole.attacks["apgd-t"].after == fast.attacks["apgd:dlr:malt-3"].after == "apgd-ce"
+    # By its own name the second is the same attack, with all its steps.
+    (suite,), (named,) = (plan([name], Task(norm=2.0, eps=1.0, classes=10, shape=(1, 8, 8)))
+                          for name in ("autoattack:fast", "apgd:dlr:malt-3"))  # fmt: skip
+    assert suite.attacks[1].identity == named.attacks[0].identity
     plus = evaluate(model, data, ["autoattack", "autoattack:plus"], eps=0.2, sanity=0)
     assert "apgd-ce#2" in plus.attacks, "five restarts are another attack than one"
 
@@ -190,7 +198,8 @@ def test_few_classes_run_by_the_documented_rule(short, classes):
         if classes == 3 and version != "rand":
             assert "apgd-t" not in result.attacks
             assert "apgd-dlr" in result.attacks
-            assert "in place of apgd-t" in notes
+            assert "in place of ap" in notes
+            assert version != "fast" or "in place of apgd:dlr:malt-3" in notes
         if classes > 3:
             assert not result.warnings
         assert result.clean_accuracy == 1
@@ -365,8 +374,8 @@ def test_autoattack_does_not_depend_on_what_was_asked_for_before_it(short, tmp_p
 
 def test_components_are_attacks_by_name_with_the_settings_of_standard(short):
     model, data = trained(), held_out(20)
-    both = evaluate(model, data, ["apgd-ce", "autoattack:fast"], eps=0.2, sanity=0)
-    assert list(both.attacks) == ["apgd-ce", "apgd-t"], "the first is the same in both"
+    both = evaluate(model, data, ["apgd-ce", "autoattack"], eps=0.2, sanity=0)
+    assert list(both.attacks)[:2] == ["apgd-ce", "apgd-t"], "the first is the same in both"
     alone = evaluate(model, data, ["apgd-t"], eps=0.2, sanity=0)
     assert alone.attacks["apgd-t"].alone is not None
     assert both.attacks["apgd-t"].after == "apgd-ce"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ import pytest
 from scipy import stats
 from script_support import script
 
+from robustflat.landscapes import Landscape
+from robustflat.runs import records
 from robustflat.study import read_study
 from robustflat.study.folder import StudyFolder, circumstances, job_of
 from robustflat.study.grid import expand
-from robustflat.study.result import RunResult
+from robustflat.study.result import RunResult, rank_all
 from robustflat.study.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
@@ -122,11 +126,9 @@ def test_a_measure_that_orders_as_the_target_does_has_tau_one(
     config = read_study(ROOT / "configs/study/strength.yaml").model_copy(
         update={"measures": ("worst_robust",), "nested": {}}
     )
-    gap = evidence.rankings(runs, config, "gap_robust_loss")
-    assert gap["worst_robust"].whole.value == pytest.approx(1)
-    assert gap["worst_robust"].corrected == pytest.approx(gap["worst_robust"].whole.p_value)
-    accuracy = evidence.rankings(runs, config, "test_robust_accuracy")
-    assert accuracy["worst_robust"].whole.value == pytest.approx(-1), "more of it is better"
+    gap = rank_all(runs, config, "gap_robust_loss")
+    accuracy = rank_all(runs, config, "test_robust_accuracy")
+    assert accuracy["worst_robust"].tau.value == pytest.approx(-1), "more of it is better"
     assert "| worst_robust | +1.00 [" in evidence.ranking_table(gap)
     sides = [
         replace(r, factors={**r.factors, "objective": side, "common_loss": loss})
@@ -142,6 +144,129 @@ def test_a_measure_that_orders_as_the_target_does_has_tau_one(
     assert common.startswith(mart)
     above = replace(runs[0], measured={**runs[0].measured, "reached_loss": False})
     assert evidence.ranked_runs([above, *runs[1:]]) == runs[1:]
+
+
+def test_a_share_of_the_kept_rows_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = [run(0.1, seed, 0.5) for seed in range(7)]
+    asked = []
+
+    def again(config: Any, jobs: int, *, rows: list[str], yes: bool) -> Any:
+        asked.append((config.output, jobs, rows, yes))
+        made = [run(0.1, 0, 0.5), run(0.1, 3, 0.4)]
+        return SimpleNamespace(runs=made, failed=[SimpleNamespace(run="0.1-6", error="no memory")])
+
+    monkeypatch.setattr(evidence, "SMALL", ("strength", "ledger"))
+    monkeypatch.setattr(evidence, "kept", lambda name: old if name == "strength" else [])
+    monkeypatch.setattr(evidence, "run_study", again)
+    assert evidence.redo(0.3, 2, str(tmp_path)) == 1, "one could not be made"
+    assert asked == [(str(tmp_path), 2, ["0.1-0", "0.1-3", "0.1-6"], True)]
+    assert capsys.readouterr().out.splitlines() == [
+        "strength: 0.1-0: 0.00% apart",
+        "strength: 0.1-3: 20.00% apart",
+        "strength: 0.1-6: no memory",
+    ]
+    monkeypatch.setattr("sys.argv", ["evidence.py", "redo", "--share", "1", "--output", "there"])
+    monkeypatch.setattr(evidence, "redo", lambda *given: asked.append(given) or 1)
+    assert evidence.main() == 1
+    assert asked[-1] == (1.0, 2, "there")
+
+
+def test_what_a_ledger_does_not_have_is_collected_from_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY.format(output=tmp_path))
+    monkeypatch.setattr(evidence, "study_of", lambda *_: read_study(file))
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
+    evidence.collect_whole_runs("tiny", None)
+    assert not (tmp_path / "results").exists(), "where there are no runs nothing is written"
+    point = expand(read_study(file))[1]
+    home = StudyFolder(read_study(file)).files(point.name).folder
+    home.root.mkdir(parents=True)
+    looks = [
+        {"epoch": 1, "monitor": None, "monitor_average": None},
+        {"epoch": 2, "monitor": {"train": {"robust_loss": 2.0}}, "monitor_average": None},
+        {"epoch": 3, "monitor": {"train": {"robust_loss": 1.5}}, "flatness": {"alignment": 0.5},
+         "monitor_average": {"train": {"robust_loss": 1.0}}},
+    ]  # fmt: skip
+    home.metrics_file.write_text("".join(json.dumps(look) + "\n" for look in looks))
+    common = {"checkpoint": "best", "samples": 50, "epoch": 2}
+    suite = {"accuracy": 0.3, "interval": [0.2, 0.4]}
+    tested = {**common, "kind": "test", "result": {"suites": {"pgd-10": suite}}}
+    details = {"grid": [0.0, 9.0], "density": [0.7, 0.1]}
+    spectrum = {"hessian_density_robust with attack=pgd-10": {"value": 4.0, "details": details}}
+    records.add(home.evaluation, "evaluate", point.name, [tested])
+    records.add(
+        home.flatness,
+        "flatness",
+        point.name,
+        [{**common, "kind": "flatness", "measures": spectrum}],
+    )
+    Landscape(
+        axes=([-1.0, 1.0], [0.0, 2.0]), names=("a", "b"),
+        losses={"clean": np.arange(8.0).reshape(2, 2, 2)},
+        accuracies={"clean": np.zeros((2, 2, 2))}, about={"checkpoint": "last"}, measured=8,
+    ).save(home.landscapes / "plane.json")  # fmt: skip
+    evidence.collect_whole_runs("tiny", None)
+    assert evidence.read_rows("tiny-epochs") == [
+        {"run": point.name, "epoch": "2", "train.robust_loss": "2.0", "alignment": ""},
+        {"run": point.name, "epoch": "3", "train.robust_loss": "1.0", "alignment": "0.5"},
+    ]
+    first, second = evidence.read_rows("tiny-checkpoints")
+    assert [first[k] for k in ("checkpoint", "figure", "images", "value", "low", "high")] == [
+        "best", "pgd-10", "50", "0.3", "0.2", "0.4",
+    ]  # fmt: skip
+    assert (second["figure"], second["value"], second["low"]) == (
+        "hessian_density_robust",
+        "4.0",
+        "",
+    )
+    lines = evidence.read_rows("tiny-lines")
+    assert [(r["kind"], r["x"], r["value"]) for r in lines[:2]] == [
+        ("hessian_density_robust", "0.0", "0.7"),
+        ("hessian_density_robust", "9.0", "0.1"),
+    ]
+    # The mean over the two pairs of directions, at all points of the plane.
+    assert [(r["kind"], r["checkpoint"], r["x"], r["y"], r["value"]) for r in lines[2:]] == [
+        ("plane clean", "last", "-1.0", "0.0", "2.0"),
+        ("plane clean", "last", "-1.0", "2.0", "3.0"),
+        ("plane clean", "last", "1.0", "0.0", "4.0"),
+        ("plane clean", "last", "1.0", "2.0", "5.0"),
+    ]
+
+
+def test_figures_of_both_checkpoints_and_of_every_look() -> None:
+    runs = [run(level, seed, 0.5) for level in (0.1, 0.2) for seed in (0, 1)]
+    place = {"run": runs[0].run, "low": "0.1"}
+    rows = [
+        {**place, "checkpoint": "best", "figure": "pgd-10", "value": "0.3"},
+        {**place, "checkpoint": "last", "figure": "pgd-10", "value": "0.25"},
+        {**place, "checkpoint": "best", "figure": "worst_robust", "value": "0.4", "low": ""},
+    ]
+    first, second = evidence.with_checkpoints(runs, rows)[:2]
+    assert first.measure("best pgd-10") == pytest.approx(30)
+    assert first.measure("best - last pgd-10") == pytest.approx(5)
+    assert first.measure("best worst_robust") == 0.4
+    assert first.measure("worst_robust") == 1
+    assert second.measure("best - last pgd-10") is None
+    assert "best pgd-10" not in runs[0].measured["measures"]
+    cells = evidence.cells_of([first, second])
+    _, _, row = evidence.table(cells, ["last pgd-10"], str).splitlines()
+    assert row.endswith("| 25 |"), "one value has no interval"
+    looks = [
+        {"run": r.run, "epoch": epoch, "alignment": str(value * k)}
+        for r, value in zip(runs, (0.1, 0.3, 0.5, 0.5), strict=True)
+        for k, epoch in enumerate(("10", "2"), 1)
+    ]
+    cells = evidence.cells_of(runs)
+    epochs, means, widths = evidence.along(cells[0], cells, looks, "alignment")
+    assert epochs == [2, 10]
+    assert means == pytest.approx([0.4, 0.2])
+    # Noise pooled over both configurations, of which one has none: 2 degrees of freedom.
+    expected = stats.t.ppf(0.975, 2) * np.sqrt(0.02 / 2 / 2)
+    assert widths == pytest.approx([2 * expected, expected])
 
 
 @pytest.mark.parametrize("name", ["strength", "why-sam"])

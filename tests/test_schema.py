@@ -522,3 +522,9 @@ def test_who_asks_for_sharded_weights_is_told_where_they_are(tmp_path: Path, key
     assert "every process of `train` holds the whole network" in text
     assert "weights.backward(loss, fully_sharded_model)" in text
     assert "torchrun" in text
+
+
+def test_what_is_loaded_is_not_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    KINDS["weights"].find("awp")
+    monkeypatch.setattr("importlib.invalidate_caches", lambda: pytest.fail("looked for"))
+    assert KINDS["weights"].find("awp") is rf.awp

@@ -219,6 +219,12 @@ def test_what_could_not_be_measured_is_refused_before_training() -> None:
         expand(study(grid={"weights": WEIGHTS[1:], "weights.gamma.x": [1]}))
 
 
+def test_every_point_s_own_measures_are_judged() -> None:
+    grid = {"flatness.options": [{"steps": 2}, {"stepz": 2}], "seed": [0, 1]}
+    with pytest.raises(ConfigError, match=r"2 of 4 grid points(.|\n)*stepz"):
+        expand(study(grid=grid, factors={"o": "flatness.options", "seed": "seed"}))
+
+
 def test_a_list_of_blocks_is_their_union_and_a_key_of_several_paths_a_list() -> None:
     grid = [
         {"weights": WEIGHTS, "optimizer.name, optimizer.lr": [["sgd", 0.1], ["adamw", "1/1000"]]},

@@ -290,8 +290,19 @@ def test_the_table_is_complete() -> None:
     assert tried == {(parameter.name, kind) for parameter in command.params for kind in ALL}
 
 
+@pytest.fixture
+def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded as a whole, as ever, but not made into machine code."""
+    monkeypatch.setattr("robustflat.evaluate.fast.check_compiler", lambda device: None)
+    monkeypatch.setattr(
+        "robustflat.evaluate.fast.Compiled", functools.partial(Compiled, backend="aot_eager")
+    )
+
+
 @pytest.mark.parametrize("kind", ALL)
-def test_every_option_has_its_effect_or_is_refused(run: Any, tmp_path: Path, kind: str) -> None:
+def test_every_option_has_its_effect_or_is_refused(
+    run: Any, tmp_path: Path, quickly_compiled: None, kind: str
+) -> None:
     for i, (option, kinds, said, expected) in enumerate(TABLE):
         if kind not in kinds:
             continue

@@ -72,6 +72,7 @@ def expand(
     root = str(Path(study.output) / study.name / "runs")
     wrong: dict[str, list[Chosen]] = defaultdict(list)
     points: list[Point] = []
+    told: dict[str, list[str]] = {}  # of all points alike but in their training
     combinations = list(islice(_combinations(study), limit))
     for chosen in combinations:
         try:
@@ -82,7 +83,10 @@ def expand(
                 wrong[line].append(chosen)
             continue
         threat = study.threat or _own_threat(config)
-        for line in _unmeasurable(study, config, threat):
+        alike = repr((threat, config.flatness.options))
+        if alike not in told:
+            told[alike] = _unmeasurable(study, config, threat)
+        for line in told[alike]:
             wrong[line].append(chosen)
         if threat is None:
             continue
