@@ -13,90 +13,29 @@ if TYPE_CHECKING:
     from robustflat.flatness import flatness
     from robustflat.landscapes import landscape
     from robustflat.objectives import adversarial, gkl, ikl, mart, mlcat, rebat, standard, trades
-    from robustflat.perturb import (
-        Ascent,
-        Ball,
-        InputPerturbation,
-        Perturbation,
-        Watch,
-        WeightPerturbation,
-        amp,
-        asam,
-        awp,
-        awp_global,
-        custom,
-        esam,
-        fgsm,
-        fsam,
-        gam,
-        gnp,
-        gsam,
-        lesam,
-        looksam,
-        momentum_sam,
-        msam,
-        nfgsm,
-        no_perturbation,
-        nsam,
-        pgd,
-        random_weights,
-        rwp,
-        rwp_mix,
-        sam,
-        vasso,
-        zsharp,
-    )
+    from robustflat.perturb.ascent import Ascent
+    from robustflat.perturb.ball import Ball
+    from robustflat.perturb.chunks import msam
+    from robustflat.perturb.inputs import InputPerturbation, fgsm, nfgsm, pgd
+    from robustflat.perturb.perturbation import Perturbation
+    from robustflat.perturb.presets.adversarial import amp, awp, awp_global, rwp
+    from robustflat.perturb.presets.plain import custom, no_perturbation, random_weights, rwp_mix
+    from robustflat.perturb.presets.remembering import fsam, lesam, looksam, momentum_sam, vasso
+    from robustflat.perturb.presets.sharpness import asam, esam, gam, gnp, gsam, nsam, sam, zsharp
+    from robustflat.perturb.watch import Watch
+    from robustflat.perturb.weights import WeightPerturbation
     from robustflat.runs.loaded import Run, load_run
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Ascent",
-    "Ball",
-    "InputPerturbation",
-    "Perturbation",
-    "Run",
-    "UserError",
-    "Watch",
-    "WeightPerturbation",
-    "adversarial",
-    "amp",
-    "asam",
-    "awp",
-    "awp_global",
-    "custom",
-    "esam",
-    "evaluate",
-    "fgsm",
-    "flatness",
-    "fsam",
-    "gam",
-    "gkl",
-    "gnp",
-    "gsam",
-    "ikl",
-    "landscape",
-    "lesam",
-    "load_run",
-    "looksam",
-    "mart",
-    "mlcat",
-    "momentum_sam",
-    "msam",
-    "nfgsm",
-    "no_perturbation",
-    "nsam",
-    "pgd",
-    "random_weights",
-    "rebat",
-    "rwp",
-    "rwp_mix",
-    "sam",
-    "standard",
-    "trades",
-    "vasso",
-    "zsharp",
-]
+    "Ascent", "Ball", "InputPerturbation", "Perturbation", "Run", "UserError", "Watch",
+    "WeightPerturbation", "adversarial", "amp", "asam", "awp", "awp_global", "custom", "esam",
+    "evaluate", "fgsm", "flatness", "fsam", "gam", "gkl", "gnp", "gsam", "ikl", "landscape",
+    "lesam", "load_run", "looksam", "mart", "mlcat", "momentum_sam", "msam", "nfgsm",
+    "no_perturbation", "nsam", "pgd", "random_weights", "rebat", "rwp", "rwp_mix", "sam",
+    "standard", "trades", "vasso", "zsharp",
+]  # fmt: skip
 
 # Where each is; all others are of `perturb`. Imported when asked for: the command line's help and
 # mistakes need no torch.

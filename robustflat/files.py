@@ -82,20 +82,31 @@ def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
     write_text(path, text + "\n", durable=durable)
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Say of a file that is read inside what is wrong with it.
+
+    Raises:
+        UserError: if it is missing, no text or damaged.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}. Remove it, and run the command that wrote it again."
+        ) from None
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None if there is none.
 
     Raises:
         UserError: if it is damaged.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}. Remove it, and run the command that wrote it again."
-        ) from None
+    with readable(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def update_json(path: Path, change: Callable[[Any], Any]) -> Any:

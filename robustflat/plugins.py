@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 
 
 def is_plugin(name: str) -> bool:
@@ -39,9 +38,9 @@ def imported(name: str, what: str = "function") -> Callable[..., Any]:
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [n for n in dir(found) if not n.startswith("_")]
-            near = difflib.get_close_matches(part, public, n=3)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise UserError(f"The module {module_name} has no {attribute!r}.{hint}")
+            raise UserError(
+                f"The module {module_name} has no {attribute!r}.{nearest(part, public, 3)}"
+            )
         found = getattr(found, part)
     if not callable(found):
         raise UserError(f"The {what} {name} is not callable: {type(found).__name__}.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 from robustflat.plugins import imported, is_plugin
 
 
@@ -57,10 +56,9 @@ class Kind:
             return found
         if is_plugin(name) and any(known.startswith("package") for known, _ in self.also):
             return imported(name, self.one)
-        near = difflib.get_close_matches(name, self._mapping, n=1)
         valid = ", ".join([*self._mapping, *(n for n, _ in self.also)])
-        hint = f"Did you mean {near[0]!r}?" if near else f"Valid: {valid}."
-        raise UserError(f"is unknown (got {name!r}). {hint}")
+        hint = nearest(name, self._mapping, 1) or f" Valid: {valid}."
+        raise UserError(f"is unknown (got {name!r}).{hint}")
 
     def describe(self, name: str) -> list[str]:
         """What is to be said of an entry: a sentence, its call with all defaults, its source."""
@@ -91,53 +89,24 @@ def _short(value: Any) -> str:
 
 
 _PERTURB = "robustflat.perturb:"
-_WEIGHTS = {
-    "none": "no_perturbation",
-    "awp": "awp",
-    "awp_global": "awp_global",
-    "amp": "amp",
-    "rwp": "rwp",
-    "sam": "sam",
-    "asam": "asam",
-    "gsam": "gsam",
-    "gnp": "gnp",
-    "gam": "gam",
-    "fsam": "fsam",
-    "vasso": "vasso",
-    "momentum_sam": "momentum_sam",
-    "looksam": "looksam",
-    "lesam": "lesam",
-    "esam": "esam",
-    "zsharp": "zsharp",
-    "random": "random_weights",
-    "rwp_mix": "rwp_mix",
-    "custom": "custom",
-    "msam": "msam",
-    "nsam": "nsam",
-}
+_WEIGHTS = (
+    "none", "awp", "awp_global", "amp", "rwp", "sam", "asam", "gsam", "gnp", "gam", "fsam", "vasso",
+    "momentum_sam", "looksam", "lesam", "esam", "zsharp", "random", "rwp_mix", "custom", "msam",
+    "nsam",
+)  # fmt: skip
+_OTHERWISE = {"none": "no_perturbation", "random": "random_weights"}
 
 _OBJECTIVES = ("standard", "adversarial", "trades", "mart", "mlcat", "ikl", "gkl", "rebat")
 
 weights = Kind(
     "weights",
     "weight perturbation",
-    {n: _PERTURB + attribute for n, attribute in _WEIGHTS.items()},
+    {n: _PERTURB + _OTHERWISE.get(n, n) for n in _WEIGHTS},
     needs=(
-        "backward",
-        "is_off",
-        "passes",
-        "wants_rows",
-        "splits",
-        "least_rows",
-        "remembers",
-        "parameters",
-        "batches",
-        "scaled",
-        "synchronised",
-        "state_dict",
-        "load_state_dict",
+        "backward", "is_off", "passes", "wants_rows", "splits", "least_rows", "remembers",
+        "parameters", "batches", "scaled", "synchronised", "state_dict", "load_state_dict",
     ),
-)
+)  # fmt: skip
 attacks = Kind(
     "attack",
     "attack",
@@ -203,17 +172,7 @@ measures = Kind("measures", "flatness measure", "robustflat.flatness:MEASURES")
 KINDS = {
     kind.name: kind
     for kind in (
-        weights,
-        attacks,
-        objectives,
-        optimizers,
-        schedules,
-        averages,
-        augmentations,
-        models,
-        listeners,
-        data,
-        scales,
-        measures,
+        weights, attacks, objectives, optimizers, schedules, averages, augmentations, models,
+        listeners, data, scales, measures,
     )
-}
+}  # fmt: skip

@@ -329,7 +329,9 @@ def test_nothing_is_compiled_unless_asked_and_nothing_that_is_not_attacked() -> 
         UserError, match=r"train\.compile makes .* trains on the images as they are"
     ):
         config(objective={"name": "standard"}, train__compile="attack")
-    with pytest.raises(UserError, match=r"train\.compile is attack, but train\.sync_batchnorm"):
+    with pytest.raises(
+        UserError, match=r"train\.compile takes passes as a whole, and train\.sync_batchnorm"
+    ):
         config(train__compile="attack", train__sync_batchnorm=True)
     for wrong in (True, "all"):
         with pytest.raises(UserError, match=r"train\.compile.*'attack'"):

@@ -176,6 +176,18 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
         MINIMAL + "data:\n  extra: {path: x, fraction: 1}\n",
         ("FILE:6:20:", "data.extra.fraction"),
     ),
+    "data that cannot be": (
+        MINIMAL + "data:\n  augment: {crop: -1, cutout: true}\n  mix: {name: mixup, alpha: 0}\n"
+        "  label_noise: {kind: random, rate: 1.1}\n",
+        (
+            "5 problems",
+            "data.augment.crop",
+            "data.augment.cutout must be a whole number",
+            "data.mix.alpha",
+            "data.label_noise.kind",
+            "data.label_noise.rate",
+        ),
+    ),
     "warm-up as long as the run": (
         MINIMAL.replace("{name: none}", "{name: awp, gamma: 0.1, when: {from_epoch: 21}}"),
         ("FILE:4:41:", "weights.when.from_epoch is 21 of train.epochs 20", "never"),

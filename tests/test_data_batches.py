@@ -246,8 +246,6 @@ def test_extra_images_stay_with_their_labels():
 
 
 def test_impossible_extra_data_is_refused():
-    with pytest.raises(UserError, match="between 0 and 1"):
-        rd.Extra(images=numbered(3), fraction=1.0)
     with pytest.raises(UserError, match="no labelled image left"):
         rd.batches(numbered(3), 2, device="cpu", extra=rd.Extra(images=numbered(3), fraction=0.9))
     small = rd.MemoryImages(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.arange(2))

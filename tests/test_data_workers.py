@@ -144,7 +144,7 @@ def test_extra_images_are_transformed_each_differently(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("transforms", "said"),
     [
-        (({"name": "RandomResizedCrops", "size": 8},), "Did you mean RandomResizedCrop"),
+        (({"name": "RandomResizedCrops", "size": 8},), "Did you mean 'RandomResizedCrop'"),
         (({"size": 8},), "each needs the name"),
         (({"name": "RandomResizedCrop"},), "Its arguments: size, scale"),
         (({"name": "Resize", "size": 8, "interpolation": "best"},), "bilinear"),

@@ -572,7 +572,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
         ({"shard": "0/2"}, "i from 1 to n"),
         ({"shard": "a"}, "written i/n"),
         ({"shard": "1/7"}, "cannot be split into 7"),
-        ({"attacks": "pdg-20"}, "Unknown attack 'pdg-20'. Did you mean pgd-20"),
+        ({"attacks": "pdg-20"}, "Unknown attack 'pdg-20'. Did you mean 'pgd-20'"),
         ({"attacks": [{"name": "pgd", "step": 3}]}, "no option 'step'. Did you mean 'steps'"),
         ({"attacks": [{"steps": 3}]}, "under 'name'"),
         ({"attacks": [rf.pgd(eps=0.2)]}, "same norm and eps"),

@@ -44,7 +44,7 @@ def test_autoattack_evaluates_a_checkpoint_and_a_robustbench_entry_is_made_of_it
     assert list(content["attacks"]) == ["apgd-ce", "apgd-t"]
     assert f"{content['robust_accuracy']:.2%}" in printed.out
     assert call(monkeypatch, "autoattack.py", given[0], "--model", "mpl", *given[3:]) == 2
-    assert "Did you mean mlp" in capsys.readouterr().err
+    assert "Did you mean 'mlp'" in capsys.readouterr().err
 
 
 def entry(**changes):

@@ -27,7 +27,10 @@ from robustflat.landscapes import Landscape, between, drawn_in, landscape, scene
 from robustflat.landscapes.batchnorm import recompute_statistics
 from robustflat.landscapes.directions import Random, eigenvectors
 from robustflat.landscapes.span import Span, copied
-from robustflat.report.landscape_picture import landscape_figure, save_picture
+from robustflat.report import figures
+from robustflat.report.interactive import plotly
+from robustflat.report.landscape_picture import landscape_figure
+from robustflat.report.paper import save
 
 torch.set_num_threads(1)
 viridis = colormaps["viridis"]
@@ -677,7 +680,12 @@ def test_planes_are_drawn_upright_on_one_scale_of_colours():
     figure = landscape_figure(found, log=False)
     panels, bar = figure.axes[:4], figure.axes[4]
     titles = [panel.get_title() for panel in panels]
-    assert titles == ["AT, clean", "AT, robust", "AWP, clean", "AWP, robust"]
+    assert titles == [
+        "AT: loss, clean",
+        "AT: loss, robust",
+        "AWP: loss, clean",
+        "AWP: loss, robust",
+    ]
     # Side by side: in one row clean and robust.
     boxes = [panel.get_subplotspec() for panel in panels]
     assert [(b.rowspan.start, b.colspan.start) for b in boxes] == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -757,17 +765,22 @@ def test_lines_have_a_band_of_one_standard_deviation_around_the_mean():
              "data": "cifar10", "batchnorm": "keep", "directions": "filter"}  # fmt: skip
     figure = landscape_figure({"AT": line(**about), "AWP": line(draws=1, **about)}, log=True)
     (axes,) = figure.axes
-    drawn = {each.get_label(): each for each in axes.lines}
-    assert list(drawn) == ["AT, clean", "AT, robust", "AWP, clean", "AWP, robust"]
-    assert drawn["AT, robust"].get_ydata().tolist() == [6.0, 4.0, 6.0]
-    assert drawn["AWP, clean"].get_ydata().tolist() == [2.0, 1.0, 2.0]
-    assert drawn["AT, clean"].get_xdata().tolist() == AXES[0]
-    colours = [each.get_color() for each in drawn.values()]
+    at_robust, at_clean, _, awp_clean = axes.lines
+    assert at_robust.get_ydata().tolist() == [6.0, 4.0, 6.0]
+    assert awp_clean.get_ydata().tolist() == [2.0, 1.0, 2.0]
+    assert at_clean.get_xdata().tolist() == AXES[0]
+    colours = [each.get_color() for each in axes.lines]
     assert colours[0] == colours[1] != colours[2] == colours[3]
-    assert [each.get_linestyle() for each in drawn.values()] == ["--", "-", "--", "-"]
+    assert [each.get_linestyle() for each in axes.lines] == ["-", "--", "-", "--"]
+    legend = axes.get_legend()
+    said = {t.get_text(): (h.get_color(), h.get_linestyle())
+            for t, h in zip(legend.texts, legend.legend_handles, strict=True)}  # fmt: skip
+    assert list(said) == ["AT", "AWP", "robust", "clean"]
+    assert [said["AT"][0], said["AWP"][0]] == [colours[0], colours[2]]
+    assert [said["robust"][1], said["clean"][1]] == ["-", "--"]
     # The losses 1, 2, 3 and twice these deviate by 1 and by 2; a single draw has no band.
     bands = [band.get_paths()[0].get_extents() for band in axes.collections]
-    assert [(b.y0, b.y1) for b in bands] == [(1, 4), (2, 8)]
+    assert [(b.y0, b.y1) for b in bands] == [(2, 8), (1, 4)]
     assert axes.get_yscale() == "log"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("direction", "loss")
     said = " ".join(figure.get_supxlabel().split())
@@ -775,13 +788,13 @@ def test_lines_have_a_band_of_one_standard_deviation_around_the_mean():
                  "standard deviation of 3 directions"):  # fmt: skip
         assert part in said
     accuracies = landscape_figure({"AT": line(draws=1, **about)}, quantity="accuracies")
-    assert accuracies.axes[0].get_ylabel() == "accuracy"
-    assert accuracies.axes[0].lines[0].get_ydata().tolist() == [0.2, 0.1, 0.2]
+    assert accuracies.axes[0].get_ylabel() == "accuracy (%)"
+    assert accuracies.axes[0].lines[0].get_ydata().tolist() == [20, 10, 20]
     assert accuracies.axes[0].get_yscale() == "linear"
     assert "directions" not in accuracies.get_supxlabel()
-    assert accuracies.get_suptitle() == "Accuracy around the weights"
+    assert accuracies.axes[0].get_title("left") == "Accuracy around the weights"
     picture = Rendered(figure)
-    for text in (figure._supxlabel, figure._suptitle):
+    for text in (figure._supxlabel, axes._left_title):
         box = text.get_window_extent(picture.canvas.get_renderer())
         assert box.x0 > 0
         assert box.x1 < picture.pixels.shape[1], "nothing is cut off"
@@ -794,9 +807,13 @@ def test_checkpoints_are_named_where_they_are():
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["a", "b"]
     assert [text.xy[0] for text in axes.texts] == [-1.0, 0.5]
-    assert [each.get_label() for each in axes.lines[:2]] == ["clean", "robust"]
+    assert [text.get_text() for text in axes.get_legend().texts] == ["robust", "clean"]
     assert [each.get_xdata()[0] for each in axes.lines[2:]] == [-1.0, 0.5]
-    assert figure.get_suptitle() == "Loss on the line through a and b"
+    assert axes.get_title("left") == "Loss on the line through a and b"
+    page = plotly(figures.landscapes({"": through})[0])["layout"]["shapes"]
+    assert [(mark["x0"], mark["x1"], mark["label"]["text"]) for mark in page] == [
+        (-1.0, -1.0, "a"), (0.5, 0.5, "b")
+    ]  # fmt: skip
     assert "robust" not in figure.get_supxlabel()
     plane = replace(surface(1, 1, **about), points={"a": (0.0, 0.0), "b": (0.5, 0.0), "c": (0, 1)})
     figure = landscape_figure({"": plane})
@@ -813,11 +830,12 @@ def test_checkpoints_are_named_where_they_are():
 def test_pictures_are_written_and_what_cannot_be_is_a_sentence(tmp_path):
     found = {"AT": line()}
     for ending in ("png", "pdf", "svg"):
-        assert save_picture(found, tmp_path / "o" / f"l.{ending}").stat().st_size > 1000
+        save(landscape_figure(found), path := tmp_path / "o" / f"l.{ending}")
+        assert path.stat().st_size > 1000
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "l.docx", tmp_path / "file" / "l.png"):
         with pytest.raises(rf.UserError, match="cannot be written"):
-            save_picture(found, path)
+            save(landscape_figure(found), path)
     for wrong in ({}, {"a": line(), "b": surface(1, 1)}):
         with pytest.raises(rf.UserError, match="all lines or all planes"):
             landscape_figure(wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from reference.nets import CLASSES, conv_bn, images, mlp
 from torch import Tensor, nn
 
 import robustflat as rf
+from robustflat.objectives import Objective
 
 
 def agree(model: nn.Module, ours: Tensor, theirs: Tensor, rtol: float = 1e-12) -> None:
@@ -83,6 +85,14 @@ def test_impossible_settings_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="got"):
             make()
+
+
+def test_an_objective_of_one_s_own_may_have_annotations_that_cannot_be_resolved() -> None:
+    @dataclass
+    class Own(Objective):
+        weight: Nowhere = 2.0  # noqa: F821 # type: ignore[name-defined]
+
+    assert Own().weight == 2.0
 
 
 @pytest.mark.parametrize("objective", [rf.adversarial(), rf.trades(), rf.mart()])

@@ -96,7 +96,7 @@ def test_where_nothing_is_left_nothing_is_attacked() -> None:
         ([0.0], ["fgsm"], "at least one radius above 0"),
         ([-0.1], ["fgsm"], "finite number >= 0"),
         ([0.1, 0.2], [rf.pgd(eps=0.1)], "one in the linf ball of 0.1"),
-        ([0.1], ["fgms"], "Did you mean fgsm"),
+        ([0.1], ["fgms"], "Did you mean 'fgsm'"),
     ],
 )
 def test_a_curve_that_cannot_be_is_refused_first(radii: Any, attacks: Any, words: str) -> None:
@@ -124,5 +124,5 @@ def test_it_is_drawn_and_shown_as_it_is() -> None:
     assert "eps, linf" in picture.get_xlabel()
     plt.close("all")
     table = radius_table("a", found)
-    assert list(table.columns[0].cells) == ["0", "0.01", "0.03", "0.06"]
-    assert next(iter(table.columns[1].cells)) == f"{found.points[0].accuracy:.2%}"
+    assert [*map(str, table.columns[0].cells)] == ["0", "0.01", "0.03", "0.06"]
+    assert str(next(iter(table.columns[1].cells))) == f"{found.points[0].accuracy:.2%}"

@@ -516,7 +516,7 @@ def test_the_gap_of_every_checkpoint(tmp_path: Path) -> None:
     numbers = Page("<section><details>" + table + "</section>").values()
     splits = evaluation(0.5)["checkpoints"]["best"]["gap"]["splits"]
     assert numbers[:4] == [splits["train"][k]["value"] for k in (
-        "clean_accuracy", "robust_accuracy", "clean_loss", "robust_loss")]  # fmt: skip
+        "robust_accuracy", "robust_loss", "clean_accuracy", "clean_loss")]  # fmt: skip
     assert len(numbers) == 2 * 5 * 4
     assert "300 train, 100 validation, 200 test" in section
     key = {t: a["class"] for a, t in key_of(section)}
@@ -704,7 +704,7 @@ def test_a_page_of_landscapes_alone(tmp_path: Path) -> None:
     assert len(specs(text)) == 2
     write_landscapes({"one": landscape(planar=True)}, tmp_path / "plane.html")
     for wrong in ({}, {"a": landscape(), "b": landscape(planar=True)}):
-        with pytest.raises(UserError, match=r"Lines and planes|no landscape"):
+        with pytest.raises(UserError, match="all lines or all planes"):
             write_landscapes(wrong, tmp_path / "l.html")
 
 
@@ -908,6 +908,17 @@ def test_half_written_last_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     with folder.metrics_file.open("a") as file:
         file.write('{"epoch": 7, "mon')
     assert traces(specs(written(tmp_path, folder))["Clean loss"])["a, train"]["x"] == [2, 4, 6]
+
+
+def test_a_damaged_row_of_metrics_costs_no_other_row(tmp_path: Path) -> None:
+    """A run that goes on writes all rows anew, so none after a damaged one may be passed by."""
+    folder = make(tmp_path / "a")
+    first, second, *rest = folder.metrics_file.read_text().splitlines()
+    text = "\n".join([first, second[:9], *rest])
+    folder.metrics_file.write_text(text)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 2"):
+        folder.append_metrics({"epoch": 7})
+    assert folder.metrics_file.read_text() == text
 
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:

@@ -398,7 +398,7 @@ def test_one_s_own_perturbation_is_sam(own: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("{own}:wieghts", ("has no 'wieghts'", "Did you mean weights")),
+        ("{own}:wieghts", ("has no 'wieghts'", "Did you mean 'weights'")),
         ("no_such_module:f", ("could not be imported",)),
         ("{own}:nothing", ("must return weight perturbations", "got int")),
         ("avp", ("Did you mean 'awp'",)),

@@ -196,6 +196,19 @@ def test_bad_studies_are_refused(changes: dict[str, Any], match: str) -> None:
         study(**changes)
 
 
+def test_only_what_curvlinops_does_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The density is by Lanczos of our own; two estimators of the trace are not."""
+    monkeypatch.setitem(sys.modules, "curvlinops", None)
+    assert expand(study(measures=["hessian_density", "hessian_trace"]))
+    with pytest.raises(ConfigError, match=r"needs the package curvlinops.*robustflat\[curvature\]"):
+        expand(
+            study(
+                measures=["hessian_trace"],
+                grid={"weights": WEIGHTS, "flatness.options": [{"estimator": "xtrace"}]},
+            )
+        )
+
+
 def test_what_could_not_be_measured_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match=r"no option 'stps'.*all grid points"):
         expand(study(grid={"weights": WEIGHTS, "flatness.options": [{"stps": 3}]}))
@@ -1087,12 +1100,12 @@ def test_tables_and_plots_show_the_figures(tmp_path: Path, monkeypatch: pytest.M
     text = save_tables(result, tmp_path / "study.txt").read_text()
     assert "robust accuracy gap, 12 runs" in text
     table = ranking_table(result, "gap_robust_accuracy")
-    cells = {column.header: list(column.cells) for column in table.columns}
+    cells = {str(column.header): [*map(str, column.cells)] for column in table.columns}
     assert cells["measure"][0] == "worst_clean"
     assert cells["tau"][0] == "+1.00"
     assert cells["method"][0].startswith("+1.00")
     mixed = ranking_table(result, "gap_robust_loss")
-    cells = {column.header: list(column.cells) for column in mixed.columns}
+    cells = {str(column.header): [*map(str, column.cells)] for column in mixed.columns}
     ranking = result.rankings["gap_robust_loss"][cells["measure"][0]]
     mark = {"holds": "", "reverses": " reverses", "open": " ?"}[ranking.verdicts()["batch_size"]]
     assert cells["batch_size"][0] == f"{ranking.axes['batch_size'].value:+.2f}{mark}"
@@ -1132,7 +1145,7 @@ def test_tables_and_plots_show_the_figures(tmp_path: Path, monkeypatch: pytest.M
     paths = save_plots(result, tmp_path / "plots")
     assert len(paths) == 2 * 3
     monkeypatch.setattr("robustflat.report.study_figures._DRAWN", 1)
-    surest = [next(iter(ranking_table(result, t).columns[0].cells)) for t in result.study.targets]
+    surest = [str(next(ranking_table(result, t).columns[0].cells)) for t in result.study.targets]
     drawn = [path.stem for path in save_plots(result, tmp_path / "few")]
     assert drawn == [f"{n}-{t}" for n, t in zip(surest, result.study.targets, strict=True)]
     assert {p.name for p in paths} >= {"worst_clean-gap_robust_accuracy.png"}

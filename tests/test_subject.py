@@ -120,7 +120,7 @@ def attacked_in(output: Path) -> list[dict[str, Any]]:
 def test_all_forms_of_one_model_have_the_same_figures(run: Any, tmp_path: Path) -> None:
     found = {}
     for kind in KINDS:
-        code, said = run(kind, "--attack", "pgd-2", "--no-gap", "--output", tmp_path / kind)
+        code, said = run(kind, "--attack", "pgd-2", "--gap-samples", 0, "--output", tmp_path / kind)
         assert code == 0, said
         (found[kind],) = attacked_in(tmp_path / kind)
     clean = {kind: one["result"]["clean_accuracy"] for kind, one in found.items()}
@@ -137,7 +137,9 @@ def test_models_stand_beside_runs(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     for kind in ("run", "program"):
-        assert run(kind, "--attack", "pgd-2", "--no-gap", "--output", tmp_path / kind)[0] == 0
+        assert (
+            run(kind, "--attack", "pgd-2", "--gap-samples", 0, "--output", tmp_path / kind)[0] == 0
+        )
     homes = [str(tmp_path / "program"), str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["robustflat", "compare", *homes])
     monkeypatch.setenv("COLUMNS", "60")
@@ -192,12 +194,12 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("attack", ALL, ["--attack", "apgd-ce"], lambda one: "apgd-ce" in one["result"]["suites"]),
     ("attack", ALL, ["--attack", "subject_factory:attack"],
      lambda one: one["result"]["attacks"]["subject_factory:attack"]["attacked"] > 10),
-    ("attack", ALL, ["--attack", "subject_factory:atack"], "Did you mean attack"),
+    ("attack", ALL, ["--attack", "subject_factory:atack"], "Did you mean 'attack'"),
     ("attack", ALL, ["--attack", "subject_factory:bare"], "cannot be called"),
     ("attack", ALL, ["--attack", "transfer:a"],
      lambda one: one["result"]["attacks"]["transfer:a"]["attacked"] > 10),
     ("attack", ALL, ["--attack", "transfer:b"], "the folder of a run"),
-    ("attack", ALL, ["--attack", "pdg-20"], "Did you mean pgd-20"),
+    ("attack", ALL, ["--attack", "pdg-20"], "Did you mean 'pgd-20'"),
     ("attack", ALL, ["--attack", "pgd-0"], "no step is no attack"),
     ("checkpoint", ["run"], ["--checkpoint", "last"], lambda one: one["checkpoint"] == "last"),
     ("checkpoint", MODELS, ["--checkpoint", "best"], "leave --checkpoint and --weights out"),
@@ -206,8 +208,6 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("samples", ALL, ["--samples", 12], lambda one: one["result"]["count"] == 12),
     ("samples", ALL, ["--samples", 0], "samples must be a whole number >= 1"),
     ("samples", ALL, ["--samples", 3000], "Asked for 3000 samples of"),
-    ("no_gap", ALL, [], lambda one: True),
-    ("no_gap", ALL, ["--gap-samples", 3], "contradict each other"),
     ("precision", ALL, ["--precision", "bf16"],
      lambda one: list(one["result"]["attacks"]) == ["pgd-2@bf16"]),
     ("precision", ALL, ["--precision", "fp16"], "fp32, bf16"),
@@ -257,8 +257,8 @@ TABLE: list[tuple[str, Sequence[str], Sequence[Any], Found | str]] = [
     ("data", ["run"], ["--data", "digits"],
      lambda one: (one["data"], one["said"]) == ("digits", {"data": "digits"})),
     ("data", ["run"], ["--data", "mnist5k"], "was trained on 10 classes of images [1, 8, 8]"),
-    ("data", ["run"], ["--data", "digit"], "Did you mean digits"),
-    ("data", MODELS, ["--data", "digit"], "Did you mean digits"),
+    ("data", ["run"], ["--data", "digit"], "Did you mean 'digits'"),
+    ("data", MODELS, ["--data", "digit"], "Did you mean 'digits'"),
     ("data", MODELS, ["--data", "digits"], lambda one: one["data"] == "digits"),
     ("root", ["run"], ["--root", "data"], "leave --root out"),
     ("root", MODELS, ["--root", "data"], "leave --root out"),
@@ -308,7 +308,9 @@ def test_every_option_has_its_effect_or_is_refused(
             continue
         home = tmp_path / str(i)
         attack = [] if option == "attack" else ["--attack", "pgd-2"]
-        code, text = run(kind, "--samples", 30, *attack, "--no-gap", "--output", home, *said)
+        code, text = run(
+            kind, "--samples", 30, *attack, "--gap-samples", 0, "--output", home, *said
+        )
         if isinstance(expected, str):
             assert code == 2, (said, text)
             assert expected in text, (said, text)
@@ -325,7 +327,7 @@ def test_every_option_has_its_effect_or_is_refused(
 def test_examples_of_every_kind_are_saved_and_attack_again(
     run: Any, tmp_path: Path, kind: str
 ) -> None:
-    base = ("--samples", 30, "--no-gap")
+    base = ("--samples", 30, "--gap-samples", 0)
     file = tmp_path / "adv.npz"
     first = (*base, "--attack", "pgd-2", "--save-adversarial", file)
     code, said = run(kind, *first, "--output", tmp_path / "a", "--by-class")
@@ -365,7 +367,7 @@ def test_every_kind_has_a_curve_over_radii(run: Any, tmp_path: Path, kind: str) 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_an_own_attack_that_fails_loses_nothing(run: Any, tmp_path: Path, kind: str) -> None:
-    base = ("--samples", 30, "--no-gap", "--output", tmp_path, "--attack", "fgsm")
+    base = ("--samples", 30, "--gap-samples", 0, "--output", tmp_path, "--attack", "fgsm")
     code, said = run(kind, *base, "--attack", "subject_factory:fails")
     assert code == 2
     assert "The attack subject_factory:fails raised OSError: no more room" in said
@@ -379,20 +381,24 @@ def test_shards_of_every_kind_are_joined_and_its_gap_is_measured(
 ) -> None:
     base = ("--attack", "pgd-2", "--samples", 30)
     for part in ("1/2", "2/2"):
-        code, said = run(kind, *base, "--no-gap", "--output", tmp_path / "s", "--shard", part)
+        code, said = run(
+            kind, *base, "--gap-samples", 0, "--output", tmp_path / "s", "--shard", part
+        )
         assert code == 0, said
         assert not (tmp_path / "s" / "evaluation.json").exists()
     for attack, code in (("pgd-3", 2), ("pgd-2", 0)):
-        said = run(kind, *base, "--no-gap", "--output", tmp_path / "s", "--merge",
+        said = run(kind, *base, "--gap-samples", 0, "--output", tmp_path / "s", "--merge",
                    *(("--attack", attack) if code else ()))  # fmt: skip
         assert said[0] == code, said
         assert not code or "attacked with pgd-2, not with pgd-3" in said[1]
         assert "forward-pass equivalents" not in said[1], "what is joined is not attacked again"
         if code:  # what was measured of the whole is not lost by joining
-            whole = run(kind, *base[2:], "--attack", "fgsm", "--no-gap", "--output", tmp_path / "s")
+            whole = run(
+                kind, *base[2:], "--attack", "fgsm", "--gap-samples", 0, "--output", tmp_path / "s"
+            )
             assert whole[0] == 0
     # Without an attack whatever the shards have is joined, not what would be attacked with.
-    said = run(kind, *base[2:], "--no-gap", "--output", tmp_path / "s", "--merge")
+    said = run(kind, *base[2:], "--gap-samples", 0, "--output", tmp_path / "s", "--merge")
     assert said[0] == 0, said
     assert run(kind, *base, "--gap-samples", 10, "--output", tmp_path / "w.json")[0] == 0
     found = read(tmp_path / "w.json", "evaluate")

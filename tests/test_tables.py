@@ -124,7 +124,7 @@ def test_evaluation_table_gives_every_attack() -> None:
     }  # fmt: skip
     result = {"clean_accuracy": 0.9, "clean_interval": [0.85, 0.94], "attacks": attacks}
     result |= {"robust_accuracy": 0.5, "robust_interval": [0.45, 0.55]}
-    text = shown(evaluation_table({"title": "run: best", "result": result}))
+    text = shown(evaluation_table("run: best", result))
     assert line(text, "none (clean)")[:3] == ["none (clean)", "90.00%", "85.0% .. 94.0%"]
     assert line(text, "pgd-20") == ["pgd-20", "65.43%", "64.4% .. 67.4%", "180", "7", "1.3"]
     assert line(text, "square after fab-t")[3] == "131"
@@ -169,7 +169,7 @@ def test_names_are_no_markup(name: str) -> None:
     attack = {"accuracy": 0.5, "interval": [0, 1], "attacked": 1, "broken": 1, "seconds": 0.0}
     attack["after"] = None
     result = {"clean_accuracy": 0.9, "clean_interval": [0, 1], "attacks": {name: attack}}
-    text = shown(evaluation_table({"title": f"{name}: best", "result": result}))
+    text = shown(evaluation_table(f"{name}: best", result))
     assert text.count(name) == 2
     file = io.StringIO()
     console = Console(file=file, width=200, force_terminal=True)

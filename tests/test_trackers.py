@@ -68,9 +68,7 @@ def test_a_tracker_that_cannot_be_opened_is_a_sentence_and_one_that_is_lost_ends
     tmp_path: Path,
 ) -> None:
     asked = config(tmp_path, **EVERY)
-    with pytest.raises(
-        UserError, match=r"json could not be opened: ConnectionError: no server\. Ch"
-    ):
+    with pytest.raises(UserError, match=r"json could not be opened: no server\. Ch"):
         train(asked, listeners=lambda f: [Gone(f.root, 0)])
     kept: list[Gone] = []
 
@@ -78,7 +76,7 @@ def test_a_tracker_that_cannot_be_opened_is_a_sentence_and_one_that_is_lost_ends
         kept.append(Gone(folder.root, 3))
         return [*kept]
 
-    with pytest.warns(UserWarning, match="json was lost at step 3: ConnectionError: no server"):
+    with pytest.warns(UserWarning, match="json was lost at step 3: no server"):
         _, finished = train(asked, overwrite=True, listeners=lost)
     assert finished
     assert kept[0].told == [1, 2]

@@ -47,7 +47,6 @@ def evaluate(
         int | None,
         typer.Option(help="Images of each split for the gap; 0: none, as for models."),
     ] = None,
-    no_gap: Annotated[bool, typer.Option("--no-gap", help="Measure no gap.")] = False,
     shard: Annotated[str | None, typer.Option(help="i/n: attack every n-th image only.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Join what all shards found.")] = False,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 to search faster.")] = "fp32",
@@ -78,20 +77,17 @@ def evaluate(
 
     With several processes: torchrun -m robustflat evaluate ...
     """
-    from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
     from robustflat.report.tables import class_tables, evaluation_table, gap_table, weakest
     from robustflat.runs.evaluation import Job, Wanted
 
-    if no_gap and gap_samples:
-        raise UserError("--no-gap and --gap-samples contradict each other: give one of them.")
     states = ("best", "last") if checkpoint == "both" else (checkpoint,) if checkpoint else None
     wanted = Wanted(
         attacks=attack,
         checkpoints=states,
         weights=weights,
         samples=samples,
-        gap_samples=0 if no_gap else gap_samples,
+        gap_samples=gap_samples,
         seed=seed,
         shard=shard,
         merge=merge,
@@ -106,10 +102,7 @@ def evaluate(
         _over_radii(opened, wanted, radii, curve)
         return
     jobs = [Job(subject, wanted) for subject in opened]  # all are looked at before one is paid for
-    team = Team.of_torchrun()
-    console = out.console(quiet=not team.is_first)
-    if team.is_first:
-        out.speak()
+    team, console = out.begin()
     for subject, job in zip(opened, jobs, strict=True):
         with Counter(console, subject.name) as counter:
             report = job.run(counter.on_attack, team)
@@ -122,7 +115,7 @@ def evaluate(
                 continue
             state = f"{name} checkpoint (epoch {entry['epoch']}, {entry['weights']})"
             title = f"{subject.name}: {state}" if subject.is_run else subject.name
-            console.print(evaluation_table({"title": title, "result": entry["test"]}))
+            console.print(evaluation_table(title, entry["test"]))
             classes = entry["test"]["classes"]
             for table in class_tables(classes) if by_class else ():
                 console.print(table)
@@ -141,9 +134,8 @@ def _over_radii(
     opened: list[Subject], wanted: Wanted, radii: str | None, picture: Path | None
 ) -> None:
     """Measure, show and draw robust accuracy over several radii."""
-    from robustflat.evaluate import Team
     from robustflat.report.drawing import Drawing
-    from robustflat.report.landscape_picture import check_ending
+    from robustflat.report.paper import check_ending
     from robustflat.report.progress import Counter
     from robustflat.report.radii import chart, radius_table
     from robustflat.runs.radii import measure_radii
@@ -154,12 +146,9 @@ def _over_radii(
             "--curve draws robust accuracy over --radii: say them, such as 2/255,4/255."
         )
     wanted_radii = [number("--radii", text) or 0.0 for text in radii.split(",")]
-    if picture is not None and picture.suffix != ".html":
+    if picture is not None:
         check_ending(picture)
-    team = Team.of_torchrun()
-    console = out.console(quiet=not team.is_first)
-    if team.is_first:
-        out.speak()
+    team, console = out.begin()
     found = {}
     names = distinct_names([subject.home.root for subject in opened])
     for name, subject in zip(names, opened, strict=True):
@@ -210,16 +199,13 @@ def flatness(
 
     With several processes: torchrun -m robustflat flatness ...
     """
-    from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
     from robustflat.runs.flatness import measure_subject
 
     opened = subjects()
-    team = Team.of_torchrun()
-    if team.is_first:
-        out.speak()
+    team, console = out.begin()
     for subject in opened:
-        with Counter(out.console(quiet=not team.is_first), subject.name) as counter:
+        with Counter(console, subject.name) as counter:
             report = measure_subject(
                 subject,
                 measure,
@@ -288,9 +274,9 @@ def landscape(
     What is measured is kept beside the subject's other results, and resumed. With several
     processes: torchrun -m robustflat landscape ...
     """
-    from robustflat.evaluate import Team
     from robustflat.landscapes.subjects import Sight, draw_between, draw_subject
-    from robustflat.report.landscape_picture import check_ending, save_picture
+    from robustflat.report.landscape_picture import landscape_figure
+    from robustflat.report.paper import check_ending, save
     from robustflat.report.progress import Counter
     from robustflat.subject import distinct_names
 
@@ -303,13 +289,10 @@ def landscape(
             "--between draws the line through two, or the plane through three: leave --dimensions, "
             "--directions, --direction-loss, --draws, --span and --parameters out."
         )
-    if output.suffix != ".html":
-        check_ending(output)
+    check_ending(output)
     opened = subjects()
-    team = Team.of_torchrun()
-    if team.is_first:
-        out.speak()
-    with Counter(out.console(quiet=not team.is_first), "landscape") as counter:
+    team, console = out.begin()
+    with Counter(console, "landscape") as counter:
         settings = {
             "points": points, "seed": seed, "losses": loss or ["clean", "robust"],
             "attack": attack, "team": team, "on_progress": counter.on_measure,
@@ -332,7 +315,7 @@ def landscape(
 
             write_landscapes(found, output)
         else:
-            save_picture(found, output)
+            save(landscape_figure(found), output)
         for name, drawn in found.items():
             if lost := drawn.lost:
                 typer.echo(
@@ -364,14 +347,12 @@ def corruptions(
 
     With several processes: torchrun -m robustflat corruptions ...
     """
-    from robustflat.evaluate import Team
     from robustflat.report.progress import Counter
     from robustflat.report.tables import corruptions_table
     from robustflat.runs.corruptions import measure_corruptions
 
     opened = subjects(output=output)
-    team = Team.of_torchrun()
-    console = out.console(quiet=not team.is_first)
+    team, console = out.begin()
     for subject in opened:
         with Counter(console, subject.name) as counter:
             found = measure_corruptions(

@@ -14,6 +14,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from robustflat.evaluate import Team
+
 
 class _Lines(logging.Handler):
     """Says on stderr, a line each, what the measurements tell: their cost before they start."""
@@ -37,12 +39,20 @@ class _Unpadded(io.TextIOBase):
         self._file.flush()
 
 
-def speak() -> None:
-    """Have measurements say on stderr what they do."""
-    logger = logging.getLogger("robustflat")
-    logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
-        logger.addHandler(_Lines())
+def begin() -> tuple[Team, Console]:
+    """The processes that measure together, and the console, on which the first alone writes.
+
+    On stderr it says what measurements do.
+    """
+    from robustflat.evaluate import Team
+
+    team = Team.of_torchrun()
+    if team.is_first:
+        logger = logging.getLogger("robustflat")
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+            logger.addHandler(_Lines())
+    return team, console(quiet=not team.is_first)
 
 
 def console(quiet: bool = False) -> Console:

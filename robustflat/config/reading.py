@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,9 +97,16 @@ def validated(schema: type[Schema], values: Any, places: dict[Path_, str], sourc
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, places, source) for problem in error.errors()]
-        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise ConfigError("\n".join([f"{source} has {count}:", *lines])) from None
+        raise explained(error, source, places) from None
+
+
+def explained(
+    error: ValidationError, source: str, places: Mapping[Path_, str] | None = None
+) -> ConfigError:
+    """What pydantic found, a line for each problem; the arguments are those of `validated`."""
+    lines = [_explain(problem, places or {}, source) for problem in error.errors()]
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return ConfigError("\n".join([f"{source} has {count}:", *lines]))
 
 
 def write_config(config: RunConfig, path: Path) -> None:
@@ -244,7 +251,7 @@ def _renamed(at: Path_, name: Any, values: dict[str, Any]) -> Any:
     return {k: v for k, v in before.items() if k in common} | {"name": name}
 
 
-def _explain(problem: Any, places: dict[Path_, str], source: str) -> str:
+def _explain(problem: Any, places: Mapping[Path_, str], source: str) -> str:
     """One line: place, key, what is wrong and what was got."""
     keys: Path_ = problem["loc"]
     where = source

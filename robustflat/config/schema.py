@@ -411,9 +411,9 @@ class RunConfig(Section):
     optimizer: Optimizer = Field(default="sgd", validate_default=True)
     schedule: Schedule = Field(default="piecewise", validate_default=True)
     train: TrainConfig = TrainConfig()
-    monitor: MonitorConfig = MonitorConfig()
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     evaluate: EvaluateConfig = EvaluateConfig()
-    flatness: FlatnessConfig = FlatnessConfig()
+    flatness: FlatnessConfig = Field(default_factory=FlatnessConfig)
     listeners: tuple[Listener, ...] = Field(default=("tensorboard",), validate_default=True)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from robustflat.perturb import pgd
 
@@ -38,29 +38,24 @@ def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
             "Configure an attack, or use objective standard",
         )
     faster = {"compile": config.train.compile is not None, "cuda_graphs": config.train.cuda_graphs}
-    for key in [key for key, said in faster.items() if said and not needed]:
-        yield _told(
-            f"train.{key}",
-            f"train.{key} makes the passes of an attack faster, but objective {objective.name} "
-            f"trains on the images as they are. Leave train.{key} out",
-        )
+    for key in [key for key, said in faster.items() if said]:
+        if not needed:
+            yield _told(
+                f"train.{key}",
+                f"train.{key} makes the passes of an attack faster, but objective {objective.name} "
+                f"trains on the images as they are. Leave train.{key} out",
+            )
+        elif config.train.sync_batchnorm:
+            yield _told(
+                f"train.{key}",
+                f"train.{key} takes passes as a whole, and train.sync_batchnorm lets processes "
+                "talk within one. Leave one of them out",
+            )
     if all(faster.values()):
         yield _told(
             "train.cuda_graphs",
             "train.compile and train.cuda_graphs are two ways to make the same passes faster. "
             "Leave one of them out",
-        )
-    if config.train.cuda_graphs and config.train.sync_batchnorm:
-        yield _told(
-            "train.cuda_graphs",
-            "train.cuda_graphs cannot record what processes tell each other, as "
-            "train.sync_batchnorm needs. Leave one of them out",
-        )
-    if config.train.sync_batchnorm and config.train.compile is not None:
-        yield _told(
-            "train.compile",
-            f"train.compile is {config.train.compile}, but train.sync_batchnorm lets processes "
-            "talk within a pass, which cannot be recorded as a whole. Leave one of them out",
         )
     if config.threat is not None:
         try:
@@ -71,15 +66,11 @@ def _of_the_attack(config: RunConfig) -> Iterator[Conflict]:
 
 def _of_the_curriculum(config: RunConfig) -> Iterator[Conflict]:
     grow, attack, epochs = config.attack.curriculum, config.attack, config.train.epochs
-    at = ("attack", "curriculum", "warmup_epochs")
-    if grow.warmup_epochs > epochs:
-        text = (
-            f"attack.curriculum.warmup_epochs is {grow.warmup_epochs:g} of train.epochs {epochs}, "
-            "so attack.eps would never be reached. Lower it"
-        )
-        yield at, text
     if grow.warmup_epochs and not hasattr(attack.build(), "scaled"):
-        yield at, f"attack {attack.name} has no eps that could grow. Leave warmup_epochs out"
+        yield _told(
+            "attack.curriculum.warmup_epochs",
+            f"attack {attack.name} has no eps that could grow. Leave warmup_epochs out",
+        )
     at, before = ("attack", "curriculum", "stages"), 1
     for stage in grow.stages:
         given = stage.model_dump(exclude_none=True)
@@ -120,13 +111,7 @@ def _of_the_alarm(config: RunConfig) -> Iterator[Conflict]:
 def _of_the_weights(config: RunConfig) -> Iterator[Conflict]:
     weights, when, step = config.weights, config.weights.when, config.weights.step
     built, objective = weights.build(), config.objective.build()
-    if when.from_epoch > config.train.epochs:
-        yield _told(
-            "weights.when.from_epoch",
-            f"weights.when.from_epoch is {when.from_epoch} of train.epochs {config.train.epochs}, "
-            "so the weights would never be perturbed. Lower it, or set weights: none",
-        )
-    elif when.until_epoch is not None and when.until_epoch < when.from_epoch:
+    if when.until_epoch is not None and when.until_epoch < when.from_epoch:
         yield _told(
             "weights.when.until_epoch",
             f"weights.when.until_epoch is {when.until_epoch} and from_epoch {when.from_epoch}, so "
@@ -194,27 +179,23 @@ def _of_the_parts(config: RunConfig) -> Iterator[Conflict]:
 
 
 def _of_the_lengths(config: RunConfig) -> Iterator[Conflict]:
-    epochs, average = config.train.epochs, config.train.average
-    if average is not None and average.start_epoch >= epochs:
-        yield _told(
-            "train.average.start_epoch",
-            f"train.average.start_epoch is {average.start_epoch} of train.epochs {epochs}, so "
-            "nothing would be averaged. Start earlier",
-        )
-    start = getattr(config.objective, "start_epoch", 0)
-    if isinstance(start, int) and start >= epochs:
-        text = (
-            f"objective.start_epoch is {start} of train.epochs {epochs}, so "
-            f"{config.objective.name} would never begin. Start earlier"
-        )
-        yield ("objective", "start_epoch"), text
-    warmup = getattr(config.schedule, "warmup_epochs", 0)
-    if warmup >= epochs:
-        yield _told(
-            "schedule.warmup_epochs",
-            f"schedule.warmup_epochs is {warmup:g} of train.epochs {epochs}, so the base learning "
-            "rate would never be reached. Lower it",
-        )
+    epochs = config.train.epochs
+    # What would be the matter, and whether the last epoch itself is not too late for it.
+    late = (
+        ("weights.when.from_epoch", True, "the weights would never be perturbed"),
+        ("train.average.start_epoch", False, "nothing would be averaged"),
+        ("objective.start_epoch", False, f"{config.objective.name} would never begin"),
+        ("schedule.warmup_epochs", False, "the base learning rate would never be reached"),
+        ("attack.curriculum.warmup_epochs", True, "attack.eps would never be reached"),
+    )
+    for key, may_be_last, what in late:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, (int, float)) and (
+            value > epochs or (value == epochs and not may_be_last)
+        ):
+            yield _told(key, f"{key} is {value:g} of train.epochs {epochs}, so {what}. Lower it")
 
 
 def _of_the_images_and_the_model(config: RunConfig) -> Iterator[Conflict]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import reprlib
@@ -12,6 +11,8 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from robustflat.errors import nearest
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _FRACTION = re.compile(rf"\s*({_NUMBER})\s*/\s*({_NUMBER})\s*")
@@ -136,7 +137,6 @@ class Section(BaseModel):
         if key in cls.elsewhere:
             return f"is no setting. {cls.elsewhere[key]}"
         valid = sorted(cls.model_fields)
-        near = [repr(k) for k in difflib.get_close_matches(key, valid, n=2)]
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Valid keys: {', '.join(valid)}."
+        hint = nearest(key, valid) or f" Valid keys: {', '.join(valid)}."
         said = "" if isinstance(got, dict) else f" (got {short(got)})"
-        return f"is not a known key{said}. {hint}"
+        return f"is not a known key{said}.{hint}"

@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 from robustflat.data.augment import Augment
-from robustflat.data.corruptions import CORRUPTIONS, Corrupted, corrupted
+from robustflat.data.corruptions import CORRUPTIONS, corrupted
 from robustflat.data.epochs import Extra, batch_count, batches, share
 from robustflat.data.extra import load_extra
 from robustflat.data.images import FileImages, Images, MemoryImages
 from robustflat.data.mix import cutmix, mixup
-from robustflat.data.named import DESCRIPTIONS, NAMES, Data, load, statistics
+from robustflat.data.named import DESCRIPTIONS, Data, load
 from robustflat.data.noise import LabelNoise
 from robustflat.data.seeding import generator_for
-from robustflat.data.shards import ShardImages, StoredArray
+from robustflat.data.shards import StoredArray
 from robustflat.data.sources import PACKAGED
 from robustflat.data.split import balanced, mixed, proportional
 from robustflat.data.workers import usual_workers
 
 __all__ = [
-    "CORRUPTIONS",
-    "DESCRIPTIONS",
-    "NAMES",
-    "PACKAGED",
-    "Augment",
-    "Corrupted",
-    "Data",
-    "Extra",
-    "FileImages",
-    "Images",
-    "LabelNoise",
-    "MemoryImages",
-    "ShardImages",
-    "StoredArray",
-    "balanced",
-    "batch_count",
-    "batches",
-    "corrupted",
-    "cutmix",
-    "generator_for",
-    "load",
-    "load_extra",
-    "mixed",
-    "mixup",
-    "proportional",
-    "share",
-    "statistics",
-    "usual_workers",
-]
+    "CORRUPTIONS", "DESCRIPTIONS", "PACKAGED", "Augment", "Data", "Extra", "FileImages",
+    "Images", "LabelNoise", "MemoryImages", "StoredArray", "balanced", "batch_count", "batches",
+    "corrupted", "cutmix", "generator_for", "load", "load_extra", "mixed", "mixup",
+    "proportional", "share", "usual_workers",
+]  # fmt: skip

@@ -30,12 +30,6 @@ class Augment:
     flip: bool = False
     cutout: Whole = 0
 
-    def __post_init__(self) -> None:
-        for name in ("crop", "cutout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise UserError(f"augment.{name} must be a whole number of pixels, got {value!r}.")
-
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Augment a batch.
 

@@ -40,11 +40,6 @@ class Extra:
     fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise UserError(
-                f"The fraction of extra images per batch must lie between 0 and 1 (both "
-                f"excluded), got {self.fraction}."
-            )
         if len(self.images) == 0:
             raise UserError("The extra data set is empty.")
 
@@ -200,36 +195,30 @@ def batches(
     return map(plan.finish, fetched)
 
 
+@dataclass(eq=False)
 class _Plan:
     """Everything that decides what batch k is."""
 
-    def __init__(
-        self,
-        images: Images,
-        batch_size: int,
-        device: torch.device,
-        order: int | None,
-        augment: Augmentation | None,
-        rank: int,
-        world: int,
-        extra: Extra | None,
-    ) -> None:
-        self.images = images
-        self.own_size = batch_size // world
-        self.labelled = batch_size if extra is None else extra.labelled_size(batch_size)
-        self.device = device
+    images: Images
+    batch_size: int
+    device: torch.device
+    order: int | None
+    augment: Augmentation | None
+    rank: int
+    world: int
+    extra: Extra | None
+
+    def __post_init__(self) -> None:
+        size, extra, order = self.batch_size, self.extra, self.order
+        self.own_size = size // self.world
+        self.labelled = size if extra is None else extra.labelled_size(size)
         self.seed = 0 if order is None else order
-        self.augment = augment
-        self.of_image = getattr(augment, "of_image", None)
-        self.rank = rank
-        self.world = world
-        self.extra = extra
-        if order is None:
-            self.sequence = torch.arange(len(images))
-        else:
-            self.sequence = torch.randperm(len(images), generator=generator_for(_ORDER, order))
+        self.of_image = getattr(self.augment, "of_image", None)
+        sequence = torch.arange(len(self.images))
+        if order is not None:
+            sequence = torch.randperm(len(sequence), generator=generator_for(_ORDER, order))
         # Once an epoch, where the labels are: no batch needs a copy of its indices.
-        self.sequence = moved(self.sequence, images.labels.device)
+        self.sequence = moved(sequence, self.images.labels.device)
 
     @property
     def wants_workers(self) -> bool:

@@ -13,10 +13,10 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
+from typing_extensions import Self
 
 from robustflat.data.split import proportional
 from robustflat.errors import UserError
@@ -60,19 +60,25 @@ class Images(ABC):
         """
         return self.fetch(torch.tensor([index]))[0]
 
-    @abstractmethod
-    def subset(self, indices: Tensor) -> Images:
-        """The images at some positions, in that order.
+    def subset(self, indices: Tensor) -> Self:
+        """The images at some positions, in that order; of streamed ones nothing is read.
 
         Args:
             indices: int64, [M].
 
         Returns:
-            M images.
+            M images, of the same shape.
         """
+        new = copy(self)
+        new.labels = self.labels[moved(indices, self.labels.device)]
+        new._keep(indices)
+        return new
 
     @abstractmethod
-    def relabelled(self, labels: Tensor) -> Images:
+    def _keep(self, indices: Tensor) -> None:
+        """Forget all images, of a new object, but those at some positions."""
+
+    def relabelled(self, labels: Tensor) -> Self:
         """The same images with other labels.
 
         Args:
@@ -81,9 +87,11 @@ class Images(ABC):
         Returns:
             N images.
         """
+        new = copy(self)
+        new.labels = checked_labels(labels, len(self)).to(self.labels.device)
+        return new
 
-    @abstractmethod
-    def to(self, device: torch.device | str) -> Images:
+    def to(self, device: torch.device | str) -> Self:
         """The images where they are fetched fastest for a device.
 
         Args:
@@ -92,6 +100,7 @@ class Images(ABC):
         Returns:
             In-memory images move there; streamed ones stay with the host.
         """
+        return self
 
     def tensors(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """All images, or a fixed choice of them in which classes keep their shares.
@@ -151,6 +160,19 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def check_count(labels: Tensor, count: int) -> None:
+    """Refuse another number of labels than there are images.
+
+    Raises:
+        UserError: If there are others.
+    """
+    if labels.shape != (count,):
+        raise UserError(
+            f"Each image needs one label: got {count} images and labels of shape "
+            f"{list(labels.shape)}."
+        )
+
+
 def checked_labels(labels: Tensor, count: int) -> Tensor:
     """Labels as int64 [N].
 
@@ -164,11 +186,7 @@ def checked_labels(labels: Tensor, count: int) -> Tensor:
     Raises:
         UserError: If the number, the type or the values cannot be labels.
     """
-    if labels.ndim != 1 or len(labels) != count:
-        raise UserError(
-            f"Each image needs one label: got {count} images and labels of shape "
-            f"{list(labels.shape)}."
-        )
+    check_count(labels, count)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise UserError(f"Labels must be whole numbers, got {labels.dtype}.")
     labels = labels.to(torch.int64)
@@ -204,17 +222,14 @@ class MemoryImages(Images):
         """Images by position; see `Images.fetch`."""
         return self.pixels[moved(indices, self.pixels.device)].contiguous()
 
-    def subset(self, indices: Tensor) -> MemoryImages:
-        """The images at some positions; see `Images.subset`."""
-        return MemoryImages(self.fetch(indices), self.labels[moved(indices, self.labels.device)])
-
-    def relabelled(self, labels: Tensor) -> MemoryImages:
-        """The same images with other labels; see `Images.relabelled`."""
-        return MemoryImages(self.pixels, labels)
-
-    def to(self, device: torch.device | str) -> MemoryImages:
+    def to(self, device: torch.device | str) -> Self:
         """The images on a device; see `Images.to`."""
-        return MemoryImages(self.pixels.to(device), self.labels.to(device))
+        new = copy(self)
+        new.pixels, new.labels = self.pixels.to(device), self.labels.to(device)
+        return new
+
+    def _keep(self, indices: Tensor) -> None:
+        self.pixels = self.fetch(indices)
 
 
 class FileImages(Images):
@@ -290,11 +305,6 @@ class FileImages(Images):
         with self._opened(index) as image:
             return _pixels(image)
 
-    def subset(self, indices: Tensor) -> FileImages:
-        """The files at some positions; see `Images.subset`."""
-        # The shape stays the parent's, so that all splits agree on what the right size is.
-        return self._at(indices.numpy(), self.labels[indices])
-
     def threaded(self, threads: int) -> FileImages:
         """The same files, decoded by so many threads.
 
@@ -308,19 +318,8 @@ class FileImages(Images):
         new.threads = threads
         return new
 
-    def relabelled(self, labels: Tensor) -> FileImages:
-        """The same files with other labels; see `Images.relabelled`."""
-        return self._at(slice(None), checked_labels(labels, len(self)))
-
-    def to(self, device: torch.device | str) -> FileImages:
-        """Itself: files stay with the host; see `Images.to`."""
-        return self
-
-    def _at(self, positions: NDArray[np.int64] | slice, labels: Tensor) -> FileImages:
-        """A copy with some of the files and other labels, without reading anything."""
-        new = copy(self)
-        new._names, new.labels = self._names[positions], labels
-        return new
+    def _keep(self, indices: Tensor) -> None:
+        self._names = self._names[indices.numpy()]
 
     def _fitted(self, index: int) -> Tensor:
         """One file as uint8 [3, H, W] of the right size."""

@@ -8,7 +8,6 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from robustflat.data.images import moved
-from robustflat.errors import UserError
 
 
 def mixup(
@@ -81,8 +80,6 @@ def cutmix(
 
 def _share(alpha: float, generator: torch.Generator) -> float:
     """One draw from Beta(alpha, alpha), by inversion: torch's own Beta takes no generator."""
-    if not alpha > 0:
-        raise UserError(f"The alpha of mixup and cutmix must be positive, got {alpha}.")
     uniform = float(torch.rand((), dtype=torch.float64, generator=generator))
     return float(betaincinv(alpha, alpha, uniform))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from robustflat.data.noise import LabelNoise
 from robustflat.data.sources import SOURCES
 from robustflat.data.split import balanced, proportional, without
 from robustflat.data.tars import webdataset
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 
 NAMES = (*SOURCES, "image_folder", "webdataset")
 DESCRIPTIONS = dict.fromkeys(NAMES, "Through torchvision; data.download: true.") | {
@@ -112,8 +111,8 @@ def load(
             images are asked for than there are.
     """
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=3) or list(NAMES)
-        raise UserError(f"Unknown data set {name!r}. Did you mean {' or '.join(near)}?")
+        hint = nearest(name, NAMES) or f" There are {', '.join(NAMES)}."
+        raise UserError(f"Unknown data set {name!r}.{hint}")
     root = Path(root).expanduser()
     train: Images
     test: Images

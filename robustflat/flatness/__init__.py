@@ -1,20 +1,10 @@
 """How flat the weight landscape is: sharpness, curvature, mechanism."""
 
-from robustflat.flatness.decorator import MEASURES, Measure, measure
-from robustflat.flatness.figure import Cost, Figure, Passes, Progress
+from robustflat.flatness.decorator import MEASURES, measure
+from robustflat.flatness.figure import Figure, Passes, Progress
 from robustflat.flatness.measuring import cost, flatness
-from robustflat.flatness.options import BALLS, Options
+from robustflat.flatness.options import Options
 
 __all__ = [
-    "BALLS",
-    "MEASURES",
-    "Cost",
-    "Figure",
-    "Measure",
-    "Options",
-    "Passes",
-    "Progress",
-    "cost",
-    "flatness",
-    "measure",
-]
+    "MEASURES", "Figure", "Options", "Passes", "Progress", "cost", "flatness", "measure",
+]  # fmt: skip

@@ -54,14 +54,6 @@ class Closure:
     normalise_logits: bool = False
     team: Team = field(default_factory=Team)
 
-    def __post_init__(self) -> None:
-        if any(module.training for module in self.model.modules()):
-            raise UserError(
-                "The model is in train mode: BatchNorm would make an example's loss depend on the "
-                "batch around it, and dropout would make it random, so curvature and sharpness "
-                "would not be defined. Call model.eval() first."
-            )
-
     def __len__(self) -> int:
         return len(self.x)
 
@@ -289,7 +281,5 @@ def _moved(found: Any, device: torch.device) -> Any:
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.device, parameter.dtype
-    raise UserError("The model has no floating-point parameters, so it has no weight landscape.")
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    return first.device, first.dtype

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, missing
 from robustflat.flatness.decorator import CURVED, measure
 from robustflat.flatness.figure import Figure, Passes, mean_and_error
 from robustflat.flatness.options import DIFFERENTIATED, Options
@@ -319,10 +319,7 @@ def curvlinops() -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             import curvlinops
     except ImportError:
-        raise UserError(
-            "The trace estimators hutchpp and xtrace need the package curvlinops, which is not "
-            "installed. Run: pip install 'robustflat[curvature]'."
-        ) from None
+        raise missing("A trace by hutchpp or xtrace", "curvlinops", "curvature") from None
     return curvlinops
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 
 # Whose functions are the measures.
 from robustflat.flatness import curvature, inputs, mechanism, sharpness  # noqa: F401
@@ -42,9 +41,8 @@ def find(name: str) -> Measure:
             )
         return replace(own, name=name)
     if name not in MEASURES:
-        near = difflib.get_close_matches(str(name), MEASURES, n=3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(
-            f"There is no flatness measure {name!r}.{hint} Measures: {', '.join(MEASURES)}."
+            f"There is no flatness measure {name!r}.{nearest(name, MEASURES, 3)} Measures: "
+            f"{', '.join(MEASURES)}."
         )
     return MEASURES[name]

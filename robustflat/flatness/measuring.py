@@ -189,9 +189,9 @@ def check_model(
 
     Looks at the outputs of the first batch.
     """
-    first = next(model.parameters(), None)
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
     if first is None:
-        raise UserError("The model has no parameters, so it has no weight landscape.")
+        raise UserError("The model has no weights, so it has no weight landscape.")
     low = {p.dtype for p in model.parameters() if p.dtype.itemsize < 4}
     if low:
         raise UserError(

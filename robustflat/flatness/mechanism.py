@@ -133,7 +133,7 @@ def pac_bayes(subject: Subject, options: Options, loss: LossKind, name: str) -> 
     named = subject.parameters(options, DIFFERENTIATED)
     squared = sum(float(p.detach().double().square().sum()) for p in named.values())
     k = sum(p.numel() for p in named.values())
-    n = options.train_size or subject.images
+    n = options.train_size or subject.images or len(subject)
     delta = 1 - options.confidence
     if options.rho == 0 or n < 2:
         norm_term = count_term = math.inf

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+from annotated_types import Gt, Lt
+from pydantic import AfterValidator, InstanceOf, StrictBool, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from robustflat.errors import UserError
+from robustflat.config.reading import explained
+from robustflat.config.values import Count, NonNegative, NormName, Number
+from robustflat.errors import UserError, nearest
 from robustflat.perturb import SCALES, Ball, InputPerturbation, parse_norm
 from robustflat.perturb.ball import Group
 from robustflat.perturb.scales import Scale, check_selection
@@ -33,6 +37,17 @@ BALLS: dict[BallName, tuple[Group, str]] = {
 MOVED, DIFFERENTIATED = "matrices", "all"
 WORST_RADIUS = 5e-3
 AVERAGE_RADIUS = 0.1
+
+
+def _selection(text: str) -> str:
+    check_selection(text)
+    return text
+
+
+def _weight_norm(norm: str | float) -> str | float:
+    if parse_norm(norm) not in (1, 2, math.inf):
+        raise ValueError("must be l2, linf or l1")
+    return norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,79 +97,40 @@ class Options:
             the data, of which ``examples`` may choose fewer to measure on.
     """
 
-    attack: InputPerturbation
-    examples: int | None = None
-    parameters: str | None = None
+    attack: InstanceOf[InputPerturbation]
+    examples: Count | None = None
+    parameters: Annotated[str, AfterValidator(_selection)] | None = None
     ball: BallName = "tensor"
-    weight_norm: str | float = "l2"
-    radius: float | None = None
-    steps: int = 10
-    step_size: float = 1.0
-    restarts: int = 2
-    samples: int = 10
+    weight_norm: Annotated[NormName, AfterValidator(_weight_norm)] = "l2"
+    radius: NonNegative | None = None
+    steps: Count = 10
+    step_size: NonNegative = 1.0
+    restarts: Count = 2
+    samples: Count = 10
     distribution: Distribution = "sphere"
-    m: int | None = None
-    normalise_logits: bool = False
-    k: int = 1
-    tolerance: float = 1e-4
-    max_hvps: int = 200
-    probes: int = 30
+    m: Count | None = None
+    normalise_logits: StrictBool = False
+    k: Count = 1
+    tolerance: NonNegative = 1e-4
+    max_hvps: Count = 200
+    probes: Count = 30
     estimator: Estimator = "hutchinson"
-    lanczos_steps: int = 30
-    lanczos_runs: int = 3
-    rho: float = 0.05
-    confidence: float = 0.95
-    train_size: int | None = None
+    lanczos_steps: Count = 30
+    lanczos_runs: Count = 3
+    rho: NonNegative = 0.05
+    confidence: Annotated[Number, Gt(0), Lt(1)] = 0.95
+    train_size: Count | None = None
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise UserError(f"{name} must be a whole number, got {value!r}.")
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
-                )
-        for name in ("step_size", "tolerance", "rho", "radius", "confidence"):
-            value = getattr(self, name)
-            if name == "radius" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"{name} must be a number, got {value!r}.")
-            if not 0 <= value < math.inf:
-                raise UserError(f"{name} must be finite and >= 0, got {value!r}.")
-        if not 0 < self.confidence < 1:
-            raise UserError(f"confidence must be between 0 and 1, got {self.confidence!r}.")
-        if not isinstance(self.normalise_logits, bool):
-            raise UserError(
-                f"normalise_logits must be true or false, got {self.normalise_logits!r}."
-            )
         if self.k > self.max_hvps:
-            raise UserError(
+            raise ValueError(
                 f"max_hvps must be at least k, as every eigenvalue takes a product, got "
-                f"{self.max_hvps} for {self.k} eigenvalues."
+                f"{self.max_hvps} for {self.k} eigenvalues"
             )
-        try:
-            check_selection("all" if self.parameters is None else self.parameters)
-        except (ValueError, AttributeError, TypeError):
-            raise UserError(
-                "parameters must be all, matrices, norm, no_norm or re:PATTERN, got "
-                f"{self.parameters!r}."
-            ) from None
         if self.estimator != "hutchinson" and self.probes < 3:
-            raise UserError(
-                f"The trace estimator {self.estimator} needs probes >= 3, got {self.probes}."
+            raise ValueError(
+                f"The trace estimator {self.estimator} needs probes >= 3, got {self.probes}"
             )
-        try:
-            if parse_norm(self.weight_norm) not in (1, 2, math.inf):
-                raise ValueError(
-                    f"weight_norm must be 'l2', 'linf' or 'l1', got {self.weight_norm!r}."
-                )
-        except ValueError as error:
-            raise UserError(str(error)) from None
 
     def radius_or(self, default: float) -> float:
         """The radius, or a measure's own default."""
@@ -187,17 +163,6 @@ class Options:
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"attack": repr(self.attack)}
 
 
-_COUNTS = (
-    "examples", "steps", "restarts", "samples", "m", "k", "max_hvps", "probes", "lanczos_steps",
-    "lanczos_runs", "train_size",
-)  # fmt: skip
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "ball": get_args(BallName),
-    "distribution": get_args(Distribution),
-    "estimator": get_args(Estimator),
-}
-
-
 def _root_mean_square(
     norm: Scale, group: Group, names: list[str], weights: list[Tensor]
 ) -> list[Tensor] | None:
@@ -227,9 +192,10 @@ def check_names(given: Iterable[str]) -> None:
     known = sorted(field.name for field in fields(Options))
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"Flatness has no option {name!r}.{hint} Options: {', '.join(known)}.")
+            raise UserError(
+                f"Flatness has no option {name!r}.{nearest(name, known)} Options: "
+                f"{', '.join(known)}."
+            )
 
 
 def with_options(base: Options, changes: Mapping[str, Any]) -> Options:
@@ -241,5 +207,5 @@ def with_options(base: Options, changes: Mapping[str, Any]) -> Options:
     check_names(changes)
     try:
         return replace(base, **changes)
-    except TypeError as error:
-        raise UserError(f"A flatness option is of the wrong type: {error}.") from None
+    except ValidationError as error:
+        raise explained(error, "flatness options") from None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.evaluate.record import digest_of, fingerprint_of
+from robustflat.files import writing
 
 FORMAT = "robustflat-flatness-parts/2"
 # The key of the logits by which a network is known again; and of how many images.
@@ -91,14 +92,8 @@ class Store:
         if self._path is None:
             return
         line = json.dumps({"format": FORMAT, "of": self._of, "key": key, "part": part})
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(("\n" if self._cut_off else "") + line + "\n")
-        except OSError as error:
-            raise UserError(
-                f"The measurement's parts cannot be kept in {self._path}: {error}."
-            ) from error
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if self._cut_off else "") + line + "\n")
         self._cut_off = False
 
     def _begin(self, path: Path, identity: Identity) -> None:

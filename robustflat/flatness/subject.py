@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustflat.errors import UserError
 from robustflat.evaluate.team import Team
-from robustflat.flatness.closure import Closure, Kind, attack_starts, starts_of
+from robustflat.flatness.closure import Closure, Count, attack_starts, starts_of
 from robustflat.flatness.options import Options
 from robustflat.flatness.store import Store
 from robustflat.perturb import InputPerturbation, select
@@ -23,10 +23,11 @@ T = TypeVar("T")
 Draw = Callable[[list[Tensor], torch.Generator], list[Tensor]]
 
 
+@dataclass(eq=False)
 class Subject:
     """A model and the examples that it is measured on.
 
-    Args:
+    Attributes:
         model: in eval mode.
         x: images.
         y: labels.
@@ -38,37 +39,22 @@ class Subject:
         count: told of every pass.
         initial: the weights before training, by name, where they are known.
         team: processes that share the passes.
-        images: how many there were before the first so many were chosen.
+        images: how many there were before the first so many were chosen, if some were.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        batch_size: int,
-        seed: int,
-        store: Store | None = None,
-        prefix: str = "",
-        cache: dict[Any, Any] | None = None,
-        count: Callable[[Kind, int], None] | None = None,
-        initial: Mapping[str, Tensor] | None = None,
-        team: Team | None = None,
-        images: int | None = None,
-    ) -> None:
-        self.model = model
-        self.x = x
-        self.y = y
-        self.batch_size = batch_size
-        self.seed = seed
-        self.initial = initial
-        self.team = Team() if team is None else team
-        self.images = len(x) if images is None else images
-        self._store = Store() if store is None else store
-        self._count = (lambda kind, examples: None) if count is None else count
-        self._prefix = prefix
-        self._cache: dict[Any, Any] = {} if cache is None else cache
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    store: Store = field(default_factory=Store)
+    prefix: str = ""
+    cache: dict[Any, Any] = field(default_factory=dict)
+    count: Count = lambda kind, examples: None
+    initial: Mapping[str, Tensor] | None = None
+    team: Team = field(default_factory=Team)
+    images: int | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -84,7 +70,7 @@ class Subject:
             x=self.x,
             y=self.y,
             batch_size=self.batch_size,
-            count=self._count,
+            count=self.count,
             normalise_logits=options.normalise_logits,
             team=self.team,
         )
@@ -128,7 +114,7 @@ class Subject:
 
     def part(self, key: str, compute: Callable[[], T]) -> T:
         """A part of a measurement that JSON can hold: computed, or read from the store."""
-        found = self._store.get(f"{self._prefix}/{key}")
+        found = self.store.get(f"{self.prefix}/{key}")
         if found is None:
             found = compute()
             self.keep(key, found)
@@ -137,15 +123,15 @@ class Subject:
 
     def keep(self, key: str, part: Any) -> None:
         """Put a part into the store, unless it is there."""
-        key = f"{self._prefix}/{key}"
-        if self._store.get(key) is None:
-            self._store.put(key, part)
+        key = f"{self.prefix}/{key}"
+        if self.store.get(key) is None:
+            self.store.put(key, part)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """What several measures share, kept in memory."""
-        if key not in self._cache:
-            self._cache[key] = compute()
-        result: T = self._cache[key]
+        if key not in self.cache:
+            self.cache[key] = compute()
+        result: T = self.cache[key]
         return result
 
     def _attacking(self, clean: Closure, attack: InputPerturbation) -> Closure:

@@ -129,12 +129,7 @@ class Landscape:
         Raises:
             UserError: if it cannot be written.
         """
-        target = Path(path)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The landscape cannot be written to {target}: {error}.") from error
-        write_json(target, self.to_dict())
+        write_json(target := Path(path), self.to_dict())
         return target
 
     @staticmethod

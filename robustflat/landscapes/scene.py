@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import time
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import robustflat
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 from robustflat.evaluate.attacks.ascent import title
 from robustflat.evaluate.team import Team
 from robustflat.evaluate.threat import Threat
@@ -105,8 +104,7 @@ class Scene:
     ) -> None:
         known = get_args(LossKind)
         for name in common.keys() - Common.__annotations__.keys():
-            near = difflib.get_close_matches(name, Common.__annotations__, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = nearest(name, Common.__annotations__, 1)
             raise UserError(f"A landscape has no setting {name!r}.{hint}")
         self.losses = list(dict.fromkeys(common.get("losses", ("clean", "robust"))))
         if not self.losses or any(loss not in known for loss in self.losses):

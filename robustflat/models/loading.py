@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, reason
 from robustflat.models.files import read_tensors
 from robustflat.models.likely import likely
 from robustflat.models.named import MODELS, build, is_known
@@ -270,10 +270,9 @@ def _program(path: Path, kind: Kind, trust: bool) -> nn.Module:
                 return script
             return _exported(torch.export.load(path))
     except Exception as error:
-        first = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"{path} cannot be loaded ({type(error).__name__}: {first[0][:200]}). It is damaged, "
-            "or was made by another version of torch."
+            f"{path} cannot be loaded: {reason(error)[:200]}. It is damaged, or was made by "
+            "another version of torch."
         ) from error
 
 

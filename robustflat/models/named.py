@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, missing, nearest
 from robustflat.models.normalized import Normalized
 from robustflat.models.resnet import preact_resnet18, preact_resnet18_silu, resnet18, resnet50
-from robustflat.models.small import mlp, small_cnn
+from robustflat.models.small import SmallCNN, mlp
 from robustflat.models.wide import wide_resnet, wide_resnet_silu
 from robustflat.plugins import imported
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "small_cnn": small_cnn,
+    "small_cnn": SmallCNN,
     "mlp": mlp,
     "preact_resnet18": preact_resnet18,
     "preact_resnet18_silu": preact_resnet18_silu,
@@ -98,10 +97,9 @@ def build(
         name = "wide_resnet_silu" if wide[3] else "wide_resnet"
         options = {"depth": int(wide[1]), "widen": int(wide[2])} | options
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=3) or list(MODELS)
         raise UserError(
-            f"Unknown model {name!r}. Did you mean {' or '.join(near)}? Models of timm are written "
-            "timm:NAME, your own package.module:factory."
+            f"Unknown model {name!r}.{nearest(name, MODELS, 3)} There are {', '.join(MODELS)}; "
+            "models of timm are written timm:NAME, your own package.module:factory."
         )
     return Normalized(_call(name, MODELS[name], offered, options), mean, std)
 
@@ -121,9 +119,9 @@ def _call(
     free = accepted if ":" in name else accepted - set(_OFFERED)
     _refuse_options(name, [] if catch_all else [k for k in options if k not in free], free)
     given = {k: v for k, v in offered.items() if k in accepted} | options
-    missing = sorted(required - set(given))
-    if missing:
-        raise UserError(f"The model {name} needs the option {', '.join(missing)}.")
+    lacking = sorted(required - set(given))
+    if lacking:
+        raise UserError(f"The model {name} needs the option {', '.join(lacking)}.")
     try:
         model = factory(**given)
     except UserError:
@@ -159,15 +157,11 @@ def _timm(
     try:
         import timm
     except ImportError as error:
-        raise UserError(
-            f"The model timm:{name} needs timm: pip install 'robustflat[timm]'."
-        ) from error
+        raise missing(f"The model timm:{name}", "timm", "timm") from error
     if not timm.is_model(name.split(".")[0]) and not name.startswith(
         ("hf-hub:", "hf_hub:", "local-dir:")
     ):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f" Did you mean {' or '.join('timm:' + n for n in near)}?" if near else ""
-        raise UserError(f"timm has no model {name!r}.{hint}")
+        raise UserError(f"timm has no model {name!r}.{nearest(name, timm.list_models(), 3)}")
     fixed: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
     _refuse_options(f"timm:{name}", [k for k in options if k in fixed], ("pretrained", "..."))
     try:

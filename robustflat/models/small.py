@@ -32,10 +32,11 @@ def positive(model: str, option: str, value: object) -> int:
 
 
 class SmallCNN(nn.Module):
-    """`depth` 3x3 convolutions, each but the first halving the image and doubling the width.
+    """A small convolutional network for digits, MNIST and quick experiments.
 
-    The features are averaged over a 2x2 grid, so coarse positions survive; images must be at
-    least 5x5.
+    `depth` 3x3 convolutions, each but the first halving the image and doubling the width. The
+    features are averaged over a 2x2 grid, so coarse positions survive; images must be at least
+    5x5. Takes normalised images.
 
     Args:
         num_classes: Number of logits.
@@ -43,11 +44,27 @@ class SmallCNN(nn.Module):
         width: Channels after the first convolution.
         depth: Number of convolutions, 2 or 3.
         batch_norm: Whether a BatchNorm follows each convolution.
+
+    Raises:
+        UserError: If an option is out of range.
     """
 
     def __init__(
-        self, *, num_classes: int, in_channels: int, width: int, depth: int, batch_norm: bool
+        self,
+        *,
+        num_classes: int,
+        in_channels: int,
+        width: int = 32,
+        depth: int = 3,
+        batch_norm: bool = True,
     ) -> None:
+        if isinstance(depth, bool) or depth not in (2, 3):
+            raise UserError(f"small_cnn: the option depth must be 2 or 3, got {depth!r}.")
+        if not isinstance(batch_norm, bool):
+            raise UserError(
+                f"small_cnn: the option batch_norm must be true or false, got {batch_norm!r}."
+            )
+        positive("small_cnn", "width", width)
         super().__init__()
         layers: list[nn.Module] = []
         channels = in_channels
@@ -80,44 +97,6 @@ class SmallCNN(nn.Module):
         h = F.avg_pool2d(h, (rows - rows // 2, cols - cols // 2), stride)
         logits: Tensor = self.linear(h.flatten(1))
         return logits
-
-
-def small_cnn(
-    *,
-    num_classes: int,
-    in_channels: int,
-    width: int = 32,
-    depth: int = 3,
-    batch_norm: bool = True,
-) -> nn.Module:
-    """A small convolutional network for digits, MNIST and quick experiments.
-
-    Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
-        width: Channels after the first convolution; each further one doubles them.
-        depth: Number of convolutions, 2 or 3.
-        batch_norm: Whether a BatchNorm follows each convolution.
-
-    Returns:
-        The model; takes normalised images.
-
-    Raises:
-        UserError: If an option is out of range.
-    """
-    if isinstance(depth, bool) or depth not in (2, 3):
-        raise UserError(f"small_cnn: the option depth must be 2 or 3, got {depth!r}.")
-    if not isinstance(batch_norm, bool):
-        raise UserError(
-            f"small_cnn: the option batch_norm must be true or false, got {batch_norm!r}."
-        )
-    return SmallCNN(
-        num_classes=num_classes,
-        in_channels=in_channels,
-        width=positive("small_cnn", "width", width),
-        depth=depth,
-        batch_norm=batch_norm,
-    )
 
 
 def mlp(

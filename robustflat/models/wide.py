@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,11 +11,6 @@ from torch import Tensor, nn
 from robustflat.errors import UserError
 from robustflat.models.resnet import conv3x3
 from robustflat.models.small import positive
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": partial(F.relu, inplace=True),
-    "silu": F.silu,
-}
 
 
 class WideBlock(nn.Module):
@@ -27,27 +21,19 @@ class WideBlock(nn.Module):
         out: Output channels.
         stride: Stride of the first convolution.
         dropout: Probability that an activation is dropped.
-        activation: A key of `_ACTIVATIONS`.
-        pad_after: Pad on the right and below only where the stride is 2, as JAX's "SAME" does.
+        silu: As Gowal et al. 2020: with SiLU in place of ReLU, and padding on the right and below
+            only where the stride is 2, as JAX's "SAME" does.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        out: int,
-        stride: int,
-        dropout: float,
-        activation: str,
-        pad_after: bool,
-    ) -> None:
+    def __init__(self, channels: int, out: int, stride: int, dropout: float, silu: bool) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv1 = conv3x3(channels, out, stride)
         self.bn2 = nn.BatchNorm2d(out)
         self.conv2 = conv3x3(out, out)
         self.dropout = dropout
-        self.activation = activation
-        self.pad_after = pad_after and stride == 2
+        self.silu = silu
+        self.pad_after = silu and stride == 2
         if self.pad_after:
             self.conv1.padding = (0, 0)
         self.convShortcut: nn.Module | None = None
@@ -63,12 +49,11 @@ class WideBlock(nn.Module):
         Returns:
             Features, [N, out, H / stride, W / stride].
         """
-        activate = _ACTIVATIONS[self.activation]
-        h = activate(self.bn1(x))
+        h = _activated(self.bn1(x), self.silu)
         short: Tensor = x if self.convShortcut is None else self.convShortcut(h)
         if self.pad_after:
             h = F.pad(h, (0, 1, 0, 1))
-        h = activate(self.bn2(self.conv1(h)))
+        h = _activated(self.bn2(self.conv1(h)), self.silu)
         if self.dropout:
             h = F.dropout(h, self.dropout, self.training)
         out: Tensor = self.conv2(h) + short
@@ -108,8 +93,7 @@ class WideResNet(nn.Module):
         blocks: Blocks in each of the three stages.
         widen: Factor on the widths 16, 32, 64.
         dropout: Probability that an activation inside a block is dropped.
-        activation: "relu" or "silu".
-        pad_after: See `WideBlock`.
+        silu: See `WideBlock`.
     """
 
     # TRADES' released network registers a copy of its first stage that it never runs, so the
@@ -137,16 +121,15 @@ class WideResNet(nn.Module):
         in_channels: int,
         blocks: int,
         widen: int,
-        dropout: float,
-        activation: str = "relu",
-        pad_after: bool = False,
+        dropout: float = 0.0,
+        silu: bool = False,
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.silu = silu
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
 
         def group(stage: int, stride: int) -> WideGroup:
-            kind = (dropout, activation, pad_after)
+            kind = (dropout, silu)
             first = WideBlock(widths[stage - 1], widths[stage], stride, *kind)
             rest = [WideBlock(widths[stage], widths[stage], 1, *kind) for _ in range(blocks - 1)]
             return WideGroup([first, *rest])
@@ -173,9 +156,13 @@ class WideResNet(nn.Module):
             Logits, [N, classes].
         """
         h = self.block3(self.block2(self.block1(self.conv1(x))))
-        h = _ACTIVATIONS[self.activation](self.bn1(h))
+        h = _activated(self.bn1(h), self.silu)
         logits: Tensor = self.fc(F.adaptive_avg_pool2d(h, 1).flatten(1))
         return logits
+
+
+def _activated(h: Tensor, silu: bool) -> Tensor:
+    return F.silu(h) if silu else F.relu(h, inplace=True)
 
 
 def wide_resnet(
@@ -185,7 +172,6 @@ def wide_resnet(
     depth: int = 34,
     widen: int = 10,
     dropout: float = 0.0,
-    activation: str = "relu",
 ) -> nn.Module:
     """WideResNet-depth-widen; WRN-34-10 by default (46,160,474 parameters at 10 classes).
 
@@ -198,7 +184,6 @@ def wide_resnet(
         depth: Number of layers, 6 n + 4.
         widen: Factor on the widths 16, 32, 64.
         dropout: Probability that an activation inside a block is dropped, in [0, 1).
-        activation: "relu" or "silu".
 
     Returns:
         The model; takes normalised images.
@@ -210,18 +195,12 @@ def wide_resnet(
         raise UserError(
             f"wide_resnet: the option dropout must be at least 0 and below 1, got {dropout!r}."
         )
-    if activation not in _ACTIVATIONS:
-        raise UserError(
-            f"wide_resnet: the option activation must be {' or '.join(_ACTIVATIONS)}, got "
-            f"{activation!r}."
-        )
     return WideResNet(
         num_classes=num_classes,
         in_channels=in_channels,
         blocks=_blocks("wide_resnet", depth),
         widen=positive("wide_resnet", "widen", widen),
         dropout=float(dropout),
-        activation=activation,
     )
 
 
@@ -252,9 +231,7 @@ def wide_resnet_silu(
         in_channels=in_channels,
         blocks=_blocks("wide_resnet_silu", depth),
         widen=positive("wide_resnet_silu", "widen", widen),
-        dropout=0.0,
-        activation="silu",
-        pad_after=True,
+        silu=True,
     )
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -5,14 +5,6 @@ from robustflat.objectives.plain import adversarial, mart, mlcat, standard, trad
 from robustflat.objectives.remembering import gkl, ikl, rebat
 
 __all__ = [
-    "FromFunction",
-    "Objective",
-    "adversarial",
-    "gkl",
-    "ikl",
-    "mart",
-    "mlcat",
-    "rebat",
-    "standard",
-    "trades",
-]
+    "FromFunction", "Objective", "adversarial", "gkl", "ikl", "mart", "mlcat", "rebat",
+    "standard", "trades",
+]  # fmt: skip

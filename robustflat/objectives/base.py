@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from contextlib import contextmanager, suppress
+from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor, nn
+
+from robustflat.bounds import refuse
 
 # The mean of a tensor over the processes that train together.
 Mean = Callable[[Tensor], Tensor]
@@ -40,6 +42,15 @@ class Objective:
     # Whether it is defined for labels that are probabilities, and whether it is a mean over rows.
     takes_soft_labels: ClassVar[bool] = True
     has_rows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse settings, of a dataclass, outside the bounds of their annotations."""
+        kind = type(self)
+        hints: dict[str, Any] = {}
+        with suppress(NameError):  # one of a user's may name what is not imported
+            hints = get_type_hints(kind, include_extras=True)
+        for name, hint in hints.items():
+            refuse(kind.__name__, name, getattr(self, name), getattr(hint, "__metadata__", ()))
 
     def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch, a scalar with gradient; see :meth:`rows`."""
@@ -105,13 +116,3 @@ class FromFunction(Objective):
     def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """What the function returns."""
         return self._function(model, x, x_adv, y)
-
-
-def check_weight(name: str, value: float, hint: str) -> None:
-    """Refuse the weight of a term that is not finite and at least 0.
-
-    Raises:
-        ValueError: if so.
-    """
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}. {hint}")

@@ -10,15 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustflat.bounds import BelowOne, NonNegative
-from robustflat.objectives.base import Objective, check_weight
-
-_PAPERS_BETA = "It weighs the robust term; the papers use 6."
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
+from robustflat.bounds import BelowOne, Weight
+from robustflat.objectives.base import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +24,6 @@ class standard(Objective):  # noqa: N801 - a constructor of the library's surfac
 
     label_smoothing: BelowOne = 0.0
     needs_attack: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check_smoothing(self.label_smoothing)
 
     def rows(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """CE(f(x), y) of every row; see :meth:`Objective.rows`."""
@@ -51,9 +41,6 @@ class adversarial(Objective):  # noqa: N801
     label_smoothing: BelowOne = 0.0
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "ce", "start": "uniform"}
     sees_clean: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check_smoothing(self.label_smoothing)
 
     def rows(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """CE(f(x_adv), y) of every row; see :meth:`Objective.rows`."""
@@ -75,13 +62,9 @@ class trades(Objective):  # noqa: N801
         label_smoothing: share of the label spread over all classes in the cross-entropy.
     """
 
-    beta: NonNegative = 6.0
+    beta: Weight = 6.0
     label_smoothing: BelowOne = 0.0
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "kl", "start": "normal"}
-
-    def __post_init__(self) -> None:
-        check_weight("beta", self.beta, _PAPERS_BETA)
-        _check_smoothing(self.label_smoothing)
 
     def rows(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The loss of every row; see :meth:`Objective.rows`."""
@@ -102,11 +85,8 @@ class mart(Objective):  # noqa: N801
         beta: weight of the divergence, lambda in the paper.
     """
 
-    beta: NonNegative = 6.0
+    beta: Weight = 6.0
     takes_soft_labels: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_weight("beta", self.beta, _PAPERS_BETA)
 
     def rows(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The loss of every row; see :meth:`Objective.rows`.
@@ -149,13 +129,10 @@ class mlcat(Objective):  # noqa: N801
         hold_factor: whether c / l is held fixed; false is the released code.
     """
 
-    threshold: NonNegative = 1.5
+    threshold: Weight = 1.5
     hold_factor: bool = True
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "ce", "start": "uniform"}
     sees_clean: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_weight("threshold", self.threshold, "It is the least loss; 0 lifts none.")
 
     def rows(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The lifted loss of every row; see :meth:`Objective.rows`."""

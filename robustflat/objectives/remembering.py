@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robustflat.bounds import BelowOne, NonNegative, Positive, Whole
-from robustflat.objectives.base import Mean, Objective, alone, check_weight
+from robustflat.bounds import BelowOne, Weight, Whole
+from robustflat.objectives.base import Mean, Objective, alone
 from robustflat.objectives.plain import divergence
 
 
@@ -103,19 +104,11 @@ class ikl(Objective):  # noqa: N801
         temperature: softens the outputs that make the priors.
     """
 
-    alpha: NonNegative = 4.0
-    beta: NonNegative = 20.0
-    temperature: Positive = 4.0
+    alpha: Weight = 4.0
+    beta: Weight = 20.0
+    temperature: Annotated[Weight, Gt(0)] = 4.0
     _priors: _Priors = field(default_factory=_Priors, init=False, repr=False, compare=False)
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "kl", "start": "normal"}
-
-    def __post_init__(self) -> None:
-        check_weight("alpha", self.alpha, "The paper uses 4 for CIFAR-10.")
-        check_weight("beta", self.beta, "The paper uses 20 for CIFAR-10.")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature must be finite and > 0, got {self.temperature}: it divides logits."
-            )
 
     def rows(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The loss of every row; see :meth:`Objective.rows`."""
@@ -176,13 +169,9 @@ class gkl(ikl):  # noqa: N801
             temperature 1).
     """
 
-    temperature: Positive = 1.0
-    gamma: NonNegative = 0.2
+    temperature: Annotated[Weight, Gt(0)] = 1.0
+    gamma: Weight = 0.2
     has_rows: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weight("gamma", self.gamma, "It is the power of the priors; 1 is IKL.")
 
     def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The loss of a batch, a scalar with gradient."""
@@ -227,19 +216,12 @@ class rebat(Objective):  # noqa: N801
             milestones at 100 and 150.
     """
 
-    beta: NonNegative = 1.0
+    beta: Weight = 1.0
     decay: BelowOne = 0.999
     start_epoch: Whole = 0
     _average: _Averaged = field(default_factory=_Averaged, init=False, repr=False, compare=False)
     attack_options: ClassVar[Mapping[str, Any]] = {"loss": "ce", "start": "uniform"}
     sees_clean: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_weight("beta", self.beta, "It weighs the pull towards the averaged model.")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}.")
-        if self.start_epoch < 0:
-            raise ValueError(f"start_epoch counts from 0, got {self.start_epoch}.")
 
     def rows(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         """The loss of every row; see :meth:`Objective.rows`.

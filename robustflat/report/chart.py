@@ -83,13 +83,17 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Series on one pair of axes; ``key`` says what its lines and marks stand for."""
+    """Series on one pair of axes.
+
+    ``key`` says what its lines and marks stand for; ``places`` are names of values of x.
+    """
 
     title: str
     series: Sequence[Series]
     x: Axis
     y: Axis = Axis()
     key: Mapping[Key, str] = field(default_factory=dict)
+    places: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def legend(self) -> list[str]:

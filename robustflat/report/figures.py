@@ -23,16 +23,17 @@ from robustflat.report.chart import (
     Series,
     number,
 )
-from robustflat.report.landscape_picture import STEEP
 from robustflat.report.record import Record, tests
 from robustflat.runs.comparison import Unit
 
+# From such a ratio of the highest to the lowest loss, only a logarithmic scale shows both.
+STEEP = 30.0
 _MARKS: dict[str, Mark] = {"train": "square", "validation": "circle-open", "test": "circle"}
 _BEST: Mapping[Key, str] = {"circle": "best checkpoint"}
 # Within a row, so that their whiskers do not lie on one another.
 _PLACES = {"train": -0.18, "validation": 0.18, "test": 0.0}
 # By figure its title and unit; the first two have a gap that matters.
-_CURVES: tuple[tuple[str, str, Unit], ...] = (
+FIGURES_OF_SPLITS: tuple[tuple[str, str, Unit], ...] = (
     ("robust_accuracy", "Robust accuracy", "%"),
     ("robust_loss", "Robust loss", ""),
     ("clean_accuracy", "Clean accuracy", "%"),
@@ -90,7 +91,7 @@ def gaps(records: Sequence[Record]) -> list[Figure]:
     ]
     marks: Mapping[Key, str] = {mark: split for split, mark in _MARKS.items()}
     charts: list[Figure] = []
-    for key, title, unit in _CURVES[:2]:
+    for key, title, unit in FIGURES_OF_SPLITS[:2]:
         ticks, series = {}, []
         for at, (record, checkpoint, gap) in enumerate(places):
             figures = {split: f[key] for split, f in gap["splits"].items()}
@@ -145,11 +146,11 @@ def _classes(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
 def curves(records: Sequence[Record]) -> list[Figure]:
     """What was monitored during training, and the gap between train and validation."""
     charts: list[Figure] = []
-    for key, title, unit in _CURVES:
+    for key, title, unit in FIGURES_OF_SPLITS:
         lines = [_curve(r, key, split) for split in ("validation", "train") for r in records]
         marks: Mapping[Key, str] = {"solid": "validation", "dash": "train", **_BEST}
         charts += _if_any(title, lines, Axis(unit=unit), marks)
-    for key, title, unit in _CURVES[:2]:
+    for key, title, unit in FIGURES_OF_SPLITS[:2]:
         way = "train − validation" if unit else "validation − train"
         gap: Unit = "pp" if unit else ""
         name = f"Gap of the {title.lower()} ({way})"
@@ -234,10 +235,8 @@ def landscapes(
         UserError: if there is none, or lines and planes are mixed.
     """
     dimensions = {len(one.axes) for one in found.values()}
-    if not dimensions:
-        raise UserError("There is no landscape to draw.")
-    if len(dimensions) > 1:
-        raise UserError("Lines and planes cannot be drawn in one figure. Draw them separately.")
+    if len(dimensions) != 1:
+        raise UserError("A figure shows landscapes that are all lines or all planes, at least one.")
     if quantity not in ("losses", "accuracies"):
         raise UserError(f"quantity must be losses or accuracies, got {quantity!r}.")
     number_of = runs or {name: i for i, name in enumerate(found)}
@@ -247,12 +246,25 @@ def landscapes(
     series = [
         line for name, one in found.items() for line in _lines(one, name, quantity, number_of)
     ]
-    x = Axis(label=next(iter(found.values())).names[0])
+    first = next(iter(found.values()))
+    x = Axis(label=first.names[0])
     y = Axis(label=label, unit="%" if quantity == "accuracies" else "", log=bool(log))
     kinds = {kind for one in found.values() for kind in one.mean(quantity)}
     key: Mapping[Key, str] = {DASHES[kind]: KINDS[kind] for kind in DASHES if kind in kinds}
-    title = f"{label.capitalize()} around the weights"
-    return [Chart(title=title, series=series, x=x, y=y, key=key)]
+    title = landscape_title(first, label)
+    places = {at: p[0] for at, p in first.points.items()} if len(first.points) > 1 else {}
+    return [Chart(title=title, series=series, x=x, y=y, key=key, places=places)]
+
+
+def landscape_title(found: Landscape, label: str) -> str:
+    """What a landscape is of: "loss" or "accuracy" around a model, or between several."""
+    what = label.capitalize()
+    if found.about.get("directions") != "checkpoints":
+        return f"{what} around the weights"
+    if len(found.axes) == 1:
+        return f"{what} on the line through {' and '.join(found.points)}"
+    names = ", ".join(f"{name} ({i})" for i, name in enumerate(found.points, 1))
+    return f"{what} on the plane through {names}"
 
 
 def _lines(

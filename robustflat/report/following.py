@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from robustflat.errors import UserError
-from robustflat.files import write_json
+from robustflat.files import read_json, write_json
 from robustflat.report.progress import ProgressBar, duration
 from robustflat.train.folder import RunFolder
 from robustflat.train.listeners import Listener
@@ -113,11 +113,8 @@ def follow(folder: RunFolder, console: Console, *, plain: bool = False) -> str:
 
 
 def _read(folder: RunFolder) -> dict[str, Any] | None:
-    try:
-        found = json.loads(folder.progress_file.read_text(encoding="utf-8"))
-        # Everything that is used is there.
-        return (
-            found if {"epochs", "steps", "done", "values", "state", "time"} <= set(found) else None
-        )
-    except (OSError, ValueError):
-        return None
+    with suppress(UserError, TypeError):
+        found: dict[str, Any] = read_json(folder.progress_file)
+        if {"epochs", "steps", "done", "values", "state", "time"} <= set(found):
+            return found  # Everything that is used is there.
+    return None

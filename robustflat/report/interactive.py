@@ -50,7 +50,14 @@ def plotly(figure: Figure, *, surface: bool = False) -> _Json:
             few = {"dtick": "D2", "tickformat": "~g"}
             side |= few if decades < 2.5 else {"dtick": math.ceil(decades / 6)}
         axes = {"xaxis": _axis(figure.x), "yaxis": side, "hovermode": "x"}
-        return {"data": data, "layout": {**_layout(340), **axes}}
+        marks = [
+            {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper",
+             "line": {"color": "@soft@", "width": 1},
+             "label": {"text": _plain(name), "textangle": 0, "textposition": "end",
+                       "xanchor": "left", "yanchor": "top"}}
+            for name, at in figure.places.items()
+        ]  # fmt: skip
+        return {"data": data, "layout": {**_layout(340), **axes, "shapes": marks}}
     # From top to bottom, with a row to spare.
     places = [y for series in figure.series for y in series.y if y is not None]
     first, last = min(*rows, *places) - 0.6, max(*rows, *places) + 0.6

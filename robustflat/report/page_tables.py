@@ -10,6 +10,7 @@ from typing import Any
 
 from robustflat.flatness import MEASURES
 from robustflat.report.chart import UNITS, number, significant
+from robustflat.report.figures import FIGURES_OF_SPLITS
 from robustflat.report.record import Record, state_of
 from robustflat.report.tables import label_of, seeds_of, shown
 from robustflat.runs.comparison import Cell, Row, Unit, columns, label
@@ -238,25 +239,21 @@ def attacks(records: Sequence[Record]) -> Table:
 
 def gaps(records: Sequence[Record]) -> Table:
     """Clean and robust accuracy and loss of every split, and the gaps."""
-    figures: dict[str, tuple[str, Unit]] = {
-        "clean_accuracy": ("clean accuracy", "%"), "robust_accuracy": ("robust accuracy", "%"),
-        "clean_loss": ("clean loss", ""), "robust_loss": ("robust loss", ""),
-    }  # fmt: skip
     lines = []
     for record in records:
         for checkpoint, entry in record.checkpoints.items():
             both = entry["gap"] or {"splits": {}, "gaps": {}}
             for split, found in {**both["splits"], **both["gaps"]}.items():
                 gap = split in both["gaps"]
-                cells = []
-                for key, (_, unit) in figures.items():
-                    as_: Unit = "pp" if gap and unit else unit
-                    cells.append(_with_interval(found[key], as_))
+                cells = [
+                    _with_interval(found[key], "pp" if gap and unit else unit)
+                    for key, _, unit in FIGURES_OF_SPLITS
+                ]
                 place = f"{state_of(checkpoint, entry['epoch'])}, {entry['weights']} weights"
                 text = split.replace("-", " − ") if gap else split
                 head = Item(text=record.name, run=record.index)
                 lines.append(Line(head=head, cells=[Item(text=place), Item(text=text), *cells]))
-    heads = ["run", "checkpoint", "split", *(label for label, _ in figures.values())]
+    heads = ["run", "checkpoint", "split", *(title.lower() for _, title, _ in FIGURES_OF_SPLITS)]
     return grid("Clean and robust figures of every split", heads, lines)
 
 
@@ -284,7 +281,7 @@ def environments(records: Sequence[Record]) -> Table:
     """What a result may depend on beside the settings; differences stand out."""
     flat = []
     for record in records:
-        known = dict(record.environment or {})
+        known = dict(record.environment)
         if isinstance(known.get("command"), list):
             known["command"] = shlex.join(map(str, known["command"]))
         if "cuda" in known:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from robustflat.evaluate.threat import radius
 from robustflat.report.landscape_picture import circumstances
 from robustflat.report.record import Record, state_of, tests
 
@@ -141,11 +141,7 @@ def _threat(record: Record) -> str:
         return "none"
     else:
         norm, eps = record.config.attack.norm, record.config.attack.eps
-    whole = round(255 * eps)
-    pixels = math.isclose(255 * eps, whole, rel_tol=1e-9) and 0 < whole <= 32
-    # JSON has no infinity, which is written as null.
-    name = "L∞" if norm is None else _NORMS.get(str(norm)) or f"L{norm:g}"
-    return f"{name}, ε = {f'{whole}/255' if pixels else f'{eps:g}'}"
+    return f"{_NORMS.get(str(norm)) or f'L{norm:g}'}, ε = {radius(eps)}"
 
 
 def _data(record: Record) -> str:

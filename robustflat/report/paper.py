@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure as Picture
 from matplotlib.lines import Line2D
 
@@ -42,14 +43,28 @@ def draw(figures: Sequence[Chart], columns: int = 2, title: str = "") -> Picture
         picture.suptitle(title, fontsize=11)
     panels = picture.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for panel, figure in zip(panels.flatten(), figures, strict=False):
-        panel.set_title(figure.title, fontsize=10, loc="left")
+        panel.set_title(figure.title, fontsize=10, loc="left", pad=18 if figure.places else None)
         _chart(panel, figure)
     for panel in panels.flatten()[len(figures) :]:
         panel.set_visible(False)
     return picture
 
 
-def save(picture: Picture, path: Path, dpi: int = 150) -> None:
+def check_ending(path: Path) -> None:
+    """Refuse a file that is neither a picture nor a page, before anything is paid.
+
+    Raises:
+        UserError: if matplotlib has no format of that ending.
+    """
+    formats = sorted([*FigureCanvasBase.get_supported_filetypes(), "html"])
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise UserError(
+            f"{path} cannot be written: it has no ending of a picture or page. There are "
+            f"{', '.join(formats)}."
+        )
+
+
+def save(picture: Picture, path: Path) -> None:
     """Write a picture to a file of matplotlib's formats, by its ending.
 
     Raises:
@@ -57,7 +72,7 @@ def save(picture: Picture, path: Path, dpi: int = 150) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.savefig(path, dpi=dpi)
+        picture.savefig(path, dpi=200)
     except (OSError, ValueError) as error:
         raise UserError(f"The picture cannot be written to {path}: {error}.") from None
 
@@ -74,6 +89,12 @@ def _chart(panel: Axes, chart: Chart) -> None:
         _series(panel, series, chart, said or "_")
     _axis(panel.xaxis, chart.x)
     _axis(panel.yaxis, chart.y)
+    for name, at in chart.places.items():
+        panel.axvline(at, color=_GREY, linewidth=0.8, zorder=0)
+        panel.annotate(
+            name, (at, 1), (0, 3), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha="center", va="bottom", fontsize=8,
+        )  # fmt: skip
     if chart.y.ticks:
         panel.invert_yaxis()
     panel.spines[["top", "right"]].set_visible(False)

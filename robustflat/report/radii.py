@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.table import Table
-from rich.text import Text
 
 from robustflat.evaluate.radii import RadiusCurve
 from robustflat.evaluate.threat import radius
 from robustflat.report.chart import Axis, Chart, Series
+from robustflat.report.tables import WITHSTOOD, grid, withstood
 
 
 def chart(found: Mapping[str, RadiusCurve]) -> Chart:
@@ -39,13 +39,9 @@ def chart(found: Mapping[str, RadiusCurve]) -> Chart:
 
 def radius_table(name: str, curve: RadiusCurve) -> Table:
     """A row for every radius."""
-    table = Table(title=Text(f"{name}: {curve.count} images, {curve.norm}"), title_justify="left")
-    for head in ("eps", "still correct", "95% interval", "attacked", "broken", "seconds"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for point in curve.points:
-        low, high = point.interval
-        table.add_row(
-            radius(point.eps), f"{point.accuracy:.2%}", f"{low:.1%} .. {high:.1%}",
-            str(point.attacked), str(point.broken), f"{point.seconds:.1f}",
-        )  # fmt: skip
-    return table
+    rows = [
+        [radius(p.eps), *withstood(p.accuracy, p.interval, p.attacked, p.broken, p.seconds)]
+        for p in curve.points
+    ]
+    title = f"{name}: {curve.count} images, {curve.norm}"
+    return grid(title, ["eps", *WITHSTOOD], rows, texts=())

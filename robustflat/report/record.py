@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from robustflat.config import RunConfig
 from robustflat.errors import UserError
+from robustflat.files import read_json
 from robustflat.landscapes import Landscape, drawn_in
 from robustflat.runs import records
 from robustflat.runs.comparison import Row, compare, whole
@@ -49,7 +48,7 @@ class Record:
     evaluation: dict[str, Any] | None
     flatness: dict[str, Any] | None
     metrics: list[dict[str, Any]]
-    environment: dict[str, Any] | None
+    environment: dict[str, Any]
     landscapes: dict[str, Landscape]
 
     @property
@@ -99,7 +98,7 @@ def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record
             records.flatness_of(records.read(folder.flatness, "flatness")),
         ),
     )
-    environment = _environment(folder.environment_file)
+    environment = whole(folder.root, lambda: dict(read_json(folder.environment_file) or {}))
     if config is None:
         data, environment = measured[-1]["data"], {"versions": measured[-1].get("versions", {})}
         said = {"data": data, **measured[-1].get("said", {})}
@@ -119,7 +118,7 @@ def _record(index: int, name: str, folder: RunFolder, row: Row | None) -> Record
         or Row(name, method_of(config) if config else "-", (config.seed,) if config else (), {}),
         evaluation=evaluation,
         flatness=flatness,
-        metrics=_metrics(folder),
+        metrics=folder.metrics(),
         environment=environment,
         landscapes={
             found.kind: found
@@ -142,35 +141,3 @@ def tests(records: Iterable[Record]) -> list[tuple[Record, str, dict[str, Any]]]
 def state_of(checkpoint: str, epoch: int | None) -> str:
     """The state of a network in words, such as "best, epoch 3"."""
     return checkpoint if epoch is None else f"{checkpoint}, epoch {epoch}"
-
-
-def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
-    """The epochs' rows; :meth:`RunFolder.metrics` forgives a half-written last line only."""
-    if not folder.metrics_file.is_file():
-        return []
-    try:
-        rows = folder.metrics()
-        lines = len(folder.metrics_file.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{folder.metrics_file} cannot be read: {error}. Go on with the run with --resume, "
-            "which writes it again, or remove it."
-        ) from None
-    if len(rows) < lines - 1 or any(not isinstance(row, dict) for row in rows):
-        raise UserError(
-            f"{folder.metrics_file} is damaged in line {len(rows) + 1}: it is no JSON object. "
-            "Remove that line; its epoch will be missing from the curves."
-        )
-    return rows
-
-
-def _environment(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Remove it to do without it.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object. Remove it to do without it.")
-    return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from robustflat.errors import UserError
+from robustflat.files import write_text
 from robustflat.report import paper
 from robustflat.report.chart import Axis, Chart, Series
+from robustflat.report.tables import grid
 from robustflat.runs.comparison import Unit
 from robustflat.study.grid import plain
 from robustflat.study.ranking import LEVEL, SEED, Estimate
@@ -28,19 +30,16 @@ _MARKS = {"holds": "", "reverses": " reverses", "open": " ?"}
 
 def runs_table(result: StudyResult) -> Table:
     """One line for every finished run: factors, targets, measures."""
-    table = Table(title=f"Runs of {result.study.name}", title_justify="left")
-    factors = list(result.study.factor_paths())
-    for name in factors:
-        table.add_column(name)
-    for name in [TARGETS[t].title for t in result.study.targets] + list(result.study.measures):
-        table.add_column(name.replace("_", " "), justify="right")
-    for run in result.runs:
-        table.add_row(
-            *[_level(run.factors[f]) for f in factors],
-            *[_target(run.target(t), t) for t in result.study.targets],
-            *[_number(run.measure(m)) for m in result.study.measures],
-        )
-    return table
+    study, factors = result.study, list(result.study.factor_paths())
+    names = [TARGETS[t].title for t in study.targets] + list(study.measures)
+    rows = [
+        [*(_level(run.factors[f]) for f in factors),
+         *(_target(run.target(t), t) for t in study.targets),
+         *(_number(run.measure(m)) for m in study.measures)]
+        for run in result.runs
+    ]  # fmt: skip
+    heads = [*factors, *(name.replace("_", " ") for name in names)]
+    return grid(f"Runs of {study.name}", heads, rows, texts=range(len(factors)), fold=True)
 
 
 def ranking_table(result: StudyResult, target: str) -> Table:
@@ -50,29 +49,23 @@ def ranking_table(result: StudyResult, target: str) -> Table:
     the other side of 0 than the average, and "?" where it includes 0.
     """
     runs = len(result.runs) - len(result.left_out)
-    title = f"How each measure ranks the {TARGETS[target].title}, {runs} runs"
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("measure", no_wrap=True)
     factors = [f for f in result.study.factor_paths() if f != SEED]
     interval = f"{LEVEL:.0%} interval"
-    for name in ("tau", interval, "p", "granulated", interval, "p", *factors):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("information", "sign error", "worst"):
-        table.add_column(name, justify="right")
+    heads = ["measure", "tau", interval, "p", "granulated", interval, "p", *factors]
+    heads += ["information", "sign error", "worst"]
+    rows = []
     rankings = result.rankings[target]
     for name in _by_sureness(rankings):
         ranking = rankings[name]
         verdicts = ranking.verdicts()
-        table.add_row(
-            name,
-            *_estimate(ranking.tau, ranking.corrected[0]),
-            *_estimate(ranking.average, ranking.corrected[1]),
-            *[
-                _signed(ranking.axes[f].value) + _MARKS[verdicts[f]] if f in ranking.axes else "-"
-                for f in factors
-            ],
-            *_criteria(ranking),
-        )
+        axes = [
+            _signed(ranking.axes[f].value) + _MARKS[verdicts[f]] if f in ranking.axes else "-"
+            for f in factors
+        ]
+        tau = _estimate(ranking.tau, ranking.corrected[0])
+        average = _estimate(ranking.average, ranking.corrected[1])
+        rows.append([name, *tau, *average, *axes, *_criteria(ranking)])
+    table = grid(f"How each measure ranks the {TARGETS[target].title}, {runs} runs", heads, rows)
     table.caption = (
         f"+1: the larger measure always has the worse {TARGETS[target].title}. Intervals and "
         "p-values take configurations, not runs, as independent; p-values are corrected for the "
@@ -96,16 +89,13 @@ def tables(result: StudyResult) -> list[Table]:
 
 def save_tables(result: StudyResult, path: str | os.PathLike[str]) -> Path:
     """Write the tables and notes as text."""
-    target = Path(path)
-    try:
-        with target.open("w", encoding="utf-8") as file:
-            console = Console(file=file, width=240)
-            for table in tables(result):
-                console.print(table)
-            for note in result.notes:
-                console.print(f"note: {note}", markup=False)
-    except OSError as error:
-        raise UserError(f"The tables cannot be written to {target}: {error}.") from error
+    text = io.StringIO()
+    console = Console(file=text, width=240)
+    for table in tables(result):
+        console.print(table)
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False)
+    write_text(target := Path(path), text.getvalue())
     return target
 
 

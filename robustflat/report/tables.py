@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -27,6 +27,34 @@ _CAPTION = (
     "a sharpness (worst, ascent, average) is an increase of the loss around the weights, lower is "
     "flatter."
 )
+
+
+def grid(
+    title: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    texts: Container[int] = (0,),
+    fold: bool = False,
+) -> Table:
+    """A table for the terminal, in which nothing is taken for markup.
+
+    Args:
+        title: above it.
+        heads: of the columns.
+        rows: their cells.
+        texts: which columns hold texts, and are folded where there is no room; numbers stand right.
+        fold: whether numbers are folded, too, rather than cut.
+    """
+    table = Table(title=Text(title), title_justify="left", caption_justify="left")
+    for i, head in enumerate(heads):
+        if i in texts:
+            table.add_column(Text(head), overflow="fold")
+        else:
+            table.add_column(Text(head), justify="right", no_wrap=not fold, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 class Comparison:
@@ -72,58 +100,51 @@ class Comparison:
         return max(len(self._rows[run].run), *(len(cells[run]) for _, cells in self._lines))
 
     def _table(self, start: int, end: int) -> Table:
-        table = Table(title="Runs compared", title_justify="left")
-        table.add_column("run", overflow="fold")
-        for row in self._rows[start:end]:
-            table.add_column(Text(row.run), justify="right", overflow="fold")
-        for name, cells in self._lines:
-            table.add_row(Text(name), *map(Text, cells[start:end]))
-        return table
+        heads = ["run", *(row.run for row in self._rows[start:end])]
+        lines = ([name, *cells[start:end]] for name, cells in self._lines)
+        return grid("Runs compared", heads, lines, fold=True)
 
 
 def corruptions_table(title: str, result: dict[str, Any]) -> Table:
     """Errors by corruption and severity, with their means."""
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("error of", overflow="fold")
-    for name in (*map(str, range(1, 6)), "mean"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_row("clean images", *[""] * 5, f"{result['clean_error']:.1%}")
-    for name, errors in result["errors"].items():
-        mean = sum(errors) / len(errors)
-        table.add_row(Text(name), *(f"{error:.1%}" for error in (*errors, mean)))
-    table.add_row(f"mean of {len(result['errors'])}", *[""] * 5, f"{result['mean_error']:.1%}")
+    errors: dict[str, list[float]] = result["errors"]
+    means = {name: sum(each) / len(each) for name, each in errors.items()}
+    rows = [["clean images", *[""] * 5, f"{result['clean_error']:.1%}"]]
+    rows += [[n, *(f"{error:.1%}" for error in (*errors[n], means[n]))] for n in errors]
+    rows.append([f"mean of {len(errors)}", *[""] * 5, f"{result['mean_error']:.1%}"])
     if result["mce"] is not None:
-        table.add_row("mCE (AlexNet = 100%)", *[""] * 5, f"{result['mce']:.1%}")
-    return table
+        rows.append(["mCE (AlexNet = 100%)", *[""] * 5, f"{result['mce']:.1%}"])
+    return grid(title, ["error of", *map(str, range(1, 6)), "mean"], rows)
 
 
-def evaluation_table(report: dict[str, Any]) -> Table:
+def evaluation_table(title: str, result: dict[str, Any]) -> Table:
     """The attacks of one evaluation at one checkpoint."""
-    table = Table(title=Text(report["title"]), title_justify="left")
-    table.add_column("attack", overflow="fold")
-    for name in ("still correct", "95% interval", "attacked", "broken", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
-    result = report["result"]
-
-    def line(name: str, key: str, *more: str) -> None:
-        low, high = result[f"{key}_interval"]
-        share = f"{result[f'{key}_accuracy']:.2%}"
-        table.add_row(Text(name), share, f"{low:.1%} .. {high:.1%}", *more)
-
-    line("none (clean)", "clean")
+    rows = [["none (clean)", *withstood(result["clean_accuracy"], result["clean_interval"])]]
     for name, attack in result["attacks"].items():
-        low, high = attack["interval"]
-        table.add_row(
-            Text(f"{name} after {attack['after']}" if attack["after"] else name),
-            f"{attack['accuracy']:.2%}",
-            f"{low:.1%} .. {high:.1%}",
-            str(attack["attacked"]),
-            str(attack["broken"]),
-            f"{attack['seconds']:.1f}",
-        )
+        said = f"{name} after {attack['after']}" if attack["after"] else name
+        keys = ("accuracy", "interval", "attacked", "broken", "seconds")
+        rows.append([said, *withstood(*(attack[key] for key in keys))])
     if len(result["attacks"]) > 1:
-        line("worst case", "robust")
-    return table
+        found = withstood(result["robust_accuracy"], result["robust_interval"])
+        rows.append(["worst case", *found])
+    return grid(title, ["attack", *WITHSTOOD], rows)
+
+
+# What is said of an attack.
+WITHSTOOD = ("still correct", "95% interval", "attacked", "broken", "seconds")
+
+
+def withstood(
+    accuracy: float,
+    interval: Sequence[float],
+    attacked: int | None = None,
+    broken: int | None = None,
+    seconds: float | None = None,
+) -> list[str]:
+    """The cells under ``WITHSTOOD``; empty where nothing was attacked."""
+    low, high = interval
+    effort = [] if seconds is None else [str(attacked), str(broken), f"{seconds:.1f}"]
+    return [f"{accuracy:.2%}", f"{low:.1%} .. {high:.1%}", *effort]
 
 
 def class_tables(figures: dict[str, dict[str, Any]]) -> list[Table]:
@@ -132,16 +153,14 @@ def class_tables(figures: dict[str, dict[str, Any]]) -> list[Table]:
     Args:
         figures: by class, as `robustflat.evaluate.classes.by_class` gives them.
     """
-    table = Table(title="Classes", title_justify="left")
-    table.add_column("class", overflow="fold")
-    for name in ("images", "clean", "robust"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("attacked, taken for", overflow="fold")
+    rows = []
     for name, of in sorted(figures.items(), key=lambda pair: _robust(pair[1])):
         most = sorted(of["attacked_as"].items(), key=lambda pair: -pair[1])[:3]
         shares = [f"{of[key] / of['count']:.1%}" for key in ("clean", "robust")]
         said = ", ".join(f"{other} ({count})" for other, count in most)
-        table.add_row(*map(Text, (name, str(of["count"]), *shares, said)))
+        rows.append([name, str(of["count"]), *shares, said])
+    heads = ["class", "images", "clean", "robust", "attacked, taken for"]
+    table = grid("Classes", heads, rows, texts=(0, 4))
     if len(figures) > _MATRIX:
         return [table]
     return [table, *(_matrix(figures, key, title) for key, title in _CONFUSED.items())]
@@ -165,27 +184,18 @@ def _matrix(figures: dict[str, dict[str, Any]], key: str, title: str) -> Table:
     """A row for every class: how many of its images are taken for each."""
     also = {other for of in figures.values() for other in of[key]}
     names = [*figures, *sorted(also - figures.keys())]
-    table = Table(title=title, title_justify="left")
-    table.add_column("is", overflow="fold")
-    for name in names:
-        table.add_column(Text(name), justify="right", overflow="fold")
+    rows = []
     for name, of in figures.items():
-        right = of["count"] - sum(of[key].values())
-        counts = {name: right, **of[key]}
-        table.add_row(Text(name), *(Text(str(counts.get(other, "·"))) for other in names))
-    return table
+        counts = {name: of["count"] - sum(of[key].values()), **of[key]}
+        rows.append([name, *(str(counts.get(other, "·")) for other in names)])
+    return grid(title, ["is", *names], rows, fold=True)
 
 
 def gap_table(report: dict[str, Any]) -> Table:
     """The gap at each checkpoint, and best - last; what `robustflat.runs.evaluation.Job` found."""
-    title = f"{report['run']}: robust-generalization gap, {report['gap_attack']}"
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("checkpoint")
-    table.add_column("figure", overflow="fold")
     gaps = {name: e["gap"] for name, e in report["checkpoints"].items() if e["gap"]}
     splits = list(dict.fromkeys(split for found in gaps.values() for split in found["splits"]))
-    for name in (*splits, "difference", "95% interval"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows: list[list[str]] = []
 
     def number(value: float | None, figure: str, sign: str = "") -> str:
         if value is None:
@@ -198,13 +208,16 @@ def gap_table(report: dict[str, Any]) -> Table:
     def line(name: str, figure: str, found: Sequence[Any], gap: dict[str, float | None]) -> None:
         difference, low, high = (number(gap[key], figure, "+") for key in ("value", "low", "high"))
         values = [number(one[figure]["value"], figure) if one else "" for one in found]
-        table.add_row(name, figure.replace("_", " "), *values, difference, f"{low} .. {high}")
+        rows.append([name, figure.replace("_", " "), *values, difference, f"{low} .. {high}"])
 
     for name, found in gaps.items():
         for figure, gap in found["gaps"]["train-test"].items():
             line(name, figure, [found["splits"].get(split) for split in splits], gap)
     for figure, gap in (report["overfitting"] or {}).items():
         line("best - last", figure, [None] * len(splits), gap)
+    title = f"{report['run']}: robust-generalization gap, {report['gap_attack']}"
+    heads = ["checkpoint", "figure", *splits, "difference", "95% interval"]
+    table = grid(title, heads, rows, texts=(0, 1))
     table.caption = (
         "difference: of accuracies train - test, of losses test - train; of best - last on test "
         "images how much worse the last checkpoint is."

@@ -32,41 +32,34 @@ _FINAL = {
     "9-outcome/robust_loss": "robust loss",
     "1-robust/increase_under_weights": "increase under weights",
 }
-# The charts of the page "Custom scalars".
-_LAYOUT = {
+# The charts of the page "Custom scalars", each with the curves that it shows, by their names.
+_CHARTS = {
     "Robust generalisation": {
-        "Robust accuracy": ["Multiline", ["1-robust/accuracy$"]],
-        "Robust gap, train - validation": ["Multiline", ["1-robust/accuracy_gap"]],
-        "Rise of the loss under the weights' perturbation": [
-            "Multiline",
-            ["1-robust/increase_under_weights"],
-        ],
-        "Robust loss": ["Multiline", ["1-robust/loss$"]],
-        "Loss gap, validation - train": ["Multiline", ["1-robust/loss_gap"]],
-        "Best - last": ["Multiline", ["1-robust/overfitting_best_minus_last"]],
+        "Robust accuracy": ["1-robust/accuracy$"],
+        "Robust gap, train - validation": ["1-robust/accuracy_gap"],
+        "Rise of the loss under the weights' perturbation": ["1-robust/increase_under_weights"],
+        "Robust loss": ["1-robust/loss$"],
+        "Loss gap, validation - train": ["1-robust/loss_gap"],
+        "Best - last": ["1-robust/overfitting_best_minus_last"],
     },
     "Double perturbation": {
         "Loss at the centre and at the worst weights": [
-            "Multiline",
-            ["2-weights/loss_at_centre", "2-weights/loss_at_perturbed"],
+            "2-weights/loss_at_centre", "2-weights/loss_at_perturbed",
         ],
-        "Cosines": ["Multiline", ["2-weights/cosine_of_gradients", "2-weights/cosine_of_succ"]],
-        "Attack's loss by step": ["Multiline", ["4-attack/loss_at_step_.*"]],
+        "Cosines": ["2-weights/cosine_of_gradients", "2-weights/cosine_of_succ"],
+        "Attack's loss by step": ["4-attack/loss_at_step_.*"],
     },
     "Edge of stability": {
-        "Largest eigenvalue as a share of the edge (1 is the edge)": [
-            "Multiline",
-            ["6-flatness/edge_reached"],
-        ],
+        "Largest eigenvalue as a share of the edge (1 is the edge)": ["6-flatness/edge_reached"],
         "Largest eigenvalue, 2/lr, and the edges of optimizer and SAM": [
-            "Multiline",
-            ["6-flatness/edge_(lambda_1|2_over_lr|optimizer|sam)"],
+            "6-flatness/edge_(lambda_1|2_over_lr|optimizer|sam)",
         ],
-        "Gradient's alignment to the top eigenvector": [
-            "Multiline",
-            ["6-flatness/edge_alignment"],
-        ],
+        "Gradient's alignment to the top eigenvector": ["6-flatness/edge_alignment"],
     },
+}  # fmt: skip
+_LAYOUT = {
+    page: {chart: ["Multiline", curves] for chart, curves in charts.items()}
+    for page, charts in _CHARTS.items()
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, reason
 from robustflat.report.curves import Curves, of_epoch, of_step
 from robustflat.train.folder import RunFolder, flattened
 from robustflat.train.listeners import Listener
@@ -53,7 +53,7 @@ class _Tracker(Listener):
             known = self._open(known, config)
         except Exception as error:  # of a package, a file or a server: there is no common kind
             raise UserError(
-                f"The listener {self._name} could not be opened: {_first_line(error)}. Change its "
+                f"The listener {self._name} could not be opened: {reason(error)}. Change its "
                 "keys under `listeners`, or leave it out."
             ) from error
         self._known.write_text(known, encoding="utf-8")
@@ -76,7 +76,7 @@ class _Tracker(Listener):
         except Exception as error:
             self._lost = True
             warnings.warn(
-                f"The listener {self._name} was lost at step {at}: {_first_line(error)}. The run "
+                f"The listener {self._name} was lost at step {at}: {reason(error)}. The run "
                 "goes on without it.",
                 stacklevel=2,
             )
@@ -166,10 +166,6 @@ class WandB(_Tracker):
 
     def _send(self, values: dict[str, float], at: int) -> None:
         self._run.log(values, step=at)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
 def _named(curves: Curves) -> dict[str, float]:

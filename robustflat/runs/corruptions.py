@@ -89,23 +89,17 @@ def measure_corruptions(
     by_name: dict[str, list[float]] = {name: [] for name in names}
     for place, error in zip(sets, errors[1:], strict=True):
         by_name[place.corruption].append(error)
-    measured = {
-        "kind": "corruptions",
-        **network.state(),
-        "data": subject.data,
-        "said": dict(subject.said),
-        "samples": samples,
-        "options": {"folder": Path(folder).name, "corruptions": list(names)},
-        "device": str(subject.device),
-        "torch": torch.__version__,
-        "result": {
-            "clean_error": errors[0],
-            "errors": by_name,
-            "mean_error": sum(errors[1:]) / len(sets),
-            "mce": mean_corruption_error(by_name, len(data.classes)),
-            "count": counted,
-        },
+    result = {
+        "clean_error": errors[0],
+        "errors": by_name,
+        "mean_error": sum(errors[1:]) / len(sets),
+        "mce": mean_corruption_error(by_name, len(data.classes)),
+        "count": counted,
     }
+    measured = records.measurement(
+        subject, "corruptions", network.state(), samples=samples, result=result,
+        options={"folder": Path(folder).name, "corruptions": list(names)},
+    )  # fmt: skip
     if team.is_first:
         records.add(path, "corruptions", subject.name, [measured])
     return measured

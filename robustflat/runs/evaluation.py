@@ -26,7 +26,6 @@ from robustflat.perturb import pgd
 from robustflat.runs import records
 from robustflat.runs.surrogates import with_surrogates
 from robustflat.subject import Network, Subject
-from robustflat.train.folder import environment
 
 GAP_STEPS = 20
 _SHOWN = 8  # images that are kept to be looked at
@@ -191,19 +190,9 @@ class Job:
         }
 
     def _measurement(self, kind: str, state: dict[str, Any], **own: Any) -> records.Measurement:
-        return {
-            "kind": kind,
-            **state,
-            "norm": self._threat.norm_name,
-            "eps": self._threat.eps,
-            "data": self._subject.data,
-            "said": dict(self._subject.said),
-            "batch_size": self._batch_size,
-            "device": str(self._subject.device),
-            "compiled": self._wanted.compile,
-            "versions": environment([])["versions"],
-            **own,
-        }
+        about = {"batch_size": self._batch_size, "compiled": self._wanted.compile, **own}
+        norm, eps = self._threat.norm_name, self._threat.eps
+        return records.measurement(self._subject, kind, state, norm=norm, eps=eps, **about)
 
     def _attacked(self, network: Network, work: Work) -> Evaluation:
         """The attacks on the test images, with the outcomes in a store of their circumstances."""

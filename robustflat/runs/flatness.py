@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from robustflat.errors import UserError
 from robustflat.evaluate import Team
 from robustflat.evaluate.attacks.ascent import title
 from robustflat.flatness import Progress, flatness
 from robustflat.flatness.asked import called
 from robustflat.flatness.closure import attack_of
-from robustflat.flatness.figure import Figure
 from robustflat.flatness.measures import find
 from robustflat.flatness.options import check_names
 from robustflat.perturb import InputPerturbation
@@ -59,7 +56,7 @@ def measure_subject(
     Returns:
         What was measured now, the figures of all images together: keys ``run``, ``checkpoint``,
         ``epoch``, ``weights``, ``norm``, ``eps``, ``data``, ``split``, ``samples``, ``attack``,
-        ``seed``, ``options``, ``device``, ``torch`` and ``measures``.
+        ``seed``, ``options``, ``device``, ``versions`` and ``measures``.
     """
     config, team = subject.flatness, team or Team()
     network = subject.network(checkpoint or ("last" if subject.is_run else None), weights)
@@ -107,31 +104,18 @@ def measure_subject(
             **asked,
             **{**_acting(chosen, {"train_size": len(subject.images().train)}), **settings},
         )
-        measured: dict[int, dict[str, Figure]] = {}
+        measured: dict[int, dict[str, Any]] = {}
         for name, figure in found.items():
-            measured.setdefault(figure.details["examples"], {})[name] = figure
-        for number, figures in measured.items():
-            reports.append(
-                {
-                    "kind": "flatness",
-                    **network.state(),
-                    "norm": norm,
-                    "eps": eps,
-                    "data": subject.data,
-                    "said": dict(subject.said),
-                    "split": where,
-                    "samples": number,
-                    "attack": by,
-                    "seed": subject.seed if seed is None else seed,
-                    "options": settings,
-                    "device": str(subject.device),
-                    "torch": torch.__version__,
-                    "measures": {
-                        _called(name, where, other, seed): figure.to_dict()
-                        for name, figure in figures.items()
-                    },
-                }
+            figures = measured.setdefault(figure.details["examples"], {})
+            figures[_called(name, where, other, seed)] = figure.to_dict()
+        reports += [
+            records.measurement(
+                subject, "flatness", network.state(), norm=norm, eps=eps, split=where,
+                samples=number, attack=by, seed=subject.seed if seed is None else seed,
+                options=settings, measures=figures,
             )
+            for number, figures in measured.items()
+        ]  # fmt: skip
     if team.is_first:
         records.add(subject.home.flatness, "flatness", subject.name, reports)
     together = {name: figure for one in reports for name, figure in one["measures"].items()}

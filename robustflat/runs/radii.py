@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 from robustflat.errors import UserError
 from robustflat.evaluate import Team, Work, choose
@@ -14,7 +13,6 @@ from robustflat.runs import records
 from robustflat.runs.evaluation import Wanted
 from robustflat.runs.surrogates import with_surrogates
 from robustflat.subject import Subject
-from robustflat.train.folder import environment
 
 
 def measure_radii(
@@ -63,14 +61,12 @@ def measure_radii(
     )  # fmt: skip
     if team.is_first:
         largest = found.points[-1].eps
-        measurement: dict[str, Any] = {
-            "kind": "curve", **network.state(), "norm": found.norm, "eps": largest,
-            "data": subject.data, "said": dict(subject.said), "samples": wanted.samples,
-            "seed": wanted.seed, "batch_size": batch_size, "attack": ", ".join(map(str, attacks)),
-            "options": {"radii": [point.eps for point in found.points]},
-            "precision": wanted.precision, "compiled": wanted.compile,
-            "device": str(subject.device), "versions": environment([])["versions"],
-            "result": found.to_dict(),
-        }  # fmt: skip
-        records.add(subject.home.curves, "evaluate", subject.name, [measurement])
+        measured = records.measurement(
+            subject, "curve", network.state(), norm=found.norm, eps=largest,
+            samples=wanted.samples, seed=wanted.seed, batch_size=batch_size,
+            attack=", ".join(map(str, attacks)),
+            options={"radii": [point.eps for point in found.points]},
+            precision=wanted.precision, compiled=wanted.compile, result=found.to_dict(),
+        )  # fmt: skip
+        records.add(subject.home.curves, "evaluate", subject.name, [measured])
     return found

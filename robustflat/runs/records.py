@@ -6,14 +6,15 @@ images, seed, ...). It replaces one of equal circumstances, and never another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from robustflat.errors import UserError
 from robustflat.evaluate.threat import radius
 from robustflat.files import json_safe, read_json, update_json
-from robustflat.train.folder import RunFolder
+from robustflat.subject import Subject
+from robustflat.train.folder import RunFolder, versions
 
 FORMAT = "robustflat-record-2"
 Measurement = dict[str, Any]
@@ -24,6 +25,19 @@ _OWN = (
     "kind", "checkpoint", "weights", "norm", "eps", "data", "split", "samples", "seed",
     "batch_size", "attack", "options",
 )  # fmt: skip
+
+
+def measurement(subject: Subject, kind: str, state: Mapping[str, Any], **own: Any) -> Measurement:
+    """A measurement of a subject in a state, with the circumstances that all have and its own."""
+    return {
+        "kind": kind,
+        **state,
+        "data": subject.data,
+        "said": dict(subject.said),
+        "device": str(subject.device),
+        "versions": versions(),
+        **own,
+    }
 
 
 def read(path: Path, command: str) -> list[Measurement]:

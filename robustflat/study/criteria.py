@@ -70,7 +70,7 @@ class SignError:
     environments: tuple[Environment, ...]
 
 
-def information(runs: Runs, *, seed: int = 0) -> Information:
+def information(runs: Runs) -> Information:
     """Min over sets S of at most two factors of I(V_mu; V_g | U_S) / H(V_g | U_S).
 
     Jiang et al. 2020, section 4.3: over ordered pairs of runs, V_mu and V_g are the signs of the
@@ -80,7 +80,6 @@ def information(runs: Runs, *, seed: int = 0) -> Information:
 
     Args:
         runs: with both numbers.
-        seed: of the permutations for ``chance``.
     """
     sets = [s for size in (0, 1, 2) for s in combinations(runs.factors, size)]
     keys = {s: _codes(runs, s) for s in sets}
@@ -89,7 +88,7 @@ def information(runs: Runs, *, seed: int = 0) -> Information:
     if not known:
         return Information(value=None, given=(), chance=None)
     least = min(known, key=lambda s: known[s])
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = [_normalised(runs, keys[least], t) for t in _exchanged(runs, least, generator)]
     by_chance = [value for value in drawn if value is not None]
     return Information(

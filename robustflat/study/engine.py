@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, missing
 from robustflat.files import write_json
 from robustflat.study.folder import RunFiles
 
@@ -170,10 +170,7 @@ def executor(
     try:
         from distributed import Client
     except ImportError:
-        raise UserError(
-            "--scheduler needs Dask, which is not installed. Run: pip install "
-            "'robustflat[cluster]'."
-        ) from None
+        raise missing("--scheduler", "distributed (Dask)", "cluster") from None
     try:
         client = Client(scheduler, timeout=20)
     except (OSError, TimeoutError, ValueError) as error:

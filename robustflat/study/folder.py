@@ -13,7 +13,7 @@ import yaml
 
 from robustflat.config import ConfigError
 from robustflat.errors import UserError
-from robustflat.files import locked, write_json, write_whole
+from robustflat.files import locked, write_json, write_whole, writing
 from robustflat.study.grid import Point
 from robustflat.study.schema import StudyConfig
 from robustflat.train.folder import RunFolder
@@ -55,13 +55,13 @@ class RunFiles:
         found = read_json(self.failure)
         return None if found is None else str(found.get("error"))
 
-    def last_lines(self, count: int = 12) -> str:
+    def last_lines(self) -> str:
         """The end of the run's log."""
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
-        return "\n".join(text.splitlines()[-count:])
+        return "\n".join(text.splitlines()[-12:])
 
     def begun(self) -> bool:
         """Whether the run's folder holds anything that training could go on from.
@@ -127,13 +127,9 @@ class StudyFolder:
                 f"{self.config_file.name}). Choose another name or output."
             )
         text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        try:
+        with writing(self.config_file):
             self.runs.mkdir(parents=True, exist_ok=True)
             write_whole(self.config_file, text)
-        except OSError as error:
-            raise UserError(
-                f"The study's folder {self.root} cannot be written: {error}. Choose another output."
-            ) from None
 
     def files(self, name: str) -> RunFiles:
         """The files of one run."""

@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice, product
 from math import prod
 from pathlib import Path
@@ -17,6 +16,7 @@ from robustflat.config import ConfigError, RunConfig, check_config
 from robustflat.errors import UserError
 from robustflat.evaluate.threat import norm_name
 from robustflat.flatness import cost
+from robustflat.flatness.curvature import curvlinops
 from robustflat.perturb import parse_norm
 from robustflat.study.ranking import SEED
 from robustflat.study.schema import StudyConfig, ThreatConfig, paths
@@ -172,13 +172,10 @@ def _unmeasurable(study: StudyConfig, config: RunConfig, threat: ThreatConfig | 
     options: dict[str, Any] = dict(config.flatness.options)
     try:
         cost(study.measures, 1, eps=threat.eps, norm=threat.norm, **options)
+        if options.get("estimator", "hutchinson") != "hutchinson":
+            curvlinops()
     except UserError as error:
         return [f"  flatness.options: {error}"]
-    density = any(measure.startswith("hessian_density") for measure in study.measures)
-    wanted = density or options.get("estimator", "hutchinson") != "hutchinson"
-    if wanted and find_spec("curvlinops") is None:
-        why = "  measures need the package curvlinops, which is not installed."
-        return [why + " Run: pip install 'robustflat[curvature]'."]
     return []
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robustflat.config import ConfigError, RunConfig, check_config
-from robustflat.errors import UserError
-from robustflat.files import write_whole
+from robustflat.errors import UserError, missing
+from robustflat.files import write_text, writing
 from robustflat.study.folder import circumstances
 from robustflat.train.folder import flattened, free_to_change
 
@@ -78,17 +78,15 @@ def save_ledger(runs: Sequence[RunResult], path: Path, command: str) -> list[Pat
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["run"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    try:
-        write_whole(path, text.getvalue())
-        if not rows or find_spec("pyarrow") is None:
-            return [path]
-        import pyarrow
-        from pyarrow import parquet
+    write_text(path, text.getvalue())
+    if not rows or find_spec("pyarrow") is None:
+        return [path]
+    import pyarrow
+    from pyarrow import parquet
 
-        columns = {key: _alike([row[key] for row in rows]) for key in rows[0]}
+    columns = {key: _alike([row[key] for row in rows]) for key in rows[0]}
+    with writing(path):
         parquet.write_table(pyarrow.table(columns), path.with_suffix(".parquet"))
-    except OSError as error:
-        raise UserError(f"The ledger {path} cannot be written: {error}.") from None
     return [path, path.with_suffix(".parquet")]
 
 
@@ -175,10 +173,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         else:
             rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
     except ImportError:
-        raise UserError(
-            f"{path} needs pyarrow, which is not installed. Run: pip install 'robustflat[study]', "
-            "or name the CSV file."
-        ) from None
+        raise missing(f"{path} (unlike the CSV file)", "pyarrow", "study") from None
     except (OSError, ValueError) as error:
         raise UserError(f"The ledger {path} cannot be read: {error}.") from None
     wanted = {"config", "circumstances", "epoch", "weights", "train_steps", "passes"}

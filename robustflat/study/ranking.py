@@ -150,7 +150,7 @@ class _Stratum:
     scale: float = 1.0
 
 
-def tau(runs: Runs, *, seed: int = 0) -> Estimate:
+def tau(runs: Runs) -> Estimate:
     """Kendall's tau-b between runs of different configurations.
 
     (concordant - discordant pairs) over the geometric mean of the numbers of pairs that are not
@@ -164,13 +164,12 @@ def tau(runs: Runs, *, seed: int = 0) -> Estimate:
 
     Args:
         runs: with both numbers.
-        seed: of the permutations.
     """
     everything = list(range(len(runs.configurations)))
-    return _estimate(runs, [_all_pairs(runs, everything)], [everything], seed)
+    return _estimate(runs, [_all_pairs(runs, everything)], [everything])
 
 
-def granulated(runs: Runs, *, seed: int = 0) -> tuple[dict[str, Estimate], Estimate]:
+def granulated(runs: Runs) -> tuple[dict[str, Estimate], Estimate]:
     """Granulated tau (Jiang et al. 2020, section 4.2), so that no other factor explains the order.
 
     psi of a factor: along every line of the grid on which only that factor changes, (concordant -
@@ -179,18 +178,16 @@ def granulated(runs: Runs, *, seed: int = 0) -> tuple[dict[str, Estimate], Estim
 
     Args:
         runs: with both numbers.
-        seed: of the permutations.
 
     Returns:
         psi of every factor, and the mean of those that have pairs.
     """
     strata = {f: _Stratum(runs.lines(f)) for f in runs.factors}
     axes = {
-        f: _estimate(runs, [s], [_members(line) for line in s.lines], seed)
-        for f, s in strata.items()
+        f: _estimate(runs, [s], [_members(line) for line in s.lines]) for f, s in strata.items()
     }
     known = [s for s in strata.values() if s.lines]
-    return axes, _estimate(runs, known, [list(range(len(runs.configurations)))], seed)
+    return axes, _estimate(runs, known, [list(range(len(runs.configurations)))])
 
 
 def conditional(runs: Runs) -> dict[str, tuple[dict[Any, Estimate], Estimate]]:
@@ -245,7 +242,6 @@ def _estimate(
     runs: Runs,
     strata: Sequence[_Stratum],
     exchangeable: Sequence[Sequence[int]] | None = None,
-    seed: int = 0,
 ) -> Estimate:
     """The mean agreement over all pairs of ``strata``, with its interval and p-value."""
     flat = [
@@ -276,7 +272,7 @@ def _estimate(
         high=high,
         p_value=None
         if exchangeable is None
-        else _p_value(runs, i, j, weight / scale, exchangeable, seed),
+        else _p_value(runs, i, j, weight / scale, exchangeable),
         configurations=count,
         pairs=len(flat),
     )
@@ -296,13 +292,13 @@ def _interval(value: float, variance: float, count: int) -> tuple[float | None, 
 
 
 def _p_value(
-    runs: Runs, i: Ints, j: Ints, weight: Floats, exchangeable: Sequence[Sequence[int]], seed: int
+    runs: Runs, i: Ints, j: Ints, weight: Floats, exchangeable: Sequence[Sequence[int]]
 ) -> float:
     """How often configurations that have exchanged their targets agree as much, or more."""
     x, y = runs.signs
     along = weight * x[i, j]
     observed = abs(float(along @ y[i, j]))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     sizes = {len(group) for group in exchangeable}
     groups = [np.array([g for g in exchangeable if len(g) == size]) for size in sorted(sizes)]
     order = np.arange(len(x))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from robustflat.config.schema import FlatnessConfig, Measure
 from robustflat.config.values import Count, NonNegative, Section, Whole
-from robustflat.flatness.measures import find
+from robustflat.errors import nearest
 from robustflat.study.ranking import SEED
 from robustflat.study.targets import ATTACKED, TARGETS
 
@@ -28,16 +28,9 @@ def paths(key: str) -> list[str]:
     return [path.strip() for path in key.split(",")]
 
 
-def _known_measure(name: str) -> str:
-    find(name)
-    return name
-
-
 def _known_target(name: str) -> str:
     if name not in TARGETS:
-        near = difflib.get_close_matches(f"gap_{name}", TARGETS, n=1, cutoff=0.9)
-        near = near or difflib.get_close_matches(name, TARGETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = nearest(name, TARGETS, 3)
         raise ValueError(f"is no target.{hint} Targets: {', '.join(TARGETS)}")
     return name
 
@@ -49,11 +42,7 @@ def _base(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_blocks(value: Any) -> Any:
-    return [value] if isinstance(value, dict) else value
+    return [value] if isinstance(value, (str, dict)) else value
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
@@ -100,13 +89,11 @@ class StudyConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: str = "runs"
     base: Annotated[Any, BeforeValidator(_base)]
-    grid: Annotated[tuple[Block, ...], BeforeValidator(_as_blocks), Field(min_length=1)]
+    grid: Annotated[tuple[Block, ...], BeforeValidator(_as_list), Field(min_length=1)]
     design: Walks | None = None
     factors: dict[str, Paths] = Field(default_factory=dict)
     nested: dict[str, str] = Field(default_factory=dict)
-    measures: Annotated[
-        tuple[Annotated[str, AfterValidator(_known_measure)], ...], Field(min_length=1)
-    ] = ("worst_clean", "worst_robust", "average_clean", "average_robust")
+    measures: Annotated[tuple[Measure, ...], Field(min_length=1)] = FlatnessConfig().measures
     targets: Annotated[
         tuple[Annotated[str, AfterValidator(_known_target)], ...], Field(min_length=1)
     ] = ("gap_robust_accuracy", "gap_robust_loss", "test_robust_accuracy")

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from robustflat.config import RunConfig, read_config, write_config
 from robustflat.config.choice import plugins
 from robustflat.errors import UserError
-from robustflat.files import json_safe, locked, write_json, write_whole
+from robustflat.files import json_safe, locked, readable, write_json, write_text
 from robustflat.plugins import origin
 
 _PACKAGES = ("robustflat", "torch", "torchvision", "numpy", "pyautoattack", "torchattacks")
@@ -163,28 +163,32 @@ class RunFolder:
         return self.root / f"{tracker}.id"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, one for each epoch; a half-written last line is left out."""
+        """The rows of metrics.jsonl, one for each epoch; a half-written last line is left out.
+
+        Raises:
+            UserError: if any other is damaged, or the file cannot be read.
+        """
         if not self.metrics_file.is_file():
             return []
-        rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        with readable(self.metrics_file):
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                if number < len(lines):
+                    raise UserError(
+                        f"{self.metrics_file} is damaged in line {number}: it is no JSON object. "
+                        "Remove that line; its epoch will be missing from the curves."
+                    ) from None
         return rows
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a row, replacing any of the same or a later epoch (left by an interrupted run)."""
         rows = [old for old in self.metrics() if old["epoch"] < row["epoch"]]
         text = "".join(json.dumps(json_safe(r), allow_nan=False) + "\n" for r in [*rows, row])
-        try:
-            write_whole(self.metrics_file, text)
-        except OSError as error:
-            raise UserError(
-                f"{self.metrics_file} could not be written: {error}. Free some space, then go on "
-                "with --resume."
-            ) from None
+        write_text(self.metrics_file, text)
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
@@ -262,7 +266,7 @@ def environment(
     named = {} if config is None else plugins(config)
     return {
         "plugins": {where: f"{name} ({origin(name)})" for where, name in named.items()},
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -287,11 +291,13 @@ def flattened(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
         yield at, value
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def versions() -> dict[str, str | None]:
+    """Of the packages on which figures depend; None of one that is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _commit() -> str | None:

@@ -260,7 +260,7 @@ def joined(name: str) -> Iterator[tuple[Processes, torch.device]]:
         raise ProcessLostError(
             f"Process {processes.rank} of {processes.world} lost the others: one of them ended or "
             "cannot be reached. What it said itself, above or in its log, tells why. Go on from "
-            f"the last checkpoint with --resume. ({str(error).splitlines()[0][:120]})"
+            f"the last checkpoint with --resume. ({reason(error)[:120]})"
         ) from None
     else:
         _leave()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 
 Run = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
@@ -77,8 +76,7 @@ def check_options(name: str, options: Mapping[str, Any], allowed: Sequence[str])
     """
     for key in options:
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = nearest(key, allowed, 1)
             raise UserError(
                 f"The attack {name!r} has no option {key!r}.{hint} Its options: "
                 f"{', '.join(allowed)}."

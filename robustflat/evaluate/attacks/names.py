@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 from robustflat.evaluate.attacks import ascent, autoattack, torchattacks
 from robustflat.evaluate.attacks.base import Suite
 from robustflat.evaluate.attacks.own import own
@@ -93,8 +92,7 @@ def _suite(request: Request, task: Task, examples: Examples | None) -> Suite:
         return _single(own(imported(name, "attack"), options, task, name))
     if found is None:
         known = ["fgsm", "pgd", "pgd-20", "pgd-50-10", "autoattack", "autoattack:fast"]
-        near = difflib.get_close_matches(name, [*known, *autoattack.COMPONENTS], n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = nearest(name, [*known, *autoattack.COMPONENTS], 1)
         raise UserError(
             f"Unknown attack {name!r}.{hint} There are fgsm, pgd, pgd-STEPS, pgd-STEPS-RESTARTS, "
             f"apgd, autoattack, autoattack:VERSION, {', '.join(autoattack.COMPONENTS)}, "

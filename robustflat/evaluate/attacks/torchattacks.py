@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import io
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustflat.errors import UserError
+from robustflat.errors import UserError, missing, nearest
 from robustflat.evaluate.attacks.base import Attack, as_json, check_options, seeded
 from robustflat.evaluate.threat import Task
 
@@ -51,14 +50,11 @@ def torchattack(name: str, options: Mapping[str, Any], task: Task) -> Attack:
     try:
         import torchattacks
     except ImportError as error:
-        raise UserError(
-            f"The attack torchattacks:{name} needs torchattacks: pip install "
-            "'robustflat[torchattacks]' (in a virtual environment: it pins an old requests)."
-        ) from error
+        raise missing(f"The attack torchattacks:{name}", "torchattacks", "torchattacks") from error
     known = [found for found in torchattacks.__all__ if found not in _REFUSED]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-        raise UserError(f"torchattacks has no attack {name!r}. Did you mean {', '.join(near)}?")
+        hint = nearest(name, known, 3) or f" It has {', '.join(sorted(known))}."
+        raise UserError(f"torchattacks has no attack {name!r}.{hint}")
     cls = getattr(torchattacks, name)
     accepted = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "model")]
     check_options(f"torchattacks:{name}", options, accepted)
