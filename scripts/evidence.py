@@ -144,12 +144,11 @@ def collect_whole_runs(name: str, output: str | None) -> None:
                 epochs.append({**run, "epoch": row["epoch"], **seen})
         for one in records.read(home.evaluation, "evaluate"):
             place, result = {**run, "checkpoint": one["checkpoint"]}, one["result"]
-            for attack, suite in result["suites"].items():
-                low, high = suite["interval"]
-                checkpoints.append(
-                    {**place, "figure": attack, "images": one["samples"],
-                     "value": suite["accuracy"], "low": low, "high": high}
-                )  # fmt: skip
+            low, high = result["robust_interval"]
+            figure = {"figure": " + ".join(result["suites"]), "value": result["robust_accuracy"]}
+            checkpoints.append(
+                {**place, **figure, "images": one["samples"], "low": low, "high": high}
+            )
         for one in records.read(home.flatness, "flatness"):
             place = {**run, "checkpoint": one["checkpoint"]}
             for measure, figure in one["measures"].items():
@@ -205,13 +204,19 @@ def cells_of(runs: Sequence[RunResult]) -> list[Cell]:
 def half_width(cells: Sequence[Cell], name: str, level: float = 0.95) -> Callable[[Cell], float]:
     """Half of the interval of a cell's mean, the noise of a run pooled over all cells.
 
-    Two or three seeds are too few for a spread of each cell's own.
+    Two or three seeds are too few for a spread of each cell's own. Where all cells have equally
+    many, what a seed does to all alike (it draws the training images) is no noise: the interval is
+    for comparing cells with one another.
     """
     groups = [np.array(cell.values(name)) for cell in cells]
     freedom = sum(len(g) - 1 for g in groups if len(g))
+    residuals = [g - g.mean() for g in groups if len(g)]
+    if len({len(g) for g in residuals}) == 1:
+        residuals = list(np.array(residuals) - np.mean(residuals, axis=0))
+        freedom = (len(residuals) - 1) * (len(residuals[0]) - 1)
     if freedom < 1:
         return lambda cell: float("nan")
-    squares = sum(float(((g - g.mean()) ** 2).sum()) for g in groups if len(g))
+    squares = sum(float((g**2).sum()) for g in residuals)
     reach = stats.t.ppf((1 + level) / 2, freedom) * (squares / freedom) ** 0.5
     return lambda cell: float(reach / max(len(cell.values(name)), 1) ** 0.5)
 
@@ -389,7 +394,7 @@ WAYS = {
     ("none", "trades", None): "TRADES",
     ("awp", "trades", None): "TRADES-AWP",
 }
-PGD, WHOLE, FAST = "pgd-10", "autoattack", "autoattack:fast"
+PGD, STRONG = "pgd-10", "apgd-ce + apgd:dlr:malt-3"
 
 
 def way(cell: Cell) -> str:
@@ -409,7 +414,7 @@ def with_checkpoints(runs: Sequence[RunResult], rows: Sequence[Row]) -> list[Run
         name = f"{row['checkpoint']} {row['figure']}"
         values[row["run"]][name] = scale * float(row["value"])
     for own in values.values():
-        for attack in (PGD, WHOLE, FAST):
+        for attack in (PGD, STRONG):
             if {f"best {attack}", f"last {attack}"} <= set(own):
                 own[f"best - last {attack}"] = own[f"best {attack}"] - own[f"last {attack}"]
     names = {name for own in values.values() for name in own}
@@ -494,7 +499,7 @@ def draw_lines(runs: Sequence[RunResult], rows: Sequence[Row]) -> Figure:
             side.plot(x, y, style, color=colour, lw=1.4, label=f"{name}, {checkpoint}")
     line.set(title="robust loss along random directions", xlabel="filter norms", ylim=(0, None))
     spectrum.set(
-        title="spectrum, robust loss", xlabel="eigenvalue", yscale="log", ylim=(1e-5, None)
+        title="spectrum, robust loss", xlabel="eigenvalue", yscale="log", ylim=(1e-8, None)
     )
     line.legend(frameon=False, fontsize=8)
     planes_found = {key: own for key, own in found.items() if key[0] == "plane robust"}
@@ -619,8 +624,9 @@ STRENGTH_COLUMNS = (
     "worst_robust", "average_robust", "hessian_max_robust",
 )  # fmt: skip
 CIFAR_COLUMNS = (
-    ("test_clean_accuracy", *(f"{at} {PGD}" for at in ("best", "last", "best - last")),
-     *(f"{at} {attack}" for attack in (WHOLE, FAST) for at in ("best", "last", "best - last"))),
+    ("test_clean_accuracy", *(
+        f"{at} {attack}" for attack in (PGD, STRONG) for at in ("best", "last", "best - last")
+    )),
     ("gap_robust_accuracy", "gap_robust_loss", "worst_clean", "worst_robust", "average_robust",
      "andriushchenko2023_worst", "relative_flatness_robust", "hessian_max", "hessian_max_robust",
      "hessian_trace_robust"),

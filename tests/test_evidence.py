@@ -65,6 +65,15 @@ def test_an_interval_pools_the_noise_of_all_configurations() -> None:
         "\n", 3
     )
     assert first == f"| awp 0.1 | 2 | 0.6 ± {expected[0]:.2g} |"
+    # What a seed does to both is no noise: rises of 0.2 and 0.6 leave +-0.1, 1 degree of freedom.
+    pairs = [
+        run(c, seed, v)
+        for c, all_ in ((1, [0.1, 0.3]), (2, [0.2, 0.8]))
+        for seed, v in enumerate(all_)
+    ]
+    cells = evidence.cells_of(pairs)
+    width = evidence.half_width(cells, "gap_robust_loss")
+    assert width(cells[0]) == pytest.approx(stats.t.ppf(0.975, 1) * np.sqrt(4 * 0.1**2 / 2))
     alone = evidence.cells_of(runs[:1])
     assert np.isnan(evidence.half_width(alone, "gap_robust_loss")(alone[0]))
 
@@ -193,8 +202,12 @@ def test_what_a_ledger_does_not_have_is_collected_from_the_runs(
     ]  # fmt: skip
     home.metrics_file.write_text("".join(json.dumps(look) + "\n" for look in looks))
     common = {"checkpoint": "best", "samples": 50, "epoch": 2}
-    suite = {"accuracy": 0.3, "interval": [0.2, 0.4]}
-    tested = {**common, "kind": "test", "result": {"suites": {"pgd-10": suite}}}
+    result = {
+        "suites": {"pgd-1": {}, "x": {}},
+        "robust_accuracy": 0.3,
+        "robust_interval": [0.2, 0.4],
+    }
+    tested = {**common, "kind": "test", "result": result}
     details = {"grid": [0.0, 9.0], "density": [0.7, 0.1]}
     spectrum = {"hessian_density_robust with attack=pgd-10": {"value": 4.0, "details": details}}
     records.add(home.evaluation, "evaluate", point.name, [tested])
@@ -216,7 +229,7 @@ def test_what_a_ledger_does_not_have_is_collected_from_the_runs(
     ]
     first, second = evidence.read_rows("tiny-checkpoints")
     assert [first[k] for k in ("checkpoint", "figure", "images", "value", "low", "high")] == [
-        "best", "pgd-10", "50", "0.3", "0.2", "0.4",
+        "best", "pgd-1 + x", "50", "0.3", "0.2", "0.4",
     ]  # fmt: skip
     assert (second["figure"], second["value"], second["low"]) == (
         "hessian_density_robust",
@@ -264,8 +277,8 @@ def test_figures_of_both_checkpoints_and_of_every_look() -> None:
     epochs, means, widths = evidence.along(cells[0], cells, looks, "alignment")
     assert epochs == [2, 10]
     assert means == pytest.approx([0.4, 0.2])
-    # Noise pooled over both configurations, of which one has none: 2 degrees of freedom.
-    expected = stats.t.ppf(0.975, 2) * np.sqrt(0.02 / 2 / 2)
+    # Half of what the seeds are apart in one configuration and not in the other.
+    expected = stats.t.ppf(0.975, 1) * np.sqrt(4 * 0.05**2 / 2)
     assert widths == pytest.approx([2 * expected, expected])
 
 
