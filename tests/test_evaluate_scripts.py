@@ -41,7 +41,7 @@ def test_autoattack_evaluates_a_checkpoint_and_a_robustbench_entry_is_made_of_it
     assert (one["data"], one["norm"], one["eps"]) == ("digits", "linf", 8 / 255)
     assert content["count"] == 20
     assert content["settings"]["eps"] == 8 / 255
-    assert list(content["attacks"]) == ["apgd-ce", "apgd-t"]
+    assert list(content["attacks"]) == ["apgd-ce", "apgd:dlr:malt-3"]
     assert f"{content['robust_accuracy']:.2%}" in printed.out
     assert call(monkeypatch, "autoattack.py", given[0], "--model", "mpl", *given[3:]) == 2
     assert "Did you mean 'mlp'" in capsys.readouterr().err

@@ -236,7 +236,7 @@ def test_the_bound_is_of_all_images_and_not_of_those_measured(monkeypatch):
     assert few.value == said.value
     # A row of a study measures some of the images that its run was trained on.
     asked = {}
-    monkeypatch.setattr(row, "flatness", lambda *given, **options: asked.update(options))
+    monkeypatch.setattr(row, "flatness", lambda *given, **options: asked.update(options) or {})
     subject = SimpleNamespace(
         images=lambda: SimpleNamespace(train=range(321)), home=SimpleNamespace(root=Path())
     )

@@ -175,7 +175,7 @@ def test_the_setting_is_checked() -> None:
     for said, sentence in (
         ({"objective": {"name": "standard"}}, "trains on the images as they are"),
         ({"train__compile": "attack"}, "two ways to make the same passes faster"),
-        ({"train__sync_batchnorm": True}, "train.cuda_graphs takes passes as a whole"),
+        ({"train__sync_batchnorm": True}, "lets processes talk within one"),
     ):
         with pytest.raises(UserError, match=f"train\\.cuda_graphs.*{sentence}"):
             config(train__cuda_graphs=True, **said)

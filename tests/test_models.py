@@ -68,6 +68,11 @@ def test_published_sizes(name, options, classes, expected):
         assert count(make(name, classes, **options)) == expected
 
 
+def test_every_built_in_model_is_had_by_its_name_without_normalisation():
+    for name, factory in rm.MODELS.items():
+        assert getattr(rm, name) is factory
+
+
 def test_public_parameter_names():
     with torch.device("meta"):
         preact = set(make("preact_resnet18").net.state_dict())
