@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,46 @@ def test_all_attacks_search_with_one_compiled_model_of_any_size(
     # With a gradient and without: batches of all sizes share these, of one image too.
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_robust_flatness_searches_compiled_at_every_weights(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, data = trained(), held_out(20)
+    asked: dict[str, Any] = {"eps": 0.15, "attack": "pgd-4", "steps": 3, "restarts": 1}
+    asked |= {"batch_size": 9, "store": tmp_path / "parts.jsonl"}
+    names = ["worst_clean", "worst_robust"]
+    eager = rf.flatness(model, data, names, **asked)
+    assert not counters["stats"]["unique_graphs"]
+    searched = []
+    forward = Compiled.forward
+    monkeypatch.setattr(
+        Compiled, "forward", lambda net, x: (searched.append(1), forward(net, x))[1]
+    )
+    found = rf.flatness(model, data, names, compile=True, **asked)
+    # Adversarial examples are remade at displaced weights: at the old ones they would be weaker.
+    assert len(searched) > 4 * 3
+    for name in names:
+        assert found[name].value == pytest.approx(eager[name].value, rel=1e-4)
+    said = [found[name].details["settings"].get("compiled") for name in names]
+    assert (said, eager[names[1]].details["settings"].get("compiled")) == ([None, True], None)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    assert all(p.requires_grad for p in model.parameters())
+    counters.clear()
+    rf.flatness(model, data, ["worst_clean"], compile=True, **asked)
+    assert not counters["stats"]["unique_graphs"]
+
+
+def test_robust_flatness_is_measured_by_the_eager_model(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data, names = trained(), held_out(20), ["logit_margin", "logit_margin_robust"]
+    asked: dict[str, Any] = {"eps": 0.15, "attack": "pgd-4"}
+    clean, attacked = (f.value for f in rf.flatness(model, data, names, **asked).values())
+    monkeypatch.setattr(fast, "Compiled", Wrong)
+    found = rf.flatness(model, data, names, compile=True, **asked)
+    # A search that goes the wrong way finds images that the model is surer of.
+    assert attacked < clean == found[names[0]].value < found[names[1]].value
 
 
 def test_one_image_is_computed_as_it_is(quick: None) -> None:

@@ -194,6 +194,10 @@ def flatness(
             "radius=[0.01,0.02]."
         ),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Let attacks search with the model compiled."),
+    ] = False,
 ) -> None:
     """Measure how flat the loss is around the weights of runs or models.
 
@@ -218,6 +222,7 @@ def flatness(
                 options=named("--option", option),
                 on_progress=counter.on_measure,
                 team=team,
+                compile=compiled,
             )
         if not team.is_first:
             continue

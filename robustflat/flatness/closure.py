@@ -39,6 +39,7 @@ class Closure:
         attack: makes adversarial examples anew at the present weights; None takes ``x`` as it is.
         starts: where each restart of the attack begins, each of the shape of ``x``; empty for an
             attack that starts at the image.
+        searched: what the attack is given in place of the model: the same, compiled.
         normalise_logits: take the loss of the centred logits divided by their norm.
         team: processes that share the batches. What each found is joined in the order of the
             batches, so that every one has, to the last bit, what one process alone would have.
@@ -51,6 +52,7 @@ class Closure:
     count: Count
     attack: InputPerturbation | None = None
     starts: tuple[Tensor, ...] = ()
+    searched: nn.Module | None = None
     normalise_logits: bool = False
     team: Team = field(default_factory=Team)
 
@@ -195,7 +197,7 @@ class Closure:
         def attacked(rows: slice, x: Tensor, y: Tensor) -> T:
             # Each restart from its own fixed start.
             starts = [start[rows].to(x) for start in self.starts]
-            return work(rows, attack(self.model, x, y, starts=starts), y)
+            return work(rows, attack(self.searched or self.model, x, y, starts=starts), y)
 
         return self.each(
             attacked,

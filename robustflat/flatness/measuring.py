@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from robustflat.config.schema import ATTACK
 from robustflat.errors import UserError
+from robustflat.evaluate.fast import compiled
 from robustflat.evaluate.team import Team
 from robustflat.flatness.asked import called, settle
 from robustflat.flatness.closure import Kind
@@ -49,6 +51,7 @@ def flatness(
     on_progress: Callable[[Progress], None] | None = None,
     store: str | os.PathLike[str] | None = None,
     team: Team | None = None,
+    compile: bool = False,  # noqa: A002 - torch's word
     **options: Any,
 ) -> dict[str, Figure]:
     """How flat the loss is around the model's weights, clean and robust.
@@ -76,6 +79,8 @@ def flatness(
             It may serve any number of measurements.
         team: processes that share the work, as ``robustflat.evaluate.Team.of_torchrun()`` finds
             them; every one returns what one process alone would, to the last bit.
+        compile: let the robust loss's attack search with the model compiled by torch.compile; the
+            eager model's loss is taken. Where it cannot be compiled, the log says so.
         **options: fields of :class:`robustflat.flatness.Options`; a list of values is a sweep. An
             option of one measure alone is said in its name: "worst_clean with radius=0.1".
 
@@ -102,15 +107,20 @@ def flatness(
         )
         attacks = [o.attack for measure, o in settings.items() if measure.is_attacked]
         check_model(model, x, y, batch_size, attacks)
-        subjects = _Subjects(
-            model, x, y, batch_size, seed, settings, on_progress, store, initial, team or Team(),
-            images,
-        )  # fmt: skip
-        _log.info("%s", subjects.cost)
-        return {
-            _name(measure, settings[measure], len(x)): subjects.measure(measure)
-            for measure in chosen
-        }
+        searching: AbstractContextManager[nn.Module | None] = nullcontext()
+        if compile and attacks:
+            place = next(model.parameters()).device
+            searching = compiled(model, x.shape[1:], place)
+        with searching as searched:
+            subjects = _Subjects(
+                model, x, y, batch_size, seed, settings, on_progress, store, initial,
+                team or Team(), images, searched,
+            )  # fmt: skip
+            _log.info("%s", subjects.cost)
+            return {
+                _name(measure, settings[measure], len(x)): subjects.measure(measure)
+                for measure in chosen
+            }
 
 
 def cost(
@@ -251,6 +261,7 @@ class _Subjects:
         initial: Mapping[str, Tensor] | None,
         team: Team,
         images: int,
+        searched: nn.Module | None,
     ) -> None:
         self._examples = len(x)
         self._settings = settings
@@ -259,7 +270,9 @@ class _Subjects:
         self.cost = _cost(settings, len(x))
         self._jobs = {m.name: _jobs(m, settings, len(x)) for m in settings}
         self._total = self.cost.total.units
-        mine = None if store is None else identity(model, [x, y], {"seed": seed})
+        self._searched = {} if searched is None else {"compiled": True}
+        about = {"seed": seed, **self._searched}
+        mine = None if store is None else identity(model, [x, y], about)
         shared = team.once(lambda: Store(store, mine))
         shared = shared if team.is_first else shared.in_memory()
         caches: dict[int | None, dict[Any, Any]] = {o.examples: {} for o in settings.values()}
@@ -277,6 +290,7 @@ class _Subjects:
                 initial=initial,
                 team=team,
                 images=images,
+                searched=searched,
             )
             for measure, options in settings.items()
         }
@@ -289,13 +303,15 @@ class _Subjects:
         subject = self._subjects[measure]
         figure = measure.run(subject, options)
         self._finish(measure.name)
+        settings = {**measure.settings(options), "seed": subject.seed}
+        settings |= self._searched if measure.is_attacked else {}
         return replace(
             figure,
             details={
                 **figure.details,
                 "examples": len(subject),
                 "passes": self._spent.to_dict(),
-                "settings": {**measure.settings(options), "seed": subject.seed},
+                "settings": settings,
             },
         )
 

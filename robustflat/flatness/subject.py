@@ -40,6 +40,7 @@ class Subject:
         initial: the weights before training, by name, where they are known.
         team: processes that share the passes.
         images: how many there were before the first so many were chosen, if some were.
+        searched: what attacks are given in place of the model: the same, compiled.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Subject:
     initial: Mapping[str, Tensor] | None = None
     team: Team = field(default_factory=Team)
     images: int | None = None
+    searched: nn.Module | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -71,6 +73,7 @@ class Subject:
             y=self.y,
             batch_size=self.batch_size,
             count=self.count,
+            searched=self.searched,
             normalise_logits=options.normalise_logits,
             team=self.team,
         )

@@ -31,6 +31,7 @@ def measure_subject(
     options: dict[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     team: Team | None = None,
+    compile: bool = False,  # noqa: A002 - torch's word
 ) -> dict[str, Any]:
     """Measure a subject on fixed, un-augmented images; add it to ``flatness.json``.
 
@@ -52,6 +53,7 @@ def measure_subject(
             sweep of its values.
         on_progress: told how far the measurement has come.
         team: processes that share the work; the first writes.
+        compile: let attacks search with the model compiled, where it can be.
 
     Returns:
         What was measured now, the figures of all images together: keys ``run``, ``checkpoint``,
@@ -101,6 +103,7 @@ def measure_subject(
             store=subject.home.root / "flatness.parts.jsonl",
             on_progress=on_progress,
             team=team,
+            compile=compile,
             **asked,
             **{**_acting(chosen, {"train_size": len(subject.images().train)}), **settings},
         )
