@@ -245,6 +245,14 @@ def test_extra_images_stay_with_their_labels():
         assert torch.equal(x[:, 0, 0, 0], y.float() / 255)
 
 
+def test_extra_images_fill_each_process_s_own_share():
+    extra = rd.Extra(images=numbered(30, offset=1000), fraction=0.5)
+    own = [
+        list(rd.batches(numbered(8), 4, device="cpu", extra=extra, rank=r, world=2)) for r in (0, 1)
+    ]
+    assert [[len(y) for _, y in of_rank] for of_rank in own] == [[2, 2], [2, 2]]
+
+
 def test_impossible_extra_data_is_refused():
     with pytest.raises(UserError, match="no labelled image left"):
         rd.batches(numbered(3), 2, device="cpu", extra=rd.Extra(images=numbered(3), fraction=0.9))

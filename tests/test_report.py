@@ -518,6 +518,7 @@ def test_the_gap_of_every_checkpoint(tmp_path: Path) -> None:
     assert numbers[:4] == [splits["train"][k]["value"] for k in (
         "robust_accuracy", "robust_loss", "clean_accuracy", "clean_loss")]  # fmt: skip
     assert len(numbers) == 2 * 5 * 4
+    assert " pp" in table, "a difference of shares is one of points"
     assert "300 train, 100 validation, 200 test" in section
     key = {t: a["class"] for a, t in key_of(section)}
     assert key == {"train": "square", "validation": "circle-open", "test": "circle"}
@@ -919,6 +920,9 @@ def test_a_damaged_row_of_metrics_costs_no_other_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 2"):
         folder.append_metrics({"epoch": 7})
     assert folder.metrics_file.read_text() == text
+    folder.metrics_file.write_text(f"{first}\n3\n{second}")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 2"):
+        folder.metrics()
 
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from robustflat.config.schema import (
     Schedule,
     Weights,
 )
-from robustflat.errors import UserError
+from robustflat.errors import UserError, nearest
 from robustflat.registry import KINDS, Kind
 
 
@@ -171,6 +171,13 @@ def test_every_key_changes_the_one_step_attack(key: str) -> None:
 
 
 # --- defaults
+
+
+def test_the_names_most_like_one_that_is_none_are_told_as_many_as_are_asked_for() -> None:
+    known = ("radius", "radii", "steps")
+    assert nearest("radus", known) == " Did you mean 'radius' or 'radii'?"
+    assert nearest("radus", known, 1) == " Did you mean 'radius'?"
+    assert nearest("zzz", known) == ""
 
 
 def test_the_library_and_yaml_have_the_same_defaults() -> None:
