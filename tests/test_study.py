@@ -223,6 +223,16 @@ def test_every_point_s_own_measures_are_judged() -> None:
     grid = {"flatness.options": [{"steps": 2}, {"stepz": 2}], "seed": [0, 1]}
     with pytest.raises(ConfigError, match=r"2 of 4 grid points(.|\n)*stepz"):
         expand(study(grid=grid, factors={"o": "flatness.options", "seed": "seed"}))
+    # The same options, and no threat to measure them in.
+    attacks = [{"name": "pgd", "eps": 0.1, "steps": 2}, {"name": "none"}]
+    both = {
+        "attack, objective": [
+            [attacks[0], {"name": "adversarial"}],
+            [attacks[1], {"name": "standard"}],
+        ]
+    }
+    with pytest.raises(ConfigError, match=r"1 of 2 grid points(.|\n)*attack is none"):
+        expand(study(grid=both, factors={"attack": "attack.name"}))
 
 
 def test_a_list_of_blocks_is_their_union_and_a_key_of_several_paths_a_list() -> None:
