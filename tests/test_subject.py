@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -1018,6 +1019,30 @@ def test_flatness_and_landscape_take_the_options_of_evaluate(
     shared = {"targets", "norm", "eps", "device", "data", "root", "trust"}
     shared |= {"model", "model_option", "normalise", "image_size"}
     assert all(shared < names[name] for name in ("evaluate", "flatness", "landscape"))
+
+
+def test_flatness_hands_compile_on(
+    run: Any, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    @contextmanager
+    def compiled(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> Iterator[Any]:
+        asked.append(tuple(shape))
+        yield model
+
+    monkeypatch.setattr("robustflat.flatness.measuring.compiled", compiled)
+    for said in ([], ["--compile"]):
+        given = [*KINDS["net"], *SAID, "--device", "cpu", "--samples", "10", *said]
+        given += ["--measure", "average_robust", "--option", "samples=2"]
+        monkeypatch.setattr(sys, "argv", ["robustflat", "flatness", *given])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, capsys.readouterr().err
+        (found,) = read(place / "evaluations" / "net.pt" / "flatness.json", "flatness")
+        (figure,) = found["measures"].values()
+        assert figure["details"]["settings"].get("compiled", False) == bool(said)
+    assert asked == [(1, 8, 8)]
 
 
 def test_other_images_of_a_run_have_no_gap_and_a_store_of_their_own(
