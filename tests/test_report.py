@@ -886,6 +886,8 @@ def _no_gap(text: str) -> str:
         ("environment_file", lambda text: "3"),
         ("metrics_file", lambda text: text.replace("{", "[", 1)),
         ("metrics_file", lambda text: "3\n" + text),
+        ("metrics_file", lambda text: "[]\n" + text),
+        ("metrics_file", lambda text: '[["epoch", 1]]\n' + text),
         ("metrics_file", lambda text: text.replace('"epoch"', '"age"')),
         ("landscapes/line.json", lambda text: text[:50]),
         ("config_file", lambda text: "name: ["),

@@ -183,6 +183,7 @@ def test_bad_grid_points_are_listed_with_their_places(tmp_path: Path) -> None:
         ({"grid": {"output": ["a"]}}, "grid.output cannot be varied"),
         ({"grid": {}}, "grid"),
         ({"measures": []}, "measures"),
+        ({"measures": ["worst_clean", "worst_clean"]}, "names worst_clean twice"),
         ({"targets": ["robust_accuracy"]}, "Did you mean 'gap_robust_accuracy'"),
         ({"targets": ["attacked_accuracy"]}, "which nothing measures"),
         ({"attack": "fgsm"}, "attack"),
@@ -437,6 +438,19 @@ def test_a_study_leaves_ordinary_runs_and_their_figures(uninterrupted: StudyResu
 def _model_and_images(folder: Path) -> tuple[Any, Any]:
     subject = open_subject(folder)
     return subject.network("last").model, subject.splits(20)["test"].tensors()
+
+
+def test_a_measure_that_is_said_in_two_ways_ends_no_row(
+    uninterrupted: StudyResult, tmp_path: Path
+) -> None:
+    found = open_subject(uninterrupted.folder / "runs" / NONE, device="cpu")
+    subject = replace(found, home=RunFolder(tmp_path))
+    names = ["worst_clean with radius=0.1", "worst_clean with radius=0.10"]
+    twice = study(measures=names)
+    point = expand(twice)[0]
+    measured, _ = _measures(subject, subject.network("last"), job_of(twice, point), point.config)
+    first, second = (measured[name]["value"] for name in names)
+    assert first == second > 0
 
 
 def test_a_row_is_measured_with_the_attack_of_its_configuration(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 from robustflat.cli.output import console
 from robustflat.flatness import Progress
 from robustflat.report.progress import Counter, ProgressBar
-from robustflat.report.tables import Comparison, evaluation_table, gap_table, significant
+from robustflat.report.tables import Comparison, evaluation_table, gap_table, grid, significant
 from robustflat.runs.comparison import Cell, Row, columns
 
 
@@ -226,3 +227,14 @@ def test_what_programs_read_has_no_blanks_at_the_end_of_lines(
     assert said.splitlines()[0] == "Runs compared"
     assert not re.search(r" $", said, flags=re.MULTILINE)
     assert line(said, "clean ") == ["clean", "90.0%"]
+
+
+def test_a_pipe_that_holds_no_boxes_gets_a_table_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(held, encoding="ascii"))
+    out = console()
+    out.print(grid("title", ["a", "b"], [["x", "1"]]))
+    sys.stdout.flush()
+    text = held.getvalue().decode("ascii")
+    assert "x" in text
+    assert "+-" in text

@@ -30,6 +30,11 @@ class _Unpadded(io.TextIOBase):
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The file's: rich draws only what it can hold."""
+        return self._file.encoding or "utf-8"
+
     def write(self, text: str) -> int:
         """Write whole lines, as rich does."""
         return self._file.write(re.sub(r" +$", "", text, flags=re.MULTILINE))

@@ -189,6 +189,8 @@ def _flatness(
         store=subject.home.root / f"row-{network.epoch}-{len(data[1])}.parts.json",
         **options,
     )
+    if len(figures) < len(measures):
+        raise UserError(f"Of {', '.join(measures)} two are the same measure, said in two ways.")
     # In the order asked for: a preset with the study's options has these in its name.
     return dict(zip(measures, figures.values(), strict=True))
 

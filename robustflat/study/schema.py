@@ -110,6 +110,11 @@ class StudyConfig(Section):
             for path in paths(key)
             if path in _OWN
         ]
+        problems += [
+            f"measures names {name} twice. Leave one of them out"
+            for name in dict.fromkeys(self.measures)
+            if self.measures.count(name) > 1
+        ]
         for block in self.grid:
             for key, values in block.items():
                 count = len(paths(key))

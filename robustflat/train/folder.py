@@ -175,13 +175,16 @@ class RunFolder:
         rows: list[dict[str, Any]] = []
         for number, line in enumerate(lines, 1):
             try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                if number < len(lines):
-                    raise UserError(
-                        f"{self.metrics_file} is damaged in line {number}: it is no JSON object. "
-                        "Remove that line; its epoch will be missing from the curves."
-                    ) from None
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and "epoch" in row:
+                rows.append(row)
+            elif number < len(lines):
+                raise UserError(
+                    f"{self.metrics_file} is damaged in line {number}: it is no JSON object with "
+                    "an epoch. Remove that line; its epoch will be missing from the curves."
+                )
         return rows
 
     def append_metrics(self, row: dict[str, Any]) -> None:
