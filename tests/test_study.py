@@ -38,14 +38,14 @@ from robustflat.report.study_figures import ranking_table, save_plots, save_tabl
 from robustflat.study import Event, StudyConfig, StudyResult, read_study, run_study, status
 from robustflat.study.engine import Local, Order, Outcome, Processes, _visible_device, run_all
 from robustflat.study.folder import RunFiles, StudyFolder, circumstances, job_of
-from robustflat.study.grid import expand, size
+from robustflat.study.grid import Point, expand, size
 from robustflat.study.ledger import Ledger, ledger, save_ledger
 from robustflat.study.ranking import Estimate
 from robustflat.study.reading import check_study
 from robustflat.study.result import Failure, RunResult, rank_all
 from robustflat.study.row import _measures, work
 from robustflat.study.targets import TARGETS, figures
-from robustflat.subject import open_subject
+from robustflat.subject import Subject, open_subject
 from robustflat.train.folder import RunFolder
 
 WEIGHTS = [{"name": "none"}, {"name": "awp", "gamma": 0.02}]
@@ -440,15 +440,21 @@ def _model_and_images(folder: Path) -> tuple[Any, Any]:
     return subject.network("last").model, subject.splits(20)["test"].tensors()
 
 
+def measured_anew(
+    result: StudyResult, chosen: StudyConfig, home: Path
+) -> tuple[Subject, Point, dict[str, Any]]:
+    """The first run of a study, measured as another study asks, with its parts elsewhere."""
+    found = open_subject(result.folder / "runs" / NONE, device="cpu")
+    subject, point = replace(found, home=RunFolder(home)), expand(chosen)[0]
+    job = job_of(chosen, point)
+    return subject, point, _measures(subject, subject.network("last"), job, point.config)[0]
+
+
 def test_a_measure_that_is_said_in_two_ways_ends_no_row(
     uninterrupted: StudyResult, tmp_path: Path
 ) -> None:
-    found = open_subject(uninterrupted.folder / "runs" / NONE, device="cpu")
-    subject = replace(found, home=RunFolder(tmp_path))
     names = ["worst_clean with radius=0.1", "worst_clean with radius=0.10"]
-    twice = study(measures=names)
-    point = expand(twice)[0]
-    measured, _ = _measures(subject, subject.network("last"), job_of(twice, point), point.config)
+    _, _, measured = measured_anew(uninterrupted, study(measures=names), tmp_path)
     first, second = (measured[name]["value"] for name in names)
     assert first == second > 0
 
@@ -456,14 +462,11 @@ def test_a_measure_that_is_said_in_two_ways_ends_no_row(
 def test_a_row_is_measured_with_the_attack_of_its_configuration(
     uninterrupted: StudyResult, tmp_path: Path
 ) -> None:
-    found = open_subject(uninterrupted.folder / "runs" / NONE, device="cpu")
-    subject = replace(found, home=RunFolder(tmp_path))
     base = study_values()["base"]
     base["flatness"] |= {"attack": "pgd-1"}
     chosen = study(base=base, measures=["worst_robust"])
-    point = expand(chosen)[0]
+    subject, point, measured = measured_anew(uninterrupted, chosen, tmp_path)
     network = subject.network("last")
-    measured, _ = _measures(subject, network, job_of(chosen, point), point.config)
     options = point.config.flatness.options
     data, threat = subject.tensors("train", 16), point.threat
     for attack, same in (("pgd-1", True), ("pgd-10-5", False)):
@@ -973,14 +976,12 @@ def test_a_ledger_is_read_back_as_it_was_written(tmp_path: Path, suffix: str) ->
 def test_a_preset_with_the_options_of_the_study_keeps_its_name(
     uninterrupted: StudyResult, tmp_path: Path
 ) -> None:
-    found = open_subject(uninterrupted.folder / "runs" / NONE, device="cpu")
-    subject = replace(found, home=RunFolder(tmp_path))
     base = study_values()["base"]
     base["flatness"] |= {"options": {"steps": 1, "samples": 2}}
     names = ("wen2023_average", "worst_clean", "wen2023_worst")
     chosen = study(base=base, measures=names)
-    point, network = expand(chosen)[0], subject.network("last")
-    measured, _ = _measures(subject, network, job_of(chosen, point), point.config)
+    subject, _, measured = measured_anew(uninterrupted, chosen, tmp_path)
+    network = subject.network("last")
     figures = robustflat.flatness(
         network.model, subject.tensors("train", 16), names, steps=1, samples=2
     )
